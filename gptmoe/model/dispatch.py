@@ -1,0 +1,75 @@
+"""The dispatcher's contract, and the one for experts that live in this process.
+
+`dispatch` moves rows to their experts, `combine` brings the answers home. Other implementations
+(all-to-all over a process group) keep the same contract, so the layer does not know where experts live.
+Letters: T tokens, D model width, R rows at the experts, S rows at their source.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .routing import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Rows at their experts, and what `combine` needs to bring them home."""
+
+    rows_RD: Tensor
+    """Sorted by local expert."""
+    rows_per_expert: list[int]
+    """How many of the rows belong to each local expert; the numbers add up to R, which may be 0."""
+    token_S: Tensor
+    """The token of each row at its source, in the order sent."""
+    weight_S: Tensor
+    num_tokens: int
+    route_back: object = None
+    """Private to the dispatcher that made it."""
+
+
+class Dispatcher(Protocol):
+    """Takes rows to experts and back."""
+
+    def dispatch(self, h_TD: Tensor, routing: Routing) -> Sent:
+        """Send the rows of `routing` to their experts."""
+        ...
+
+    def combine(self, rows_RD: Tensor, sent: Sent) -> Tensor:
+        """Sum the weighted answers of each token, [T, D]; zero for a token without rows."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts of the layer are in this process: dispatching is sorting."""
+
+    def dispatch(self, h_TD: Tensor, routing: Routing) -> Sent:
+        """Sort the rows by expert."""
+        order_S, rows_E = sort_by_expert(routing)
+        token_S = routing.token_R[order_S]
+        return Sent(
+            rows_RD=h_TD[token_S],
+            rows_per_expert=rows_E.tolist(),
+            token_S=token_S,
+            weight_S=routing.weight_R[order_S],
+            num_tokens=len(h_TD),
+        )
+
+    def combine(self, rows_RD: Tensor, sent: Sent) -> Tensor:
+        """Weigh the rows and add them to their tokens."""
+        return weighted_sum(rows_RD, sent)
+
+
+def sort_by_expert(routing: Routing) -> tuple[Tensor, Tensor]:
+    """The order that sorts rows by expert, tokens in order within one, and the rows of each expert [E]."""
+    order_S = torch.argsort(routing.expert_R, stable=True)
+    return order_S, torch.bincount(routing.expert_R, minlength=routing.num_experts)
+
+
+def weighted_sum(rows_SD: Tensor, sent: Sent) -> Tensor:
+    """Sum of weight * row over the rows of each token, weighed in the weights' precision. [T, D]"""
+    weighted_SD = (rows_SD * sent.weight_S.unsqueeze(-1)).to(rows_SD.dtype)
+    out_TD = rows_SD.new_zeros(sent.num_tokens, rows_SD.shape[-1])
+    return out_TD.index_add(0, sent.token_S, weighted_SD)

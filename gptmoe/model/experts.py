@@ -1,0 +1,101 @@
+"""Expert feed-forward networks over rows sorted by expert: only experts with rows are visited.
+
+Letters: R rows, E local experts, D model width, F feed-forward width, I in, O out.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MIN_ROWS = {torch.float32: 4, torch.bfloat16: 2}
+"""Rows in the smallest product whose result does not depend on the number of rows (CPU kernels)."""
+
+
+class Experts(nn.Module):
+    """Experts `first` to `first + count - 1` of a layer: two linear layers around GELU each."""
+
+    def __init__(self, count: int, d_model: int, d_ff: int, first: int = 0) -> None:
+        super().__init__()
+        self.first = first
+        self.up_weight = nn.Parameter(torch.empty(count, d_ff, d_model))
+        self.up_bias = nn.Parameter(torch.empty(count, d_ff))
+        self.down_weight = nn.Parameter(torch.empty(count, d_model, d_ff))
+        self.down_bias = nn.Parameter(torch.empty(count, d_model))
+
+    @property
+    def count(self) -> int:
+        """Number of experts held here."""
+        return len(self.up_weight)
+
+    def forward(self, rows_RD: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """Apply to each row its expert; rows are sorted by expert. Returns [R, D]."""
+        hidden_RF = grouped_linear(rows_RD, self.up_weight, self.up_bias, rows_per_expert)
+        hidden_RF = F.gelu(hidden_RF, approximate="tanh")
+        return grouped_linear(hidden_RF, self.down_weight, self.down_bias, rows_per_expert)
+
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows_per_expert: list[int]) -> Tensor:
+    """y = x W_e^T + b_e for the rows of each expert e, each weight read once. Returns [R, O].
+
+    CUDA in bf16 runs one grouped kernel; elsewhere a loop over the experts that have rows.
+    """
+    weight_EOI, bias_EO = weight_EOI.to(x_RI.dtype), bias_EO.to(x_RI.dtype)
+    if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
+        return _grouped_kernel(x_RI, weight_EOI, bias_EO, rows_per_expert)
+    result: Tensor = _GroupedLinear.apply(x_RI, weight_EOI, bias_EO, rows_per_expert)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _grouped_kernel(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows_per_expert: list[int]) -> Tensor:
+    counts = torch.tensor(rows_per_expert, device=x_RI.device)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    y_RO: Tensor = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends)  # type: ignore[attr-defined]
+    return y_RO + bias_EO.repeat_interleave(counts, dim=0, output_size=len(x_RI))
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """The loop, with gradients written straight into one [E, O, I] tensor instead of E sparse ones."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows: list[int]) -> Tensor:
+        ctx.save_for_backward(x_RI, weight_EOI)
+        ctx.rows = rows
+        y_RO = x_RI.new_empty(len(x_RI), weight_EOI.shape[1])
+        for expert, start, end in _spans(rows):
+            _linear_into(y_RO[start:end], x_RI[start:end], weight_EOI[expert], bias_EO[expert])
+        return y_RO
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        grad_RO = gradients[0].contiguous()
+        x_RI, weight_EOI = ctx.saved_tensors
+        grad_x = torch.empty_like(x_RI)
+        grad_weight = torch.zeros_like(weight_EOI)
+        grad_bias = weight_EOI.new_zeros(weight_EOI.shape[:2])
+        for expert, start, end in _spans(ctx.rows):
+            grad = grad_RO[start:end]
+            torch.mm(grad, weight_EOI[expert], out=grad_x[start:end])
+            torch.mm(grad.t(), x_RI[start:end], out=grad_weight[expert])
+            torch.sum(grad, 0, out=grad_bias[expert])
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Write x W^T + b to `out`; a few rows are padded so that a row's bits do not depend on its neighbours."""
+    missing = MIN_ROWS.get(x.dtype, 1) - len(x)
+    if missing > 0:
+        out.copy_(F.linear(F.pad(x, (0, 0, 0, missing)), weight, bias)[: len(x)])
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _spans(rows_per_expert: list[int]) -> list[tuple[int, int, int]]:
+    """(expert, first row, last row + 1) of the experts that have rows."""
+    spans, start = [], 0
+    for expert, count in enumerate(rows_per_expert):
+        if count:
+            spans.append((expert, start, start + count))
+        start += count
+    return spans

@@ -1,0 +1,93 @@
+"""The plain layers of the decoder. Weights may be wider than the computation: each layer casts at use.
+
+Letters: B batch, T tokens, D model width, F feed-forward width, H heads, K head width.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attend(Protocol):
+    """How queries meet keys: within the batch (training) or through a cache (generation)."""
+
+    def __call__(self, layer: int, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
+        """Return the attended values [B, T, H, K]."""
+        ...
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that norms, routers and losses compute in: float32, or float64 for a float64 model."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with W [out, in]."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension, computed in at least float32."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.bias = nn.Parameter(torch.empty(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = wide(x.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), weight.shape, weight, bias, eps=1e-5).to(x.dtype)
+
+
+class Embedding(nn.Module):
+    """Rows of a table [count, D]; the token table is also the output head."""
+
+    def __init__(self, count: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, d_model))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.weight)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around GELU (tanh form, as in GPT-2)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.up = Linear(d_model, d_ff)
+        self.down = Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; what the queries may see is decided by the `attend` argument."""
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(d_model, 3 * d_model)
+        self.out = Linear(d_model, d_model)
+
+    def forward(self, x_BTD: Tensor, layer: int, attend: Attend) -> Tensor:
+        heads = x_BTD.shape[:2] + (3, self.num_heads, -1)
+        q_BTHK, k_BTHK, v_BTHK = self.qkv(x_BTD).view(heads).unbind(2)
+        return self.out(attend(layer, q_BTHK, k_BTHK, v_BTHK).flatten(2))
+
+
+def attend_causally(layer: int, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
+    """Each position sees itself and the ones before it in its own sequence: training's `Attend`."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)

@@ -1,0 +1,38 @@
+"""The mixture-of-experts layer: route, dispatch, compute, combine.
+
+Letters: T tokens, D model width, R rows.
+"""
+
+from torch import Tensor, nn
+
+from .dispatch import Dispatcher, LocalDispatcher
+from .experts import Experts
+from .routing import Groups, Router, Routing
+from .spec import ModelSpec
+from .switch import SwitchRouter
+
+
+class MoE(nn.Module):
+    """A feed-forward layer of experts. Where they live is the dispatcher's business (swapped from outside)."""
+
+    router: Router
+    dispatcher: Dispatcher
+
+    def __init__(self, spec: ModelSpec, num_experts: int) -> None:
+        super().__init__()
+        self.router = make_router(spec, num_experts)
+        self.experts = Experts(num_experts, spec.d_model, spec.d_ff)
+        self.dispatcher = LocalDispatcher()
+
+    def forward(self, h_TD: Tensor, groups: Groups) -> tuple[Tensor, Routing]:
+        """Return the experts' answers [T, D] (zero for a token that no expert took) and the routing."""
+        routing = self.router.route(h_TD, groups)
+        sent = self.dispatcher.dispatch(h_TD, routing)
+        rows_RD = self.experts(sent.rows_RD, sent.rows_per_expert)
+        return self.dispatcher.combine(rows_RD, sent), routing
+
+
+def make_router(spec: ModelSpec, num_experts: int) -> Router:
+    """The router that `spec.router.kind` names."""
+    routers = {"switch": SwitchRouter}
+    return routers[spec.router.kind](spec.d_model, num_experts, spec.router)

@@ -1,0 +1,88 @@
+"""Top-1 Switch routing (Fedus et al. 2021, arXiv 2101.03961).
+
+Letters: T tokens, D model width, E experts, G groups.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import wide
+from .routing import Groups, Routing, Statistics, rank_within
+from .spec import RouterSpec
+
+
+class SwitchRouter(nn.Module):
+    """Each token goes to the expert that its softmax likes best, and comes back times that probability.
+
+    In training an expert takes at most its capacity of each group, in position order; the other tokens keep
+    only their residual path. At evaluation and generation nothing is dropped. Softmax is fp32 or wider.
+    """
+
+    def __init__(self, d_model: int, num_experts: int, spec: RouterSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+
+    def route(self, h_TD: Tensor, groups: Groups) -> Routing:
+        """Choose one expert a token; see Router.route."""
+        dtype = wide(h_TD.dtype)
+        logits_TE = F.linear(h_TD.to(dtype), self.weight.to(dtype))
+        probability_TE = logits_TE.softmax(-1)
+        weight_T, expert_T = probability_TE.max(-1)
+        valid_T = groups.valid_T if groups.valid_T is not None else torch.ones_like(expert_T, dtype=torch.bool)
+        chosen_GE, keep_T = self._admit(expert_T, valid_T, groups.tokens_per_group)
+        kept_T = torch.nonzero(keep_T).squeeze(1)
+        return Routing(
+            token_R=kept_T,
+            expert_R=expert_T[kept_T],
+            weight_R=weight_T[kept_T],
+            num_experts=len(self.weight),
+            losses=self._losses(logits_TE, probability_TE, chosen_GE, valid_T),
+            statistics=_statistics(probability_TE.detach(), chosen_GE, valid_T, keep_T),
+        )
+
+    def update(self, statistics: Statistics) -> None:
+        """Switch keeps no state."""
+
+    def _admit(self, expert_T: Tensor, valid_T: Tensor, tokens_per_group: int) -> tuple[Tensor, Tensor]:
+        """Tokens that chose each expert in each group [G, E], and which of them it takes [T]."""
+        num_experts = len(self.weight)
+        num_groups = len(expert_T) // tokens_per_group
+        group_T = torch.arange(num_groups, device=expert_T.device).repeat_interleave(tokens_per_group)
+        nowhere = num_groups * num_experts
+        key_T = torch.where(valid_T, group_T * num_experts + expert_T, nowhere)
+        rank_T, count = rank_within(key_T, nowhere + 1)
+        chosen_GE = count[:-1].view(num_groups, num_experts)
+        if not self.training:
+            return chosen_GE, valid_T
+        tokens_G = chosen_GE.sum(-1)
+        capacity_G = torch.ceil(tokens_G * self.spec.capacity_factor / num_experts).long()
+        capacity_G = capacity_G.clamp(min=self.spec.min_capacity)
+        return chosen_GE, valid_T & (rank_T < capacity_G[group_T])
+
+    def _losses(
+        self, logits_TE: Tensor, probability_TE: Tensor, chosen_GE: Tensor, valid_T: Tensor
+    ) -> dict[str, Tensor]:
+        """E * sum_e f_e P_e (arXiv 2101.03961, eq. 4) and the z-loss (2202.08906, eq. 5), summed over groups."""
+        if not self.training:
+            return {}
+        num_groups, num_experts = chosen_GE.shape
+        tokens_G = chosen_GE.sum(-1).clamp(min=1)
+        mask_T1 = valid_T.to(probability_TE.dtype).unsqueeze(-1)
+        mass_GE = (probability_TE * mask_T1).view(num_groups, -1, num_experts).sum(1)
+        balance_G = num_experts * (chosen_GE * mass_GE).sum(-1) / tokens_G.to(mass_GE.dtype) ** 2
+        square_T = logits_TE.logsumexp(-1).square() * mask_T1.squeeze(-1)
+        z_G = square_T.view(num_groups, -1).sum(-1) / tokens_G
+        return {"aux_loss": balance_G.sum(), "z_loss": z_G.sum()}
+
+
+def _statistics(probability_TE: Tensor, chosen_GE: Tensor, valid_T: Tensor, keep_T: Tensor) -> Statistics:
+    entropy_T = -torch.special.xlogy(probability_TE, probability_TE).sum(-1)
+    tokens = valid_T.sum()
+    return Statistics(
+        load_E=chosen_GE.sum(0),
+        dropped=tokens - keep_T.sum(),
+        tokens=tokens,
+        entropy=(entropy_T * valid_T).sum(),
+    )
