@@ -1,7 +1,7 @@
 """Known model sizes by name, each with the recipe it is trained by. No torch.
 
-    preset("1.3B+MoE-64").spec         # 24 x 2048, 64 experts on every second layer
-    preset("0.35B+8").learning_rate    # any dense size takes any number of experts
+preset("1.3B+MoE-64").spec         # 24 x 2048, 64 experts on every second layer
+preset("0.35B+8").learning_rate    # any dense size takes any number of experts
 """
 
 import dataclasses
@@ -97,9 +97,7 @@ def _with_experts(base: Preset, num_experts: int, learning_rate: float | None = 
     return dataclasses.replace(
         base,
         name=f"{base.name}+MoE-{num_experts}",
-        spec=dataclasses.replace(
-            base.spec, num_experts=layers, expert_interval=EXPERT_INTERVAL
-        ),
+        spec=dataclasses.replace(base.spec, num_experts=layers, expert_interval=EXPERT_INTERVAL),
         learning_rate=rate,
         min_learning_rate=_tenth(rate),
     )
