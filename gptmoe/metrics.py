@@ -1,0 +1,146 @@
+"""The catalogue of what a training run measures, and metrics.jsonl, which holds it. No torch.
+
+    recorder = JsonlRecorder(run_dir / "metrics.jsonl")
+    recorder.record(20, loss=3.21, tokens_per_s=1850.0, expert_load=[130, 126])
+    read(run_dir / "metrics.jsonl")[-1]["loss"]
+
+One JSON object a line, one line a step; a validation adds a line of its own with the same step.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, Protocol, Self
+
+from gptmoe.errors import DataError
+
+Value = float | Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a number in metrics.jsonl is."""
+
+    name: str
+    unit: str
+    """"" for a ratio or a loss."""
+    meaning: str
+
+
+_ALL = (
+    Metric("step", "steps", "optimizer steps done, counted from 1 for the first"),
+    Metric("tokens", "tokens", "training tokens seen since the first step"),
+    Metric("samples", "samples", "training samples seen since the first step: the data cursor"),
+    Metric("epoch", "epochs", "passes over the training data begun, the first is 0"),
+    Metric("loss", "", "what the step minimised: lm_loss + aux_loss + z_loss"),
+    Metric("lm_loss", "", "mean cross-entropy of the predicted tokens, in nats"),
+    Metric("aux_loss", "", "the share of the load-balancing loss in loss"),
+    Metric("z_loss", "", "the share of the router z-loss in loss"),
+    Metric("grad_norm", "", "L2 norm of the whole gradient before clipping"),
+    Metric("learning_rate", "", "the rate this step was taken with"),
+    Metric("step_s", "s", "wall time of the step"),
+    Metric("data_wait_s", "s", "part of step_s spent waiting for data"),
+    Metric("tokens_per_s", "tokens/s", "training tokens of the step over step_s, all workers"),
+    Metric("memory_peak_bytes", "bytes", "largest memory of any worker since it started"),
+    Metric("val_loss", "", "mean cross-entropy per token of the validation data, in nats"),
+    Metric("val_perplexity", "", "exp(val_loss), padding not counted"),
+    Metric("bits_per_char", "bits", "validation cross-entropy per character of text"),
+    Metric("expert_load", "tokens", "tokens each expert was chosen by, summed over MoE layers"),
+    Metric("load_max_over_mean", "", "load of the busiest expert over the mean; 1 is balanced"),
+    Metric("dropped_ratio", "", "share of routed tokens that found their expert full"),
+    Metric("dead_experts", "experts", "experts that no token of the step chose"),
+    Metric("router_entropy", "nats", "mean entropy of the router's distribution over experts"),
+)
+CATALOGUE: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _ALL})
+
+
+class Recorder(Protocol):
+    """Takes the numbers of a step; it observes and never steers."""
+
+    def record(self, step: int, **values: Value) -> None: ...
+
+
+class JsonlRecorder:
+    """Appends to a metrics.jsonl. A line is on its way to the disk when `record` returns."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def record(self, step: int, **values: Value) -> None:
+        """Append one line. Raises ValueError for a name that the catalogue does not hold."""
+        for name in values:
+            if name not in CATALOGUE:
+                raise ValueError(_undeclared(name))
+        self._file.write(json.dumps({"step": step} | values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All records of a metrics.jsonl; none if it does not exist yet.
+
+    A half-written last line, left by a killed run or being written now, is passed over. Raises
+    DataError for any other line that is not a record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise DataError(
+                f"{path}, line {number} is not a JSON object with a step; remove this line"
+            )
+    return records
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Drop the records after `step`, and a half-written last line, in one rename.
+
+    A run that goes on from a checkpoint calls this, so that no step is recorded twice.
+    """
+    if not path.exists():
+        return
+    kept = [record for record in read(path) if record["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _undeclared(name: str) -> str:
+    near = get_close_matches(name, CATALOGUE, n=1)
+    hint = f"did you mean {near[0]}?" if near else "declare it in gptmoe/metrics.py"
+    return f"metric {name!r} is not in the catalogue; {hint}"
