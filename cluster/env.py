@@ -1,0 +1,83 @@
+"""The environment of Ray, DeepSpeed and the maths libraries: the only place that reads or sets it.
+
+Token authentication. `ray.init` on a new local cluster switches tokens on and makes
+~/.ray/auth_token; `ray start --head` switches them on if that file is there. A client without
+RAY_AUTH_MODE=token then gets "401" from the dashboard and 20 silent seconds from `ray.init`. A
+cluster without tokens ignores the one that a client sends. So whoever has a token sends it, and
+whoever starts a cluster asks for one. Ray reads the mode when it is imported: set later, it breaks.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The checkout (or site-packages folder) that holds our packages."""
+
+_ALWAYS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # else the dashboard's Train tab stays empty
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in the driver and in its workers
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a notice about its next default
+    "GRPC_VERBOSITY": "ERROR",
+}
+_DEVICE_FILE = Path("/dev/nvidiactl")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+
+
+def prepare(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set the defaults for this process and its children; what the user has set stays.
+
+    The first thing an entry point does: the token counts only if ray is not imported yet.
+    """
+    settings = dict(_ALWAYS)
+    if not has_gpu():
+        settings["DS_ACCELERATOR"] = "cpu"
+    if _has_token(environment) and "ray" not in sys.modules:
+        settings["RAY_AUTH_MODE"] = "token"
+    for name, value in settings.items():
+        environment.setdefault(name, value)
+
+
+def child_environment(
+    environment: Mapping[str, str] = os.environ, *, starts_cluster: bool
+) -> dict[str, str]:
+    """The environment of a child that runs `python -m train` or `python -m serve`."""
+    result = {**environment, "PYTHONPATH": _with_root(environment), "PYTHONUNBUFFERED": "1"}
+    if starts_cluster:
+        result.setdefault("RAY_AUTH_MODE", "token")
+    return result
+
+
+def worker_environment(
+    threads: int, *, use_gpu: bool, environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The `env_vars` of a runtime environment for actors that compute with `threads` threads."""
+    result = dict(_ALWAYS) | dict.fromkeys(_THREADS, str(threads))
+    if not use_gpu:
+        result["DS_ACCELERATOR"] = "cpu"
+    result["PYTHONPATH"] = _with_root(environment)
+    return result
+
+
+def inside_job(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the entry point of a Ray job: then its cluster is already there."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA driver, found without importing torch."""
+    return _DEVICE_FILE.exists()
+
+
+def _has_token(environment: Mapping[str, str]) -> bool:
+    if environment.get("RAY_AUTH_TOKEN"):
+        return True
+    file = environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    return Path(file).is_file()
+
+
+def _with_root(environment: Mapping[str, str]) -> str:
+    paths = [str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.pathsep.join(dict.fromkeys(path for path in paths if path))

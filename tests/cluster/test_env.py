@@ -1,0 +1,64 @@
+"""What is set for Ray, DeepSpeed and the maths libraries, and when a token is used."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster import env
+
+
+@pytest.fixture(autouse=True)
+def no_ray_yet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_defaults_are_set_and_the_users_choice_stays() -> None:
+    environment = {"RAY_USAGE_STATS_ENABLED": "1"}
+    env.prepare(environment)
+    assert environment["RAY_USAGE_STATS_ENABLED"] == "1"
+    assert environment["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
+    assert ("DS_ACCELERATOR" in environment) is not env.has_gpu()
+
+
+def test_whoever_has_a_token_sends_it(tmp_path: Path) -> None:
+    def mode(environment: dict[str, str]) -> str | None:
+        env.prepare(environment)
+        return environment.get("RAY_AUTH_MODE")
+
+    assert mode({}) is None
+    assert mode({"RAY_AUTH_TOKEN": "secret"}) == "token"
+    assert mode({"RAY_AUTH_TOKEN_PATH": str(tmp_path / "nothing")}) is None
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    assert mode({}) == "token"
+    assert mode({"RAY_AUTH_MODE": "disabled"}) == "disabled"
+
+
+def test_the_token_mode_is_not_touched_once_ray_is_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", sys)
+    environment = {"RAY_AUTH_TOKEN": "secret"}
+    env.prepare(environment)
+    assert "RAY_AUTH_MODE" not in environment
+
+
+def test_a_child_finds_our_packages_and_may_start_a_cluster() -> None:
+    child = env.child_environment({"PYTHONPATH": "/a:/b"}, starts_cluster=True)
+    assert child["PYTHONPATH"] == f"{env.ROOT}:/a:/b"
+    assert child["RAY_AUTH_MODE"] == "token"
+    assert "RAY_AUTH_MODE" not in env.child_environment({}, starts_cluster=False)
+
+
+def test_workers_get_their_threads() -> None:
+    worker = env.worker_environment(3, use_gpu=False, environment={})
+    assert (worker["OMP_NUM_THREADS"], worker["DS_ACCELERATOR"]) == ("3", "cpu")
+    assert worker["PYTHONPATH"] == str(env.ROOT)
+    assert "DS_ACCELERATOR" not in env.worker_environment(3, use_gpu=True, environment={})
+
+
+def test_inside_a_job() -> None:
+    assert not env.inside_job({"RAY_ADDRESS": "http://head:8265"})
+    assert env.inside_job({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"})

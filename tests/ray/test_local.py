@@ -1,0 +1,73 @@
+"""A cluster for a run: room, threads, and what is said when there is none."""
+
+import logging
+import socket
+import subprocess
+import sys
+
+import pytest
+import ray
+
+from cluster import env, local
+from gptmoe.errors import ClusterError
+
+
+def test_a_local_cluster_has_room_for_more_workers_than_cores() -> None:
+    cores = local.cores()
+    with local.session(workers=cores + 2) as session:
+        assert ray.cluster_resources()["CPU"] == cores + 3
+        assert (session.local, session.cpus_per_worker, session.threads) == (True, 1, 1)
+        assert session.dashboard_url.startswith("http://127.0.0.1:")
+    assert not ray.is_initialized()
+
+
+def test_a_second_process_connects_to_it_and_is_told_what_is_missing() -> None:
+    with local.session(workers=1) as session:
+        code = (
+            "from cluster import local\n"
+            f"with local.session(workers=1, address='{session.address}') as s: print(s.threads)\n"
+            f"with local.session(workers=9, address='{session.address}', timeout_s=0.1): pass\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=env.ROOT
+        )
+    assert done.stdout.strip() == str(local.cores())
+    assert "ClusterError: the cluster at" in done.stderr
+    assert f"lacks {10 - local.cores()} of 10 CPU for this run (waited 0.1 s)" in done.stderr
+
+
+def test_a_machine_without_gpus_says_so() -> None:
+    with (
+        pytest.raises(ClusterError, match="this machine lacks 64 of 64 GPU for this run"),
+        local.session(workers=1, gpus_per_worker=64),
+    ):
+        pass
+    assert not ray.is_initialized()
+
+
+def test_an_address_without_a_cluster_is_refused_in_seconds() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with (
+        pytest.raises(
+            ClusterError, match=f"no Ray cluster answers at {address} .*refused.*auth_token"
+        ),
+        local.session(workers=1, address=address),
+    ):
+        pass
+
+
+def test_one_warning_if_workers_share_cores(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert local.logical_cpus(2, 1, cores=2) == 3
+        assert caplog.records == []
+        assert local.logical_cpus(4, 1, cores=2) == 5
+    assert [record.getMessage() for record in caplog.records] == [
+        "4 workers share 2 cores: right but slow; use fewer workers or a larger machine"
+    ]
+
+
+def test_missing_resources_in_words() -> None:
+    assert local.missing({"CPU": 4, "GPU": 2}, {"CPU": 3.0}) == "1 of 4 CPU, 2 of 2 GPU"
+    assert local.missing({"CPU": 4}, {"CPU": 4.0, "GPU": 1.0}) == ""
