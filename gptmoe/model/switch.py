@@ -57,7 +57,8 @@ class SwitchRouter(nn.Module):
         if not self.training:
             return chosen_GE, valid_T
         tokens_G = chosen_GE.sum(-1)
-        capacity_G = torch.ceil(tokens_G * self.spec.capacity_factor / num_experts).long()
+        factor = min(self.spec.capacity_factor, num_experts)  # E times the even share is every token
+        capacity_G = torch.ceil(tokens_G.double() * factor / num_experts).long()
         capacity_G = capacity_G.clamp(min=self.spec.min_capacity)
         return chosen_GE, valid_T & (rank_T < capacity_G[group_T])
 
