@@ -31,8 +31,9 @@ class Embeddings(nn.Module):
         self.tokens = Embedding(spec.vocab_size, spec.d_model)
         self.positions = Embedding(spec.max_seq_len, spec.d_model)
 
-    def forward(self, token_BT: Tensor, position_BT: Tensor) -> Tensor:
-        return self.tokens(token_BT) + self.positions(position_BT)
+    def forward(self, token_BT: Tensor, position_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        # Cast before the sum: tables kept in a narrow type for serving then give training's bits.
+        return self.tokens(token_BT).to(dtype) + self.positions(position_BT).to(dtype)
 
 
 class Block(nn.Module):
@@ -91,7 +92,7 @@ class GPT(nn.Module):
         if position_BT is None:
             position_BT = torch.arange(token_BT.shape[1], device=token_BT.device).expand_as(token_BT)
         groups = self._groups(token_BT, valid_BT)
-        x_BTD = self.embed(token_BT, position_BT).to(self.compute_dtype)
+        x_BTD = self.embed(token_BT, position_BT, self.compute_dtype)
         x_BTD = F.dropout(x_BTD, self.spec.dropout, self.training)
         routings = []
         for block in self.layers:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch import Tensor
 
 from .layout import Layout
 
@@ -19,6 +20,14 @@ class Mesh:
     """Ranks that hold one copy of every expert: rows travel here."""
     replica_group: dist.ProcessGroup | None = None
     """Ranks that hold the same experts: expert gradients are summed here."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, on every rank."""
+        if self.world_group is None:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total, group=self.world_group)
+        return total
 
     def barrier(self) -> None:
         """Wait for every rank."""

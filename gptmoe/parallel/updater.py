@@ -136,7 +136,8 @@ def global_norm(
     replicated: Sequence[Tensor], experts: Sequence[Tensor], expert_group: dist.ProcessGroup | None
 ) -> float:
     """Euclidean norm over all parameters of the model, each counted once."""
-    squares = torch.stack([_sum_of_squares(replicated), _sum_of_squares(experts)])
+    device = replicated[0].device
+    squares = torch.stack([_sum_of_squares(replicated, device), _sum_of_squares(experts, device)])
     if expert_group is not None:
         shard = squares[1:].clone()
         dist.all_reduce(shard, group=expert_group)
@@ -150,11 +151,11 @@ def clip(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
         torch._foreach_mul_(list(gradients), max_norm / norm)
 
 
-def _sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+def _sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     if not tensors:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device=device)
     norms = torch._foreach_norm(list(tensors))
-    return torch.stack(norms).double().square().sum().cpu()
+    return torch.stack(norms).double().square().sum()
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:

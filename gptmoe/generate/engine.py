@@ -1,0 +1,143 @@
+"""The generation engine: decide (pure scheduler), compute (executor), account (here)."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gptmoe.errors import Overloaded, RequestError
+from gptmoe.text import Tokenizer
+
+from .executor import Executor
+from .output import TextStream
+from .request import Request
+from .sampling import choose
+from .scheduler import EngineConfig, Progress, StepPlan, plan_step
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is new for one request after a step."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    text: str
+    """New text: whole characters, certain not to be part of a stop string."""
+    finish_reason: str
+    """"" while running; then "stop" (end token or stop string), "length" or "abort"."""
+    prompt_tokens: int
+
+
+class _Sequence:
+    """The engine's account of one running request."""
+
+    def __init__(self, request: Request, slot: int, stream: TextStream) -> None:
+        self.request = request
+        self.slot = slot
+        self.stream = stream
+        self.tokens = list(request.prompt_ids)
+        self.computed = 0
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    def progress(self) -> Progress:
+        return Progress(self.request.request_id, self.slot, len(self.tokens), self.computed)
+
+
+class Engine:
+    """Continuous batching over one executor. Not thread safe: one thread owns it.
+
+    Invariant: each running sequence has its own slot, and a finished or aborted one leaves nothing behind.
+    """
+
+    def __init__(self, executor: Executor, tokenizer: Tokenizer, max_seq_len: int, config: EngineConfig) -> None:
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self.max_seq_len = max_seq_len
+        self.config = config
+        self.waiting: deque[Request] = deque()
+        self.running: dict[str, _Sequence] = {}
+        self.free_slots = list(range(config.max_batch_size))
+
+    @property
+    def has_work(self) -> bool:
+        """True while a step would do something."""
+        return bool(self.waiting or self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self.waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a slot."""
+        return len(self.running)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises Overloaded when the queue is full, RequestError for an id in use."""
+        known = request.request_id in self.running
+        if known or any(r.request_id == request.request_id for r in self.waiting):
+            raise RequestError(f"request_id {request.request_id!r} is already running; use a new one", "request_id")
+        if len(self.waiting) >= self.config.max_queue + len(self.free_slots):
+            raise Overloaded(f"the queue of {self.config.max_queue} requests is full; try again later", 1.0)
+        self.waiting.append(request)
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request and free its slot at once; False if it is not known (any more)."""
+        if request_id in self.running:
+            self._release(request_id)
+            return True
+        before = len(self.waiting)
+        self.waiting = deque(r for r in self.waiting if r.request_id != request_id)
+        return len(self.waiting) < before
+
+    def step(self) -> list[Delta]:
+        """Run one step; what is new for each request that got a token."""
+        self._admit()
+        plan = plan_step([s.progress() for s in self.running.values()], self.config.token_budget)
+        if not plan.spans:
+            return []
+        tokens = {span.request_id: self.running[span.request_id].tokens for span in plan.spans}
+        return self._account(plan, self.executor.run(plan, tokens))
+
+    def _admit(self) -> None:
+        while self.waiting and self.free_slots:
+            request = self.waiting.popleft()
+            slot = min(self.free_slots)  # low slots first keep the decoding block dense
+            self.free_slots.remove(slot)
+            stream = TextStream(self.tokenizer, request.sampling.stop)
+            self.running[request.request_id] = _Sequence(request, slot, stream)
+
+    def _account(self, plan: StepPlan, logits_SV: Tensor) -> list[Delta]:
+        rows = iter(logits_SV)
+        deltas = []
+        for span in plan.spans:
+            sequence = self.running[span.request_id]
+            sequence.computed += span.count
+            if span.samples:
+                token = choose(next(rows), sequence.request.sampling, sequence.tokens)
+                deltas.append(self._append(sequence, token))
+        return deltas
+
+    def _append(self, sequence: _Sequence, token: int) -> Delta:
+        request = sequence.request
+        sequence.tokens.append(token)
+        ended = not request.sampling.ignore_end and token in (self.tokenizer.end_id, self.tokenizer.sep_id)
+        text = "" if ended else sequence.stream.push(token)
+        reason = self._finish_reason(sequence, ended)
+        if reason:
+            text += sequence.stream.finish()
+            self._release(request.request_id)
+        return Delta(request.request_id, (token,), text, reason, len(request.prompt_ids))
+
+    def _finish_reason(self, sequence: _Sequence, ended: bool) -> str:
+        if ended or sequence.stream.stopped:
+            return "stop"
+        full = len(sequence.tokens) >= self.max_seq_len
+        return "length" if full or sequence.new_tokens >= sequence.request.sampling.max_new_tokens else ""
+
+    def _release(self, request_id: str) -> None:
+        self.free_slots.append(self.running.pop(request_id).slot)

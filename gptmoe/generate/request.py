@@ -1,0 +1,87 @@
+"""What one request asks for, checked where it enters. No torch."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gptmoe.errors import RequestError
+
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to pick tokens and when to stop."""
+
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 = all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this."""
+    repetition_penalty: float = 1.0
+    """Divide the scores of tokens already present (Keskar et al. 2019, arXiv 1909.05858); 1 = off."""
+    seed: int = 0
+    """The noise of a token is a function of (seed, position) alone."""
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these."""
+    ignore_end: bool = False
+    """Go on after the model's end token (for measurements)."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.temperature <= 100, "temperature", self.temperature, "between 0 (greedy) and 100")
+        _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 = all tokens)")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        penalty = self.repetition_penalty
+        _check(0 < penalty <= 100, "repetition_penalty", penalty, "above 0 and at most 100 (1 = off)")
+        _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
+        _check(
+            len(self.stop) <= MAX_STOP_STRINGS, "stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS}"
+        )
+        _check(all(self.stop), "stop", "an empty string", "strings of at least one character")
+
+    @property
+    def greedy(self) -> bool:
+        """True if no noise is involved."""
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+def make_request(
+    encode: Callable[[str], Sequence[int]],
+    max_seq_len: int,
+    request_id: str,
+    prompt: str,
+    sampling: SamplingParams,
+) -> Request:
+    """Tokenize and check a prompt. Raises RequestError for an empty, malformed or too long one."""
+    _check(isinstance(prompt, str) and prompt != "", "prompt", "an empty text", "at least one character")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise RequestError("prompt is not valid Unicode text; send UTF-8 without lone surrogates", "prompt") from None
+    _check(len(prompt) <= 64 * max_seq_len, "prompt", f"{len(prompt)} characters", _shorter(max_seq_len))
+    ids = tuple(encode(prompt))
+    _check(len(ids) < max_seq_len, "prompt", f"{len(ids)} tokens", _shorter(max_seq_len))
+    return Request(request_id, ids, sampling)
+
+
+def _shorter(max_seq_len: int) -> str:
+    return f"at most {max_seq_len - 1} tokens, to leave room for one more in the context of {max_seq_len}"
+
+
+def _check(good: bool, field: str, found: object, wanted: str) -> None:
+    if isinstance(found, float) and math.isnan(found):
+        good = False
+    if not good:
+        raise RequestError(f"{field} must be {wanted}; found {found}", field)

@@ -1,0 +1,77 @@
+"""Continuous batching as a pure decision: who runs how many tokens in the next step. No torch, no clock."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gptmoe.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Bounds of one engine."""
+
+    max_batch_size: int = 16
+    """Sequences that run at once; each has one slot of the KV cache."""
+    max_queue: int = 64
+    """Requests that may wait for a slot; one more is refused."""
+    token_budget: int = 512
+    """Tokens of one step: decoding sequences first, then chunks of prompts."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_batch_size", 1), ("max_queue", 0), ("token_budget", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"engine.{name}={getattr(self, name)} must be at least {least}")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A sequence as the scheduler sees it."""
+
+    request_id: str
+    slot: int
+    known: int
+    """Tokens it consists of so far: prompt and generated."""
+    computed: int
+    """Tokens whose keys and values are in the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens start .. start+count-1 of one sequence enter this step."""
+
+    request_id: str
+    slot: int
+    start: int
+    count: int
+    samples: bool
+    """True if the last of them yields the next token."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one engine step runs: decoding spans first, then chunks of prompts in order of arrival."""
+
+    spans: tuple[Span, ...]
+    num_decoding: int
+
+
+def plan_step(running: Sequence[Progress], token_budget: int) -> StepPlan:
+    """Plan the next step over sequences in order of arrival.
+
+    Every sequence that only lacks its newest token decodes, whatever the budget; what the budget leaves goes
+    to prompts, first come first served, in chunks.
+    """
+    decoding = [_span(p, 1) for p in running if p.known - p.computed == 1]
+    left = token_budget - len(decoding)
+    chunks = []
+    for progress in running:
+        missing = progress.known - progress.computed
+        if missing > 1 and left > 0:
+            chunks.append(_span(progress, min(missing, left)))
+            left -= chunks[-1].count
+    return StepPlan(tuple(decoding + chunks), len(decoding))
+
+
+def _span(progress: Progress, count: int) -> Span:
+    samples = progress.computed + count == progress.known
+    return Span(progress.request_id, progress.slot, progress.computed, count, samples)

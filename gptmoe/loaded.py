@@ -1,0 +1,142 @@
+"""A checkpoint in one process: `gptmoe.load(folder)`. The same core that trained it and that serves it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from gptmoe import config as configs
+from gptmoe.checkpoint import Checkpoint, open_checkpoint
+from gptmoe.errors import CheckpointError, ConfigError, RequestError
+from gptmoe.generate.engine import Engine
+from gptmoe.generate.executor import LocalExecutor, head
+from gptmoe.generate.request import SamplingParams, make_request
+from gptmoe.generate.scheduler import EngineConfig, Span
+from gptmoe.model.spec import ModelSpec
+from gptmoe.model.transformer import GPT
+from gptmoe.text import Tokenizer, load_tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+KEPT_WIDE = ("norm", "router")
+"""Parts of parameter names that keep float32 in a narrower model: they compute in it."""
+
+
+def load(path: str | Path, dtype: str = "float32", device: str = "cpu", *, verify: bool = True) -> "LoadedModel":
+    """Open a checkpoint (or the newest of a run folder) for generation and evaluation.
+
+    `dtype` is float32, bfloat16 or float64. Raises CheckpointError naming a missing or corrupt part.
+    """
+    checkpoint = open_checkpoint(Path(path), verify=verify)
+    spec = spec_of(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.path)
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only "
+            f"{spec.vocab_size}; they do not belong together"
+        )
+    network = read_network(checkpoint, spec, named_dtype(dtype), torch.device(device))
+    return LoadedModel(network, tokenizer, checkpoint.config, checkpoint.path)
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """float32, bfloat16 or float64 by name."""
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name!r} is not known; use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def spec_of(checkpoint: Checkpoint) -> ModelSpec:
+    """The model's spec as stored in the checkpoint."""
+    try:
+        return configs.build(ModelSpec, checkpoint.config["model"], "model.")
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"{checkpoint.path}: config.json describes no model of ours: {error}") from None
+
+
+def read_network(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> GPT:
+    """The whole model in this process, each weight read straight from the file."""
+    with torch.device("meta"):
+        network = GPT(spec, compute_dtype=dtype)
+    for name, parameter in list(network.named_parameters()):
+        if tuple(checkpoint.shape(name)) != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} has shape {list(checkpoint.shape(name))}, the config wants "
+                f"{list(parameter.shape)}; the folder mixes two models"
+            )
+        wide = any(part in name for part in KEPT_WIDE) and dtype == torch.bfloat16
+        tensor = checkpoint.read(name).to(device=device, dtype=torch.float32 if wide else dtype)
+        owner, _, attribute = name.rpartition(".")
+        setattr(network.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+    return network.eval()
+
+
+class LoadedModel:
+    """A model ready to answer. `spec`, `tokenizer`, `network` and the stored `config` are public."""
+
+    def __init__(self, network: GPT, tokenizer: Tokenizer, config: dict[str, Any], path: Path) -> None:
+        self.network = network
+        self.spec = network.spec
+        self.tokenizer = tokenizer
+        self.config = config
+        self.path = path
+
+    @torch.inference_mode()
+    def logits(self, token_ids_BT: Sequence[Sequence[int]] | Tensor) -> Tensor:
+        """Scores of the next token after each position, [B, T, V], on generation's own path: same bits."""
+        tokens_BT = torch.as_tensor(token_ids_BT).tolist()
+        length = len(tokens_BT[0])
+        if not 0 < length <= self.spec.max_seq_len:
+            raise RequestError(
+                f"token_ids must have 1 to {self.spec.max_seq_len} tokens a row; found {length}", "token_ids"
+            )
+        executor = LocalExecutor(self.network, len(tokens_BT), length)
+        spans = [Span(str(row), row, 0, length, samples=True) for row in range(len(tokens_BT))]
+        hidden_TD = executor.hidden(spans, 0, {str(row): ids for row, ids in enumerate(tokens_BT)})
+        return head(self.network, hidden_TD).view(len(tokens_BT), length, -1)
+
+    def engine(self, config: EngineConfig | None = None) -> Engine:
+        """A fresh engine with its own KV cache."""
+        config = config or EngineConfig()
+        limit = self.spec.max_seq_len
+        return Engine(LocalExecutor(self.network, config.max_batch_size, limit), self.tokenizer, limit, config)
+
+    @overload
+    def generate(self, text: str, **sampling: Any) -> str: ...
+    @overload
+    def generate(self, text: Sequence[str], **sampling: Any) -> list[str]: ...
+    def generate(self, text: str | Sequence[str], **sampling: Any) -> str | list[str]:
+        """Continue one text or each of several (batched); returns the continuations only.
+
+        Keywords are SamplingParams': max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop.
+        """
+        prompts = [text] if isinstance(text, str) else list(text)
+        engine = self.engine(EngineConfig(max_batch_size=min(16, max(1, len(prompts))), max_queue=len(prompts)))
+        for index, prompt in enumerate(prompts):
+            engine.add(self._request(str(index), prompt, sampling))
+        pieces: dict[str, list[str]] = {str(index): [] for index in range(len(prompts))}
+        while engine.has_work:
+            for delta in engine.step():
+                pieces[delta.request_id].append(delta.text)
+        texts = ["".join(parts) for parts in pieces.values()]
+        return texts[0] if isinstance(text, str) else texts
+
+    def stream(self, text: str, **sampling: Any) -> Iterator[str]:
+        """Continue a text, piece by piece, in whole characters."""
+        engine = self.engine(EngineConfig(max_batch_size=1))
+        engine.add(self._request("0", text, sampling))
+        while engine.has_work:
+            for delta in engine.step():
+                if delta.text:
+                    yield delta.text
+
+    def _request(self, request_id: str, prompt: str, sampling: dict[str, Any]) -> Any:
+        known = SamplingParams.__dataclass_fields__
+        for name in sampling:
+            if name not in known:
+                raise RequestError(f"unknown sampling parameter {name}; known: {', '.join(known)}", name)
+        if isinstance(sampling.get("stop"), str):
+            sampling = {**sampling, "stop": (sampling["stop"],)}
+        params = SamplingParams(**{**sampling, "stop": tuple(sampling.get("stop", ()))})
+        return make_request(self.tokenizer.encode, self.spec.max_seq_len, request_id, prompt, params)

@@ -1,0 +1,252 @@
+"""What a training run is: the tables of a file in configs/train/, checked and resolved.
+
+`resolve` fills what presets and the tokenizer decide; the resolved config is saved with each checkpoint.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gptmoe.config import INPUT_PATH
+from gptmoe.errors import ConfigError
+from gptmoe.model.presets import preset
+from gptmoe.model.spec import ModelSpec, RouterSpec, expand_experts
+from gptmoe.parallel.layout import Layout
+from gptmoe.parallel.layout import resolve as resolve_layout
+from gptmoe.parallel.optimizer import OptimizerSpec
+
+from .schedule import ScheduleSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Where the run lives and what it draws from."""
+
+    dir: Path
+    """Folder of metrics.jsonl, config.json, checkpoints/ and tensorboard/; started again, it goes on."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A preset, its parts replaced one by one; without a preset each part must be given."""
+
+    preset: str = ""
+    checkpoint: Path | None = field(default=None, metadata=INPUT_PATH)
+    """Start from these weights (finetuning): a checkpoint or a run's folder. The model is then its model."""
+    num_layers: int | None = None
+    d_model: int | None = None
+    num_heads: int | None = None
+    d_ff: int | None = None
+    """Default: 4 * d_model."""
+    vocab_size: int | None = None
+    """Default: the preset's; without a preset, the tokenizer's."""
+    max_seq_len: int | None = None
+    num_experts: int | tuple[int, ...] | None = None
+    expert_interval: int | None = None
+    dropout: float | None = None
+    init_std: float | None = None
+
+    def spec(self, router: RouterSpec, tokenizer_vocab: int, seq_len: int) -> ModelSpec:
+        """The complete model. Raises ConfigError naming what is missing or does not fit."""
+        base = preset(self.preset).spec if self.preset else None
+        values = {name: getattr(base, name) for name in _SPEC_FIELDS} if base else {}
+        given = self.given()
+        values |= {name: given[name] for name in _SPEC_FIELDS if name in given}
+        for name in ("num_layers", "d_model", "num_heads"):
+            if name not in values:
+                raise ConfigError(f"model.{name} is missing; give it, or a whole model as model.preset=0.125B")
+        if "d_ff" not in given and (base is None or "d_model" in given):
+            values["d_ff"] = 4 * values["d_model"]
+        values.setdefault("vocab_size", tokenizer_vocab)
+        values.setdefault("max_seq_len", seq_len)
+        experts = self.num_experts
+        if experts is None:
+            experts = base.num_experts[0] if base and base.num_experts else 0
+        interval = values.get("expert_interval", 2)
+        values["num_experts"] = expand_experts(experts, values["num_layers"], interval)
+        return ModelSpec(**values, router=router)
+
+    def refine(self, stored: ModelSpec, router: RouterSpec) -> ModelSpec:
+        """The model of `model.checkpoint` with this run's router settings and dropout."""
+        given = self.given()
+        dropout = given.pop("dropout", stored.dropout)
+        if given:
+            raise ConfigError(
+                f"model.{next(iter(given))} cannot be combined with model.checkpoint, whose model is used as it is; "
+                "remove one of the two"
+            )
+        return dataclasses.replace(stored, router=router, dropout=dropout)
+
+    def given(self) -> dict[str, Any]:
+        """The parts of the model that the config names one by one, and the preset."""
+        names = [f.name for f in dataclasses.fields(self) if f.name != "checkpoint"]
+        return {name: value for name in names if (value := getattr(self, name)) not in (None, "")}
+
+
+_SPEC_FIELDS = (
+    "num_layers", "d_model", "num_heads", "d_ff", "vocab_size", "max_seq_len",
+    "expert_interval", "dropout", "init_std",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """The layout; see gptmoe/parallel/layout.py."""
+
+    dp: int | None = None
+    """Data-parallel ranks; default: the smallest number that fits ep."""
+    ep: int = 1
+    """Ranks that share the experts of a layer."""
+    zero: Literal[0, 1] = 0
+    """0: our own optimizer step; 1: DeepSpeed's ZeRO 1 shards the optimizer's state over dp."""
+
+    def layout(self) -> Layout:
+        """The layout asked for."""
+        return resolve_layout(self.dp, self.ep)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What is learned from. A prepared folder (`gptmoe data prepare`), or raw files prepared at the start."""
+
+    path: Path = field(metadata=INPUT_PATH)
+    tokenizer: Path | None = field(default=None, metadata=INPUT_PATH)
+    """A tokenizer.json or a folder that holds a tokenizer; default: that of model.checkpoint."""
+    seq_len: int
+    """Tokens of one sample."""
+    validation_path: Path | None = field(default=None, metadata=INPUT_PATH)
+    validation_fraction: float = 0.02
+    """Share of the documents kept for validation where no validation_path is given."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our names for the file's columns, as columns.src_txt="text1"."""
+    sep_text: str = ""
+    """Text in src_txt that stands for <sep>, such as "[SEP]" (finetuning)."""
+    workers: int = 2
+    """Processes that tokenize."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise ConfigError(f"data.seq_len={self.seq_len} must be at least 2")
+        if self.workers < 0:
+            raise ConfigError(f"data.workers={self.workers} must be at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    """How long, how much at once, in what precision."""
+
+    max_steps: int | None = None
+    """Optimizer steps in all; may be raised when a run goes on."""
+    epochs: float | None = None
+    """Instead of max_steps: passes over the training samples."""
+    batch_tokens: int
+    """Tokens of one optimizer step over all ranks: whole sequences of data.seq_len."""
+    microbatch_size: int = 8
+    """Sequences of one forward and backward pass of a rank; a multiple of router.group_sequences."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the products; weights and optimizer stay float32."""
+    validate_every_steps: int = 100
+    """0 = only at the end of each epoch and of the run."""
+    validation_samples: int = 2048
+    """At most so many samples a validation; 0 = all."""
+
+    def __post_init__(self) -> None:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ConfigError("exactly one of train.max_steps and train.epochs must be given")
+        for name in ("max_steps", "epochs", "batch_tokens", "microbatch_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"train.{name}={value} must be above 0")
+        for name in ("validate_every_steps", "validation_samples"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved."""
+
+    every_steps: int = 500
+    """Besides the end of the run; 0 = only there."""
+    keep: int = 3
+    """The newest so many are kept."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise ConfigError(f"checkpoint.every_steps={self.every_steps} must be at least 0")
+        if self.keep < 1:
+            raise ConfigError(f"checkpoint.keep={self.keep} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """A whole training run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    train: LoopConfig
+    router: RouterSpec = field(default_factory=RouterSpec)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.batch_tokens % self.data.seq_len:
+            raise ConfigError(
+                f"train.batch_tokens={self.train.batch_tokens} must be whole sequences of "
+                f"data.seq_len={self.data.seq_len}; the nearest are {self._nearest_batches()}"
+            )
+        share = self.parallel.layout().dp * self.train.microbatch_size
+        if self.batch_sequences % share:
+            raise ConfigError(
+                f"train.batch_tokens={self.train.batch_tokens} gives {self.batch_sequences} sequences a step, "
+                f"which {self.parallel.layout().dp} ranks cannot share in microbatches of "
+                f"train.microbatch_size={self.train.microbatch_size}; make it a multiple of "
+                f"{share * self.data.seq_len} tokens, or choose a smaller microbatch_size or dp"
+            )
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences of one optimizer step over all ranks."""
+        return self.train.batch_tokens // self.data.seq_len
+
+    def check_model(self, spec: ModelSpec, tokenizer_vocab: int) -> None:
+        """Raise ConfigError or LayoutError if the run cannot train this model."""
+        self.parallel.layout().check_experts(spec.num_experts)
+        group = self.router.group_sequences
+        if spec.num_experts and self.train.microbatch_size % group:
+            raise ConfigError(
+                f"train.microbatch_size={self.train.microbatch_size} must be a multiple of "
+                f"router.group_sequences={group}, whose sequences share the experts' capacity"
+            )
+        if self.data.seq_len > spec.max_seq_len:
+            raise ConfigError(
+                f"data.seq_len={self.data.seq_len} is longer than the model's max_seq_len={spec.max_seq_len}; "
+                "shorten the one or raise the other"
+            )
+        if tokenizer_vocab > spec.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={spec.vocab_size} is smaller than the tokenizer's {tokenizer_vocab} tokens; "
+                f"use model.vocab_size={tokenizer_vocab} or more"
+            )
+
+    def resolved(self, max_steps: int) -> "TrainConfig":
+        """With what presets decide filled in: learning rates, schedule horizon, dp."""
+        recipe = preset(self.model.preset) if self.model.preset else None
+        schedule = self.schedule.resolved(
+            learning_rate=recipe.learning_rate if recipe else None,
+            min_learning_rate=recipe.min_learning_rate if recipe else None,
+            batch_tokens=self.train.batch_tokens,
+            max_steps=max_steps,
+        )
+        parallel = dataclasses.replace(self.parallel, dp=self.parallel.layout().dp)
+        return dataclasses.replace(self, schedule=schedule, parallel=parallel)
+
+    def _nearest_batches(self) -> str:
+        below = self.train.batch_tokens // self.data.seq_len * self.data.seq_len
+        choices = [number for number in (below, below + self.data.seq_len) if number]
+        return " and ".join(map(str, choices))

@@ -1,0 +1,2 @@
+"""placeholder"""
+from gptmoe.parallel.updater import PlainUpdater as ZeroUpdater
