@@ -11,7 +11,7 @@ PIP_FLAGS ?=
 TIERS ?= static unit ranks ray faults
 
 BIN = .venv/bin
-PIP = $(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
 menu:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{ printf "%-18s%s\n", $$1, $$2 }'
