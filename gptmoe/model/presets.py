@@ -31,9 +31,10 @@ class Preset:
     """Where the linear decay ends."""
     batch_tokens: int
     seq_len: int = 2048
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    beta1: float = 0.9
+    beta2: float = 0.95
     weight_decay: float = 0.1
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     validation_fraction: float = 0.02
     validate_every_steps: int = 100
     validation_batches: int = 10
@@ -43,14 +44,15 @@ class Preset:
 class Horizon:
     """How long a pretraining run is, by the tokenizer of its corpus."""
 
-    train_tokens: int
+    horizon_tokens: int
+    """Where the decay and the run end."""
     warmup_tokens: int
 
 
 HORIZONS: Mapping[str, Horizon] = MappingProxyType(
     {
-        "jiebabpe": Horizon(train_tokens=100_000_000_000, warmup_tokens=125_000_000),
-        "gpt2bpe": Horizon(train_tokens=300_000_000_000, warmup_tokens=375_000_000),
+        "jiebabpe": Horizon(horizon_tokens=100_000_000_000, warmup_tokens=125_000_000),
+        "gpt2bpe": Horizon(horizon_tokens=300_000_000_000, warmup_tokens=375_000_000),
     }
 )
 

@@ -60,15 +60,16 @@ def test_fixed_options_are_those_of_every_size(name: str) -> None:
     spec = known.spec
     assert spec.d_ff == 4 * spec.d_model
     assert (spec.vocab_size, spec.max_seq_len, spec.init_std) == (51_200, 2048, 0.006)
-    assert (known.seq_len, known.adam_betas, known.weight_decay) == (2048, (0.9, 0.95), 0.1)
-    assert known.clip_norm == 1.0
+    assert (known.seq_len, known.weight_decay) == (2048, 0.1)
+    assert (known.beta1, known.beta2) == (0.9, 0.95)
+    assert known.max_grad_norm == 1.0
     assert known.batch_tokens % known.seq_len == 0
 
 
 def test_run_lengths_by_tokenizer() -> None:
-    assert HORIZONS["jiebabpe"].train_tokens == 100e9
+    assert HORIZONS["jiebabpe"].horizon_tokens == 100e9
     assert HORIZONS["jiebabpe"].warmup_tokens == 125e6
-    assert HORIZONS["gpt2bpe"].train_tokens == 300e9
+    assert HORIZONS["gpt2bpe"].horizon_tokens == 300e9
     assert HORIZONS["gpt2bpe"].warmup_tokens == 375e6
 
 
