@@ -4,6 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("project", deadline=None, derandomize=True)
+settings.load_profile("project")
 
 TESTS = Path(__file__).parent
 TIERS = ("ranks", "ray", "faults", "gpu", "bench")
