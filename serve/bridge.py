@@ -1,0 +1,158 @@
+"""The engine's thread: an Engine computes there, asyncio callers wait here.
+
+    bridge = EngineThread(engine)
+    async for delta in bridge.stream(request):
+        ...
+
+An engine has one owner, and a step takes milliseconds that an event loop must not lose: so a thread
+of its own runs the steps. Callers put commands into its inbox, which it obeys between two steps; it
+puts each request's deltas into that request's outbox, on the caller's event loop.
+"""
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from gptmoe.errors import ClusterError, GptMoeError
+from gptmoe.generate.engine import Delta
+from gptmoe.generate.request import Request
+
+log = logging.getLogger(__name__)
+
+
+class Stepper(Protocol):
+    """What the bridge needs of an engine."""
+
+    @property
+    def has_work(self) -> bool: ...
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> object: ...
+    def step(self) -> Sequence[Delta]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Outbox:
+    """Where one caller waits for its deltas, or for the error that ends them."""
+
+    loop: asyncio.AbstractEventLoop
+    items: asyncio.Queue[Delta | GptMoeError] = field(default_factory=asyncio.Queue)
+
+    def put(self, item: Delta | GptMoeError) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self.loop.call_soon_threadsafe(self.items.put_nowait, item)
+
+
+class EngineThread:
+    """Runs one engine in one thread, from construction to `stop`.
+
+    Invariant: only that thread touches the engine and `_outboxes`.
+    """
+
+    def __init__(self, engine: Stepper) -> None:
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._outboxes: dict[str, _Outbox] = {}
+        self._step_began_s: float | None = None  # None while there is nothing to compute
+        self._failure: GptMoeError | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
+        """Yield the request's deltas; the last one has a finish_reason.
+
+        Leaving early (a cancelled task, a closed generator) frees its place in the engine. Raises
+        RequestError and Overloaded before the first delta; ClusterError if the engine stops.
+        """
+        outbox = _Outbox(asyncio.get_running_loop())
+        self._inbox.put(partial(self._admit, request, outbox))
+        if self._failure:  # set before the thread empties its inbox for good: no call is lost
+            raise self._failure
+        finished = False
+        try:
+            while not finished:
+                item = await outbox.items.get()
+                if isinstance(item, GptMoeError):
+                    raise item
+                finished = bool(item.finish_reason)
+                yield item
+        finally:
+            if not finished:
+                self._inbox.put(partial(self._abandon, request.request_id, outbox))
+
+    def check(self, stall_s: float) -> None:
+        """Raise ClusterError if the engine has stopped, or is in one step for over `stall_s`."""
+        if self._failure:
+            raise self._failure
+        began_s = self._step_began_s
+        if began_s is not None and time.monotonic() - began_s > stall_s:
+            raise ClusterError(
+                f"the engine has computed one step for over {stall_s:g} s; restart the replica"
+            )
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End the thread after the current step; requests that still run get a ClusterError."""
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                self._step_began_s = time.monotonic()
+                for delta in self._engine.step():
+                    self._deliver(delta)
+                self._step_began_s = None
+        except Exception:
+            log.exception("engine failed")
+        finally:
+            self._fail(ClusterError("this replica's engine has stopped; send the request again"))
+
+    def _obey(self) -> bool:
+        """Run the waiting commands; wait for one while there is nothing to compute. False: stop."""
+        while True:
+            try:
+                command = self._inbox.get(block=not self._engine.has_work)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _admit(self, request: Request, outbox: _Outbox) -> None:
+        if self._failure:
+            outbox.put(self._failure)
+            return
+        try:
+            self._engine.add(request)
+        except GptMoeError as refusal:
+            outbox.put(refusal)
+        else:
+            self._outboxes[request.request_id] = outbox
+
+    def _abandon(self, request_id: str, outbox: _Outbox) -> None:
+        if self._outboxes.get(request_id) is outbox:
+            del self._outboxes[request_id]
+            self._engine.abort(request_id)
+
+    def _deliver(self, delta: Delta) -> None:
+        outbox = self._outboxes.get(delta.request_id)
+        if outbox is not None:  # None: abandoned
+            outbox.put(delta)
+            if delta.finish_reason:
+                del self._outboxes[delta.request_id]
+
+    def _fail(self, failure: GptMoeError) -> None:
+        self._failure = failure
+        for outbox in self._outboxes.values():
+            outbox.put(failure)
+        self._outboxes.clear()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if command := self._inbox.get_nowait():
+                    command()

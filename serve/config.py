@@ -1,0 +1,94 @@
+"""What `python -m serve` can be told: a TOML file, with overrides, as one frozen ServeConfig."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from gptmoe.config import INPUT_PATH
+from gptmoe.errors import ConfigError
+from gptmoe.generate.scheduler import EngineConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicasConfig:
+    """How many copies of the model answer. min = max: fixed; else Ray Serve scales between them."""
+
+    min: int = 1
+    max: int = 1
+    initial: int | None = None
+    """At the start; not given: min."""
+    target_ongoing: int = 8
+    """Requests in work per replica that autoscaling aims at."""
+
+    def __post_init__(self) -> None:
+        if self.min < 1:
+            raise ConfigError(f"replicas.min={self.min} must be at least 1")
+        if self.max < self.min:
+            raise ConfigError(
+                f"replicas.max={self.max} is below replicas.min={self.min}; raise or lower one"
+            )
+        if self.initial is not None and not self.min <= self.initial <= self.max:
+            raise ConfigError(
+                f"replicas.initial={self.initial} must lie between replicas.min={self.min} "
+                f"and replicas.max={self.max}"
+            )
+        if self.target_ongoing < 1:
+            raise ConfigError(f"replicas.target_ongoing={self.target_ongoing} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthConfig:
+    """When Ray Serve replaces a replica, and how long it waits for requests at the end."""
+
+    period_s: float = 10.0
+    """Seconds between two health checks."""
+    stall_s: float = 60.0
+    """A replica whose engine computes one step for longer is replaced."""
+    drain_s: float = 20.0
+    """Seconds that running requests get to finish when a replica is removed."""
+    start_s: float = 300.0
+    """Seconds that the application gets to start: room on the cluster found, weights loaded."""
+
+    def __post_init__(self) -> None:
+        for name in ("period_s", "stall_s", "drain_s", "start_s"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise ConfigError(f"health.{name}={value} must be a positive number of seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """One model served as one Ray Serve application."""
+
+    checkpoint: Path = field(metadata=INPUT_PATH)
+    """A checkpoint's folder, or the folder of a run: then its latest checkpoint."""
+    name: str = "gptmoe"
+    """The application's name, and what GetModel calls the model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute in this type."""
+    host: str = "127.0.0.1"
+    """Where HTTP listens; 0.0.0.0: every interface, as Ray Serve's gRPC port always does."""
+    http_port: int = 8000
+    grpc_port: int = 9000
+    """Ports; 0 takes a free one."""
+    address: str = ""
+    """The Ray cluster to join; empty: a local one is started, and stopped at the end."""
+    threads: int = 0
+    """Threads of a replica; 0: its share of the cores."""
+    replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("name is empty; name the application, for example name=gptmoe")
+        if "#" in self.name:
+            raise ConfigError(f"name={self.name!r} may not contain #, which Ray Serve uses itself")
+        for key in ("http_port", "grpc_port"):
+            if not 0 <= (port := getattr(self, key)) <= 65535:
+                raise ConfigError(
+                    f"{key}={port} is not a port; use 1 to 65535, or 0 for a free one"
+                )
+        if self.http_port == self.grpc_port != 0:
+            raise ConfigError(f"http_port and grpc_port are both {self.http_port}; use two ports")
+        if self.threads < 0:
+            raise ConfigError(f"threads={self.threads} must be at least 1, or 0 for its share")

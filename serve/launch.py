@@ -1,0 +1,163 @@
+"""From a ServeConfig to endpoints that answer, and back to nothing.
+
+with running(config) as endpoints:
+    ...  # endpoints.grpc answers
+"""
+
+import dataclasses
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+import ray.serve
+from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+from ray.serve.config import gRPCOptions
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+
+from cluster import local
+from cluster.client import Client, GenerationError
+from gptmoe.checkpoint import open_checkpoint
+from gptmoe.errors import ClusterError
+
+from . import app
+from .config import ServeConfig
+
+log = logging.getLogger(__name__)
+
+SERVICER = "serve.proxy.add_generation"
+_POLL_S = 0.2
+_ANSWER_WITHIN_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoints:
+    """Where a running application is found."""
+
+    name: str
+    grpc: str
+    http: str
+    dashboard: str
+    address: str
+    checkpoint: str
+
+
+@contextmanager
+def running(config: ServeConfig) -> Iterator[Endpoints]:
+    """Deploy the application; at the end remove it, and the cluster if it was started for it.
+
+    Raises CheckpointError before anything starts, ClusterError if the cluster is too small or
+    unreachable, or the application does not run after health.start_s seconds.
+    """
+    checkpoint = open_checkpoint(
+        config.checkpoint, verify=False
+    ).path  # a replica verifies all of it
+    config = dataclasses.replace(config, checkpoint=checkpoint.resolve())
+    replicas = config.replicas
+    workers = replicas.min if config.address else replicas.max
+    with local.session(workers=workers, address=config.address or None) as cluster:
+        threads = config.threads or cluster.threads
+        config = dataclasses.replace(config, threads=threads)
+        try:
+            start_proxies(config)
+            deploy(config, num_cpus=cluster.cpus_per_worker if cluster.local else threads)
+            yield endpoints(config, cluster)
+        finally:
+            remove(config.name)
+
+
+def start_proxies(config: ServeConfig) -> None:
+    """Start Ray Serve with our ports; where it runs already, its own ports stay."""
+    http_port = config.http_port or free_port(config.host)
+    grpc_port = config.grpc_port or free_port("")
+    ray.serve.start(
+        http_options=ray.serve.HTTPOptions(host=config.host, port=http_port),
+        grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=[SERVICER]),
+    )
+
+
+def deploy(config: ServeConfig, num_cpus: float) -> None:
+    """Deploy the application and wait until it runs. Raises ClusterError if it does not."""
+    target = ray.serve.RunTarget(app.build(config, num_cpus), name=config.name, route_prefix="/")
+    ray.serve.run_many(
+        [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+    )
+    deadline_s = time.monotonic() + config.health.start_s
+    while (found := _application(config.name)).status != ApplicationStatus.RUNNING:
+        deployment = found.deployments.get(app.DEPLOYMENT)
+        reason = last_line((deployment.message if deployment else "") or found.message)
+        if found.status == ApplicationStatus.DEPLOY_FAILED:
+            raise ClusterError(f"application {config.name} did not start: {reason}")
+        if time.monotonic() > deadline_s:
+            free = ray.available_resources().get("CPU", 0)
+            raise ClusterError(
+                f"application {config.name} does not run after {config.health.start_s:g} s "
+                f"(a replica needs {num_cpus:g} CPU, {free:g} are free): {reason}"
+            )
+        time.sleep(_POLL_S)
+
+
+def endpoints(config: ServeConfig, cluster: local.Session) -> Endpoints:
+    """What Ray Serve listens on, as its own controller says, once gRPC answers."""
+    details = ServeSubmissionClient(cluster.dashboard_url).get_serve_details()
+    http, grpc = details["http_options"], details["grpc_options"]
+    if SERVICER not in grpc["grpc_servicer_functions"]:
+        raise ClusterError(
+            f"Ray Serve runs on the cluster {cluster.address} already, without this gRPC service; "
+            "shut it down there (serve shutdown), or serve on another cluster"
+        )
+    node = "127.0.0.1" if cluster.local else ray.util.get_node_ip_address()
+    target = f"{node}:{grpc['port']}"
+    host = node if http["host"] in ("0.0.0.0", "::") else http["host"]
+    _await_answer(target, config.name)
+    return Endpoints(
+        name=config.name,
+        grpc=target,
+        http=f"http://{host}:{http['port']}",
+        dashboard=cluster.dashboard_url,
+        address=cluster.address,
+        checkpoint=str(config.checkpoint),
+    )
+
+
+def remove(name: str) -> None:
+    """Delete the application after its running requests; Ray Serve goes with the last one."""
+    applications = ray.serve.status().applications
+    if set(applications) <= {name}:
+        ray.serve.shutdown()
+    else:
+        ray.serve.delete(name)
+
+
+def free_port(host: str) -> int:
+    """A TCP port that is free now; Ray Serve wants a number."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def last_line(message: str) -> str:
+    """The sentence in a failed deployment's message, which may end in a traceback."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "Ray Serve gives no reason; see its logs in the dashboard"
+
+
+def _application(name: str) -> ApplicationStatusOverview:
+    return ray.serve.status().applications[name]
+
+
+def _await_answer(target: str, name: str) -> None:
+    deadline_s = time.monotonic() + _ANSWER_WITHIN_S
+    with Client(target, application=name, timeout_s=5.0) as client:
+        while True:
+            try:
+                client.model()
+                return
+            except GenerationError as error:
+                if time.monotonic() > deadline_s:
+                    raise ClusterError(f"gRPC at {target} does not answer: {error}") from error
+            time.sleep(_POLL_S)

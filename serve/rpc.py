@@ -1,0 +1,130 @@
+"""The gRPC service gptmoe.v1.Generation, as Ray Serve's proxy calls it. Messages stop here.
+
+The proxy hands over a request as the bytes that came (see proxy.py), and a context for the status.
+With Ray Serve 2.60 a unary method sets code and details and returns; a streaming method must raise
+after setting them: returning before the first message, it would look like a stream that ended well.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from gptmoe.errors import ClusterError, GptMoeError, Overloaded, RequestError
+from gptmoe.generate.engine import Delta
+from gptmoe.generate.request import SamplingParams
+from protos import generation_pb2 as messages
+
+from .service import Call, Service
+
+M = TypeVar("M", bound=Message)
+
+_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens")
+
+_REASONS = {
+    "stop": messages.FINISH_REASON_STOP,
+    "length": messages.FINISH_REASON_LENGTH,
+    "abort": messages.FINISH_REASON_ABORT,
+}
+
+_CODES = (
+    (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (ClusterError, grpc.StatusCode.UNAVAILABLE),
+    (GptMoeError, grpc.StatusCode.INTERNAL),
+)
+
+
+class Context(Protocol):
+    """What the methods need of Ray Serve's grpc_context."""
+
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+    def set_details(self, details: str) -> None: ...
+
+
+class Servicer:
+    """The methods of the service; a deployment class inherits them. Names are the service's own."""
+
+    service: Service
+
+    async def Generate(self, request: bytes, grpc_context: Context) -> messages.GenerateResponse:
+        try:
+            done = await self.service.complete(_call(request))
+        except GptMoeError as error:
+            _set_status(error, grpc_context)
+            return messages.GenerateResponse()
+        return messages.GenerateResponse(
+            text=done.text,
+            token_ids=done.token_ids,
+            finish_reason=_REASONS[done.finish_reason],
+            prompt_tokens=done.prompt_tokens,
+            completion_tokens=len(done.token_ids),
+            request_id=done.request_id,
+        )
+
+    async def GenerateStream(
+        self, request: bytes, grpc_context: Context
+    ) -> AsyncIterator[messages.GenerateChunk]:
+        try:
+            call = _call(request)
+            chunks = completion_tokens = 0
+            async with aclosing(self.service.stream(call)) as deltas:
+                async for delta in deltas:
+                    completion_tokens += len(delta.token_ids)
+                    yield messages.GenerateChunk(
+                        text=delta.text,
+                        token_ids=delta.token_ids,
+                        header=None if chunks else _header(call, delta, self.service.card.name),
+                        finish=_finish(delta, completion_tokens),
+                    )
+                    chunks += 1
+        except GptMoeError as error:
+            _set_status(error, grpc_context)
+            raise
+
+    async def GetModel(self, request: bytes, grpc_context: Context) -> messages.ModelInfo:
+        try:
+            _read(messages.GetModelRequest, request)
+        except RequestError as error:
+            _set_status(error, grpc_context)
+            return messages.ModelInfo()
+        return messages.ModelInfo(**asdict(self.service.card))
+
+
+def _call(data: bytes) -> Call:
+    message = _read(messages.GenerateRequest, data)
+    given = {name: getattr(message, name) for name in _SAMPLING if message.HasField(name)}
+    sampling = SamplingParams(**given, stop=tuple(message.stop))
+    if message.request_id:
+        return Call(prompt=message.prompt, sampling=sampling, request_id=message.request_id)
+    return Call(prompt=message.prompt, sampling=sampling)
+
+
+def _read(kind: type[M], data: bytes) -> M:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        name = kind.DESCRIPTOR.full_name
+        raise RequestError(f"the request is not a {name} with UTF-8 text: {error}") from None
+
+
+def _header(call: Call, delta: Delta, model: str) -> messages.StreamHeader:
+    return messages.StreamHeader(
+        request_id=call.request_id, prompt_tokens=delta.prompt_tokens, model=model
+    )
+
+
+def _finish(delta: Delta, completion_tokens: int) -> messages.StreamFinish | None:
+    if not delta.finish_reason:
+        return None
+    return messages.StreamFinish(
+        reason=_REASONS[delta.finish_reason], completion_tokens=completion_tokens
+    )
+
+
+def _set_status(error: GptMoeError, context: Context) -> None:
+    context.set_code(next(code for kind, code in _CODES if isinstance(error, kind)))
+    context.set_details(str(error))

@@ -1,0 +1,199 @@
+"""The engine's thread between an engine and asyncio."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+
+from gptmoe.errors import ClusterError, Overloaded
+from gptmoe.generate.request import Request
+from serve.bridge import EngineThread
+
+Make = Callable[..., Request]
+
+
+def run(task: Any) -> Any:
+    async def bounded() -> Any:
+        async with asyncio.timeout(20):
+            return await task
+
+    return asyncio.run(bounded())
+
+
+async def text_of(bridge: EngineThread, request: Request) -> str:
+    return "".join([delta.text async for delta in bridge.stream(request)])
+
+
+def test_a_stream_brings_each_delta_and_ends_with_a_reason(
+    bridge: EngineThread, make_request: Make
+) -> None:
+    async def collect() -> list[Any]:
+        return [delta async for delta in bridge.stream(make_request())]
+
+    deltas = run(collect())
+    assert [delta.text for delta in deltas] == ["一", "二", "三"]
+    assert [delta.finish_reason for delta in deltas] == ["", "", "length"]
+
+
+def test_many_streams_share_the_engine(bridge: EngineThread, make_request: Make) -> None:
+    async def both() -> list[str]:
+        calls = [text_of(bridge, make_request(f"{n}", max_new_tokens=n)) for n in range(1, 9)]
+        return await asyncio.gather(*calls)
+
+    texts = run(both())
+    assert texts == ["一二三四五六七八"[:n] for n in range(1, 9)]
+
+
+def test_streams_of_several_event_loops(bridge: EngineThread, make_request: Make) -> None:
+    for _ in range(3):
+        assert run(text_of(bridge, make_request())) == "一二三"
+
+
+def test_leaving_a_stream_early_aborts_the_request(
+    bridge: EngineThread, engine: Any, make_request: Make, wait_until: Any
+) -> None:
+    async def leave() -> None:
+        async with aclosing(bridge.stream(make_request(max_new_tokens=10**9))) as deltas:
+            async for _ in deltas:
+                break
+
+    run(leave())
+    wait_until(lambda: engine.aborted == ["a"])
+    assert not engine.has_work
+
+
+def test_cancelling_a_task_aborts_the_request(
+    bridge: EngineThread, engine: Any, make_request: Make, wait_until: Any
+) -> None:
+    async def cancel() -> None:
+        task = asyncio.create_task(text_of(bridge, make_request(max_new_tokens=10**9)))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(cancel())
+    wait_until(lambda: engine.aborted == ["a"])
+
+
+def test_a_finished_stream_aborts_nothing(
+    bridge: EngineThread, engine: Any, make_request: Make
+) -> None:
+    run(text_of(bridge, make_request()))
+    bridge.stop()
+    assert engine.aborted == []
+
+
+def test_a_full_engine_refuses_until_there_is_room(
+    bridge: EngineThread, engine: Any, make_request: Make, wait_until: Any
+) -> None:
+    async def fill() -> None:
+        streams = [bridge.stream(make_request(str(n), 10**9)) for n in range(engine.capacity)]
+        for stream in streams:
+            await anext(stream)
+        with pytest.raises(Overloaded) as refusal:
+            await anext(bridge.stream(make_request("late")))
+        assert refusal.value.retry_after_s == 1.5
+        for stream in streams:
+            await stream.aclose()
+
+    run(fill())
+    wait_until(lambda: not engine.has_work)
+    assert "late" not in engine.aborted
+    assert run(text_of(bridge, make_request("after"))) == "一二三"
+
+
+def test_random_leaving_leaves_nothing_behind(
+    bridge: EngineThread, engine: Any, make_request: Make, wait_until: Any
+) -> None:
+    chance = random.Random(7)
+
+    async def one(number: int) -> None:
+        stream = bridge.stream(make_request(str(number), max_new_tokens=chance.randint(1, 20)))
+        async with aclosing(stream) as deltas:
+            patience = chance.randint(0, 15)
+            try:
+                async for _ in deltas:
+                    patience -= 1
+                    if patience < 0:
+                        break
+            except Overloaded:
+                await asyncio.sleep(0.001)
+
+    async def many() -> None:
+        tasks = [asyncio.create_task(one(number)) for number in range(300)]
+        for task in chance.sample(tasks, 100):
+            await asyncio.sleep(0)
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(many())
+    wait_until(lambda: not engine.has_work)
+    bridge.check(stall_s=1)
+    assert run(text_of(bridge, make_request())) == "一二三"
+
+
+def test_a_failing_engine_ends_every_stream_and_the_health(
+    bridge: EngineThread, engine: Any, make_request: Make, wait_until: Any
+) -> None:
+    async def fail() -> list[Any]:
+        engine.gate.clear()
+        tasks = [asyncio.create_task(text_of(bridge, make_request(n))) for n in "abc"]
+        await asyncio.to_thread(engine.in_step.wait, 5)
+        engine.breaks = True
+        engine.gate.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    for error in run(fail()):
+        assert isinstance(error, ClusterError)
+        assert "engine has stopped; send the request again" in str(error)
+    with pytest.raises(ClusterError, match="engine has stopped"):
+        bridge.check(stall_s=1)
+    with pytest.raises(ClusterError, match="engine has stopped"):
+        run(text_of(bridge, make_request("later")))
+
+
+def test_health_knows_a_stuck_step_from_an_idle_engine(
+    bridge: EngineThread, engine: Any, make_request: Make, wait_until: Any
+) -> None:
+    bridge.check(stall_s=1e-9)  # idle, however long
+
+    async def stick() -> None:
+        engine.gate.clear()
+        task = asyncio.create_task(text_of(bridge, make_request()))
+        await asyncio.to_thread(engine.in_step.wait, 5)
+        bridge.check(stall_s=60)
+        with pytest.raises(ClusterError, match="one step for over 1e-09 s; restart the replica"):
+            bridge.check(stall_s=1e-9)
+        engine.gate.set()
+        await task
+
+    run(stick())
+    bridge.check(stall_s=1e-9)
+
+
+def test_stopping_ends_running_streams(
+    bridge: EngineThread, engine: Any, make_request: Make
+) -> None:
+    async def stop() -> None:
+        stream = bridge.stream(make_request(max_new_tokens=10**9))
+        await anext(stream)
+        await asyncio.to_thread(bridge.stop)
+        with pytest.raises(ClusterError, match="engine has stopped"):
+            [delta async for delta in stream]
+
+    run(stop())
+
+
+def test_a_caller_whose_loop_is_gone_does_not_harm_the_engine(
+    bridge: EngineThread, engine: Any, make_request: Make
+) -> None:
+    loop = asyncio.new_event_loop()
+    stream = bridge.stream(make_request("gone", max_new_tokens=50))
+    loop.run_until_complete(anext(stream))
+    loop.close()
+    assert run(text_of(bridge, make_request())) == "一二三"
+    del stream

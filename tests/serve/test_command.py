@@ -1,0 +1,95 @@
+"""`python -m serve` up to the point where Ray would start."""
+
+import json
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gptmoe.errors import ConfigError
+from serve.command import announced, main
+from serve.launch import Endpoints, free_port, last_line
+
+ENDPOINTS = Endpoints(
+    name="gptmoe",
+    grpc="127.0.0.1:9000",
+    http="http://127.0.0.1:8000",
+    dashboard="http://127.0.0.1:8265",
+    address="127.0.0.1:6379",
+    checkpoint="runs/a/checkpoints/step-00000020",
+)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "error: key checkpoint is missing"),
+        (["--checkpoint", "no/such/folder"], "error: no/such/folder is not a folder"),
+        (["--checkpoint", "x", "engine.max_queues=1"], "did you mean engine.max_queue?"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert sentence in output.err
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+
+
+def test_an_empty_folder_is_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--checkpoint", str(tmp_path)]) == 2
+    assert "holds no complete checkpoint" in capsys.readouterr().err
+
+
+def options(**given: Any) -> Any:
+    return SimpleNamespace(**{"json": False, "state_file": None} | given)
+
+
+def test_people_read_where_the_model_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    with announced(ENDPOINTS, options()):
+        assert "gRPC       127.0.0.1:9000\n" in capsys.readouterr().out
+
+
+def test_programs_read_one_line_of_json_or_a_file_that_goes_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "state.json"
+    with announced(ENDPOINTS, options(json=True, state_file=file)):
+        line = capsys.readouterr().out
+        assert json.loads(line)["grpc"] == "127.0.0.1:9000"
+        assert file.read_text() == line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_file_that_cannot_be_written(tmp_path: Path) -> None:
+    file = tmp_path / "missing" / "state.json"
+    with pytest.raises(ConfigError, match=r"--state-file .* cannot be written"):  # noqa: SIM117
+        with announced(ENDPOINTS, options(state_file=file)):
+            pytest.fail("must not get here")
+
+
+def test_a_free_port_is_free() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", free_port("127.0.0.1")))
+
+
+def test_the_reason_of_a_failed_deployment_is_its_last_line() -> None:
+    assert last_line("Error:\nTraceback (most recent call last):\n  x\nValueError: y\n\n") == (
+        "ValueError: y"
+    )
+    assert "no reason" in last_line("")

@@ -1,0 +1,65 @@
+"""The config of `python -m serve`, from file, overrides and options."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from gptmoe.config import load
+from gptmoe.errors import ConfigError
+from serve.command import _parser, read_config
+from serve.config import ServeConfig
+
+FILE = Path(__file__).parents[2] / "configs" / "serve" / "local.toml"
+
+
+def options(*arguments: str) -> argparse.Namespace:
+    return _parser().parse_args(arguments)
+
+
+def test_the_shipped_file_holds_the_defaults(tmp_path: Path) -> None:
+    checkpoint = f"checkpoint={tmp_path}"
+    assert load(ServeConfig, FILE, [checkpoint]) == load(ServeConfig, None, [checkpoint])
+
+
+def test_a_checkpoint_alone_is_enough() -> None:
+    config = read_config(options("--checkpoint", "runs/a"))
+    assert config.checkpoint == Path("runs/a")
+    assert (config.http_port, config.grpc_port, config.replicas.max) == (8000, 9000, 1)
+
+
+def test_options_win_over_overrides_and_overrides_over_the_file() -> None:
+    words = ["http_port=0", "engine.max_queue=8", "checkpoint=runs/b"]
+    config = read_config(options(str(FILE), *words, "--checkpoint", "诗 集", "--address", "auto"))
+    assert config.checkpoint == Path("诗 集")
+    assert config.address == "auto"
+    assert config.http_port == 0
+    assert config.engine.max_queue == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "key checkpoint is missing"),
+        (["a.toml", "b.toml"], "found 2 config files (a.toml, b.toml); name one at most"),
+        (["missing.toml"], "config file missing.toml does not exist"),
+        (["checkpoint=a", "grpcport=1"], "unknown config key grpcport; did you mean grpc_port?"),
+        (["checkpoint=a", "http_port=99999"], "http_port=99999 is not a port"),
+        (["checkpoint=a", "http_port=7", "grpc_port=7"], "are both 7; use two ports"),
+        (["checkpoint=a", "threads=-1"], "threads=-1 must be at least 1"),
+        (["checkpoint=a", "name="], "name is empty"),
+        (["checkpoint=a", 'name="a#b"'], "name='a#b' may not contain #"),
+        (["checkpoint=a", "dtype=fp8"], "dtype='fp8' is not known"),
+        (["checkpoint=a", "replicas.min=0"], "replicas.min=0 must be at least 1"),
+        (["checkpoint=a", "replicas.min=3"], "replicas.max=1 is below replicas.min=3"),
+        (["checkpoint=a", "replicas.initial=2"], "replicas.initial=2 must lie between"),
+        (["checkpoint=a", "replicas.target_ongoing=0"], "replicas.target_ongoing=0 must be"),
+        (["checkpoint=a", "health.stall_s=0"], "health.stall_s=0.0 must be a positive number"),
+        (["checkpoint=a", "health.drain_s=nan"], "health.drain_s=nan must be a positive number"),
+        (["checkpoint=a", "engine.max_batch_size=0"], "engine.max_batch_size=0 must be at least"),
+    ],
+)
+def test_each_mistake_is_named(words: list[str], sentence: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_config(options(*words))
+    assert sentence in str(error.value)

@@ -1,0 +1,215 @@
+"""HTTP without Ray: the FastAPI application in front of a service."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from serve import routes
+from serve.service import Service
+
+
+class Browser:
+    """Sends one request to the application, in an event loop of its own."""
+
+    def __init__(self, service: Service) -> None:
+        self.app = routes.build(service, stall_s=60)
+
+    def __call__(self, method: str, path: str, **request: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await client.request(method, path, **request)
+
+        return asyncio.run(send())
+
+    def post(self, inputs: Any = ("春风",), path: str = "/generate", **more: Any) -> httpx.Response:
+        return self("POST", path, json={"inputs": inputs} | more)
+
+
+@pytest.fixture
+def browser(service: Service) -> Browser:
+    return Browser(service)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    *blocks, rest = response.text.split("\n\n")
+    assert rest == ""
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+def test_text_is_prompt_and_continuation(browser: Browser) -> None:
+    response = browser.post(parameters={"max_length": 3, "top_k": 5})
+    assert response.status_code == 200
+    assert response.json() == {"text": "春风一二三"}
+
+
+def test_parameters_may_be_absent(browser: Browser) -> None:
+    assert len(browser.post().json()["text"]) == len("春风") + 128
+
+
+def test_events_bring_each_delta_and_a_reason(browser: Browser) -> None:
+    whole = browser.post(parameters={"max_length": 3}, path="/generate/stream")
+    asked = browser.post(parameters={"max_length": 3}, stream=True)
+    assert events(whole) == events(asked)
+    assert events(whole) == [
+        {"text": "一", "token_ids": [ord("一")]},
+        {"text": "二", "token_ids": [ord("二")]},
+        {
+            "text": "三",
+            "token_ids": [ord("三")],
+            "finish_reason": "length",
+            "prompt_tokens": 2,
+            "completion_tokens": 3,
+        },
+    ]
+
+
+def test_stop_strings(browser: Browser) -> None:
+    assert browser.post(parameters={"stop": ["三"]}).json() == {"text": "春风一二"}
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "sentence"),
+    [
+        ({}, "inputs", "inputs is missing"),
+        ({"inputs": []}, "inputs", "inputs must hold exactly one text, found 0"),
+        ({"inputs": ["a", "b"]}, "inputs", "inputs must hold exactly one text, found 2"),
+        ({"inputs": "春"}, "inputs", "inputs is wrong: Input should be a valid list, found '春'"),
+        ({"inputs": [1]}, "inputs.0", "Input should be a valid string, found 1"),
+        ({"inputs": [None]}, "inputs.0", "Input should be a valid string, found None"),
+        ({"inputs": [""]}, "inputs", "inputs must be at least one character"),
+        ({"inputs": ["春" * 64]}, "inputs", "inputs must be at most 63 tokens"),
+        ({"inputs": ["春"], "input": 1}, "input", "input is not a known field"),
+        ([], "the body", "Input should be a valid dictionary"),
+        (None, "the body", "the body is missing"),
+        ("春", "the body", "Input should be a valid dictionary"),
+    ],
+)
+def test_a_bad_body_is_400_with_a_sentence(
+    browser: Browser, body: Any, field: str, sentence: str
+) -> None:
+    for path in ("/generate", "/generate/stream"):
+        response = browser("POST", path, json=body)
+        error = response.json()["error"]
+        assert response.status_code == 400
+        assert error["field"] == field
+        assert sentence in error["message"]
+        assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("max_length", -5, "parameters.max_length must be at least 1; found -5"),
+        ("max_length", 0, "parameters.max_length must be at least 1; found 0"),
+        ("max_length", 1.5, "found 1.5"),
+        ("max_length", "3", "Input should be a valid integer, found '3'"),
+        ("max_length", True, "Input should be a valid integer, found True"),
+        ("max_length", None, "Input should be a valid integer, found None"),
+        ("top_k", -1, "parameters.top_k must be at least 0"),
+        ("top_p", 0, "parameters.top_p must be above 0"),
+        ("top_p", 1.5, "parameters.top_p must be above 0 and at most 1; found 1.5"),
+        ("temperature", -0.1, "parameters.temperature must be between 0 (greedy) and 100"),
+        ("temperature", "hot", "Input should be a valid number, found 'hot'"),
+        ("repetition_penalty", 0, "parameters.repetition_penalty must be above 0"),
+        ("seed", 2**70, "parameters.seed must be a 64-bit whole number"),
+        ("stop", ["a"] * 10_000, "parameters.stop must be at most 16; found 10000 strings"),
+        ("stop", [""], "parameters.stop must be strings of at least one character"),
+        ("stop", "。", "Input should be a valid list"),
+        ("temprature", 1, "parameters.temprature is not a known field"),
+    ],
+)
+def test_a_bad_parameter_is_400_and_named(
+    browser: Browser, name: str, value: Any, sentence: str
+) -> None:
+    response = browser.post(parameters={name: value})
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["field"] == f"parameters.{name}"
+    assert sentence in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"{", "the body is not valid JSON"),
+        (b"", "the body is missing"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b'{"inputs": ["\xff"]}', "the body is not UTF-8 text"),
+        (b'{"inputs": ["\\ud800"]}', "inputs"),
+        (b'{"inputs": ["a"], "parameters": {"temperature": NaN}}', "finite number, found nan"),
+        (b'{"inputs": ["a"], "parameters": {"temperature": Infinity}}', "finite number, found inf"),
+        (b'{"inputs": ' + b"[" * 100_000, "error parsing the body"),
+    ],
+)
+def test_unreadable_bodies_are_400(browser: Browser, content: bytes, sentence: str) -> None:
+    headers = {"content-type": "application/json"}
+    response = browser("POST", "/generate", content=content, headers=headers)
+    assert response.status_code == 400
+    assert sentence in response.json()["error"]["message"]
+
+
+def test_a_wrong_content_type_is_400(browser: Browser) -> None:
+    content = b'{"inputs": ["a"]}'
+    response = browser("POST", "/generate", content=content, headers={"content-type": "text/plain"})
+    assert response.status_code == 400
+    assert "the body" in response.json()["error"]["message"]
+
+
+def test_unknown_paths_and_methods(browser: Browser) -> None:
+    assert browser("GET", "/nothing").json() == {"error": {"message": "Not Found", "field": ""}}
+    assert browser("GET", "/nothing").status_code == 404
+    assert browser("GET", "/generate").status_code == 405
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate/stream"])
+def test_a_full_queue_is_429_with_a_time(browser: Browser, engine: Any, path: str) -> None:
+    engine.capacity = 0
+    response = browser.post(path=path)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "2"
+    assert "queue is full" in response.json()["error"]["message"]
+
+
+def test_health_and_a_stopped_engine(browser: Browser, service: Service) -> None:
+    assert browser("GET", "/healthz").json() == {"status": "ok"}
+    service.stop()
+    for response in (browser("GET", "/healthz"), browser.post()):
+        assert response.status_code == 503
+        assert "engine has stopped" in response.json()["error"]["message"]
+
+
+def test_an_engine_that_fails_in_mid_stream_ends_it_with_an_error_event(
+    browser: Browser, engine: Any, service: Service
+) -> None:
+    async def call() -> list[dict[str, Any]]:
+        body = routes.GenerateBody.model_validate(
+            {"inputs": ["春"], "parameters": {"max_length": 10**9}}
+        )
+        deltas = service.stream(body.call())
+        first = await anext(deltas)
+        engine.breaks = True
+        lines = [line async for line in routes._events(first, deltas)]
+        return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+    *_, last = asyncio.run(call())
+    assert "engine has stopped" in last["error"]["message"]
+
+
+def test_the_model_describes_itself(browser: Browser) -> None:
+    card = browser("GET", "/model").json()
+    assert card["name"] == "poems"
+    assert card["num_experts"] == [4]
+
+
+def test_the_schema_names_every_parameter(browser: Browser) -> None:
+    schema = browser("GET", "/openapi.json").json()
+    parameters = schema["components"]["schemas"]["Parameters"]["properties"]
+    assert parameters["max_length"]["default"] == 128
+    assert set(parameters) == {
+        "max_length", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop",
+    }  # fmt: skip
