@@ -45,14 +45,14 @@ _ALL = (
     Metric("step_s", "s", "wall time of the step"),
     Metric("data_wait_s", "s", "part of step_s spent waiting for data"),
     Metric("tokens_per_s", "tokens/s", "training tokens of the step over step_s, all workers"),
-    Metric("memory_peak_bytes", "bytes", "largest memory of any worker since it started"),
+    Metric("memory_peak_bytes", "bytes", "largest resident memory of the recording worker so far"),
     Metric("val_loss", "", "mean cross-entropy per token of the validation data, in nats"),
     Metric("val_perplexity", "", "exp(val_loss), padding not counted"),
     Metric("bits_per_char", "bits", "validation cross-entropy per character of text"),
-    Metric("expert_load", "tokens", "tokens each expert was chosen by, summed over MoE layers"),
-    Metric("load_max_over_mean", "", "load of the busiest expert over the mean; 1 is balanced"),
+    Metric("expert_load", "tokens", "tokens that chose each expert, summed over equal MoE layers"),
+    Metric("load_max_over_mean", "", "busiest expert over the mean, worst MoE layer; 1 is balanced"),
     Metric("dropped_ratio", "", "share of routed tokens that found their expert full"),
-    Metric("dead_experts", "experts", "experts that no token of the step chose"),
+    Metric("dead_experts", "experts", "experts that no token of the step chose, over all MoE layers"),
     Metric("router_entropy", "nats", "mean entropy of the router's distribution over experts"),
 )
 CATALOGUE: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _ALL})
@@ -62,6 +62,8 @@ class Recorder(Protocol):
     """Takes the numbers of a step; it observes and never steers."""
 
     def record(self, step: int, **values: Value) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class JsonlRecorder:
