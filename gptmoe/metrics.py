@@ -50,9 +50,9 @@ _ALL = (
     Metric("val_perplexity", "", "exp(val_loss), padding not counted"),
     Metric("bits_per_char", "bits", "validation cross-entropy per character of text"),
     Metric("expert_load", "tokens", "tokens that chose each expert, summed over equal MoE layers"),
-    Metric("load_max_over_mean", "", "busiest expert over the mean, worst MoE layer; 1 is balanced"),
+    Metric("load_max_over_mean", "", "busiest expert over mean, worst MoE layer; 1 is even"),
     Metric("dropped_ratio", "", "share of routed tokens that found their expert full"),
-    Metric("dead_experts", "experts", "experts that no token of the step chose, over all MoE layers"),
+    Metric("dead_experts", "experts", "experts that no token of the step chose, all layers"),
     Metric("router_entropy", "nats", "mean entropy of the router's distribution over experts"),
 )
 CATALOGUE: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _ALL})
