@@ -1,2 +1,129 @@
-"""placeholder"""
-from gptmoe.parallel.updater import PlainUpdater as ZeroUpdater
+"""ZeRO 1 by DeepSpeed: each rank keeps and updates its own part of the optimizer's state.
+
+The seam is DeepSpeed's ZeRO optimizer, without the engine around it. The engine wants LOCAL_RANK in
+the environment, keeps expert groups in process-wide tables, believes in experts only if it finds an
+instance of its own MoE class, and reduces in hooks on the backward pass. The optimizer takes groups
+as arguments and is told when the gradients are there: the loop may call plain `loss.backward()` as
+often as it likes.
+
+Gradients are summed, by the rule in gptmoe/parallel/updater.py: `gradient_average=False` takes
+every division out; with it on, expert gradients too would be divided by the number of all ranks.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import deepspeed.comm
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils.timer import NoopTimer
+
+from gptmoe.checkpoint.boxes import Piece
+from gptmoe.model.transformer import GPT
+from gptmoe.parallel.mesh import Mesh
+from gptmoe.parallel.optimizer import OptimizerSpec
+from gptmoe.parallel.ownership import Owned, owned_parameters
+from gptmoe.parallel.updater import BUCKET_BYTES, Read, clip, make_optimizer, parameter_groups
+
+from .zero_state import fragments, load_moments, moment_pieces
+
+
+class ZeroUpdater:
+    """An Updater whose state is split over the ranks that hold the same parameters.
+
+    The weights must be in the model already: the partitions start as copies of them.
+    """
+
+    def __init__(self, model: GPT, mesh: Mesh, spec: OptimizerSpec) -> None:
+        self.spec = spec
+        self.owned = owned_parameters(model, mesh.layout, mesh.rank)
+        self.zero = _zero_optimizer(self.owned, mesh, spec)
+        self.fragments = fragments(self.zero, self.owned)
+
+    def step(self, learning_rate: float) -> float:
+        """Reduce, clip, update; see Updater.step."""
+        for o in self.owned:
+            if o.parameter.grad is None:  # skipped on one rank, it would leave the others waiting
+                o.parameter.grad = torch.zeros_like(o.parameter)
+        # Pipelines run backward outside DeepSpeed as we do: this flag makes the buckets only now.
+        self.zero.reduce_gradients(pipeline_parallel=True)
+        norm = float(self.zero.scaled_global_norm())
+        # Our clipping, not its own, which divides by norm + 1e-6.
+        gradients = [part for parts in self.zero.averaged_gradients.values() for part in parts]
+        clip(gradients, norm, self.spec.max_grad_norm)
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.zero.step()
+        return norm
+
+    def state_pieces(self) -> list[Piece]:
+        """Moments of the fragments that this rank updates."""
+        state = self.zero.optimizer.state
+        return [
+            piece
+            for fragment in self.fragments
+            for piece in moment_pieces(fragment, state.get(fragment.partition, {}))
+        ]
+
+    def load_state(self, read: Read) -> None:
+        """Fill moments and step counts."""
+        if self.spec.kind == "adamw":
+            load_moments(self.zero, self.fragments, read)
+
+
+def _zero_optimizer(owned: Sequence[Owned], mesh: Mesh, spec: OptimizerSpec) -> Any:
+    _connect(mesh)
+    # For it None is the group of everybody; in a mesh it is the group of nobody else.
+    alone = dist.new_group([mesh.rank], use_local_synchronization=True)
+    group_name = "experts" if mesh.expert_group else ""
+    for o in owned:
+        parameter: Any = o.parameter
+        parameter.allreduce = not (o.is_expert and group_name)  # its mark of a split expert: False
+        parameter.group_name = group_name
+    zero = DeepSpeedZeroOptimizer(
+        make_optimizer(list(_groups(owned, spec, group_name)), spec),
+        {o.parameter: o.name for o in owned},
+        timers=NoopTimer(),
+        optimizer_params={},
+        contiguous_gradients=True,  # without, it sums the gradients of different experts
+        reduce_bucket_size=BUCKET_BYTES // 4,
+        dp_process_group=mesh.world_group or alone,
+        expert_parallel_group={group_name: mesh.expert_group or alone},
+        expert_data_parallel_group={group_name: mesh.replica_group or alone},
+        has_moe_layers=bool(group_name),
+        communication_data_type=torch.float32,
+        gradient_average=False,
+        partition_grads=False,
+        check_grad_overflow=False,
+        compute_grad_norm=False,  # ZeroUpdater.step asks for it
+    )
+    for hook in zero._grad_acc_hooks:  # they serve the engine, at a cost in every backward pass
+        hook.remove()
+    return zero
+
+
+def _groups(
+    owned: Sequence[Owned], spec: OptimizerSpec, group_name: str
+) -> Iterable[dict[str, object]]:
+    """Parameter groups. Split experts have their own: they are partitioned over fewer ranks."""
+    for is_expert in (False, True):
+        mark = {"moe": True, "name": group_name} if is_expert and group_name else {}
+        for group in parameter_groups([o for o in owned if o.is_expert == is_expert], spec):
+            if group["params"]:  # it cannot flatten an empty group
+                yield group | mark
+
+
+def _connect(mesh: Mesh) -> None:
+    """Let DeepSpeed talk through the process groups that are there."""
+    if not dist.is_initialized():
+        assert mesh.layout.world == 1
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    # With a compiler at hand it would build a shared-memory collective that only inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Left on, discovery asks for the variables of torchrun or for MPI, though all is initialised.
+    deepspeed.comm.init_distributed(auto_mpi_discovery=False, verbose=False)
+    # Each rank would print this once: it gathers weights by a name that torch 2.13 calls old.
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor.* is deprecated", FutureWarning)
