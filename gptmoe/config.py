@@ -43,7 +43,9 @@ def parse_override(line: str) -> dict[str, Any]:
     """Parse `key.sub=value` as TOML; a value that is not TOML is taken as a string."""
     key, equals, value = line.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"override {line!r} is not of the form key=value, for example parallel.ep=2")
+        raise ConfigError(
+            f"override {line!r} is not of the form key=value, for example parallel.ep=2"
+        )
     try:
         return tomllib.loads(line)
     except tomllib.TOMLDecodeError:
@@ -64,9 +66,13 @@ def build(cls: type[C], raw: Mapping[str, Any], where: str = "") -> C:
             raise ConfigError(_unknown_key(where + key, list(fields), where))
         values[key] = _convert(hints[key], value, where + key)
     for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
         if required and name not in values:
-            raise ConfigError(f"key {where}{name} is missing; add it to the file or as {where}{name}=VALUE")
+            raise ConfigError(
+                f"key {where}{name} is missing; add it to the file or as {where}{name}=VALUE"
+            )
     return cls(**values)
 
 
@@ -75,7 +81,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+            return {
+                f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init
+            }
         if isinstance(value, Mapping):
             return {str(key): plain(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -95,7 +103,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist; configs/train/ holds examples") from None
+        raise ConfigError(
+            f"config file {path} does not exist; configs/train/ holds examples"
+        ) from None
     except IsADirectoryError:
         raise ConfigError(f"config file {path} is a folder; name a .toml file") from None
     except UnicodeDecodeError:
@@ -109,7 +119,12 @@ def _anchor_paths(cls: Any, raw: dict[str, Any], folder: Path) -> dict[str, Any]
     result = dict(raw)
     for field in dataclasses.fields(cls):
         value = raw.get(field.name)
-        if field.metadata.get("input_path") and isinstance(value, str) and value and "://" not in value:
+        if (
+            field.metadata.get("input_path")
+            and isinstance(value, str)
+            and value
+            and "://" not in value
+        ):
             result[field.name] = str(folder / value)
         elif dataclasses.is_dataclass(hints[field.name]) and isinstance(value, dict):
             result[field.name] = _anchor_paths(hints[field.name], value, folder)
@@ -142,11 +157,15 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if origin is typing.Literal:
         if value in arguments:
             return value
-        raise ConfigError(f"{key}={value!r} is not known; use one of {', '.join(map(repr, arguments))}")
+        raise ConfigError(
+            f"{key}={value!r} is not known; use one of {', '.join(map(repr, arguments))}"
+        )
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, Mapping):
-        return {str(name): _convert(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
+        return {
+            str(name): _convert(arguments[1], item, f"{key}.{name}") for name, item in value.items()
+        }
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Path and isinstance(value, str | Path):
@@ -171,7 +190,13 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, key: str) -> Any:
 
 
 def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", Path: "a path"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        Path: "a path",
+    }
     if typing.get_origin(hint) is tuple:
         return f"a list ({_type_name(typing.get_args(hint)[0])} each)"
     return names.get(hint, str(hint))

@@ -82,4 +82,6 @@ def _evaluate_batch(model: GPT, batch: TensorBatch, characters_V: Tensor) -> Ten
     logits_BTV = model.logits(model(batch.token_BT, valid_BT=batch.valid_BT).hidden_BTD)
     loss = weighted_loss(logits_BTV, batch.label_BT, batch.weight_BT)
     labels = batch.label_BT[batch.weight_BT]
-    return torch.stack([loss.double(), batch.weight_BT.sum().double(), characters_V[labels].sum().double()]).cpu()
+    return torch.stack(
+        [loss.double(), batch.weight_BT.sum().double(), characters_V[labels].sum().double()]
+    ).cpu()

@@ -23,7 +23,9 @@ KEPT_WIDE = ("norm", "router")
 """Parts of parameter names that keep float32 in a narrower model: they compute in it."""
 
 
-def load(path: str | Path, dtype: str = "float32", device: str = "cpu", *, verify: bool = True) -> "LoadedModel":
+def load(
+    path: str | Path, dtype: str = "float32", device: str = "cpu", *, verify: bool = True
+) -> "LoadedModel":
     """Open a checkpoint (or the newest of a run folder) for generation and evaluation.
 
     `dtype` is float32, bfloat16 or float64. Raises CheckpointError naming a missing or corrupt part.
@@ -52,10 +54,14 @@ def spec_of(checkpoint: Checkpoint) -> ModelSpec:
     try:
         return configs.build(ModelSpec, checkpoint.config["model"], "model.")
     except (KeyError, ConfigError) as error:
-        raise CheckpointError(f"{checkpoint.path}: config.json describes no model of ours: {error}") from None
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json describes no model of ours: {error}"
+        ) from None
 
 
-def read_network(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> GPT:
+def read_network(
+    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> GPT:
     """The whole model in this process, each weight read straight from the file."""
     with torch.device("meta"):
         network = GPT(spec, compute_dtype=dtype)
@@ -68,14 +74,18 @@ def read_network(checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, de
         wide = any(part in name for part in KEPT_WIDE) and dtype == torch.bfloat16
         tensor = checkpoint.read(name).to(device=device, dtype=torch.float32 if wide else dtype)
         owner, _, attribute = name.rpartition(".")
-        setattr(network.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False))
+        setattr(
+            network.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False)
+        )
     return network.eval()
 
 
 class LoadedModel:
     """A model ready to answer. `spec`, `tokenizer`, `network` and the stored `config` are public."""
 
-    def __init__(self, network: GPT, tokenizer: Tokenizer, config: dict[str, Any], path: Path) -> None:
+    def __init__(
+        self, network: GPT, tokenizer: Tokenizer, config: dict[str, Any], path: Path
+    ) -> None:
         self.network = network
         self.spec = network.spec
         self.tokenizer = tokenizer
@@ -89,7 +99,8 @@ class LoadedModel:
         length = len(tokens_BT[0])
         if not 0 < length <= self.spec.max_seq_len:
             raise RequestError(
-                f"token_ids must have 1 to {self.spec.max_seq_len} tokens a row; found {length}", "token_ids"
+                f"token_ids must have 1 to {self.spec.max_seq_len} tokens a row; found {length}",
+                "token_ids",
             )
         executor = LocalExecutor(self.network, len(tokens_BT), length)
         spans = [Span(str(row), row, 0, length, samples=True) for row in range(len(tokens_BT))]
@@ -100,7 +111,9 @@ class LoadedModel:
         """A fresh engine with its own KV cache."""
         config = config or EngineConfig()
         limit = self.spec.max_seq_len
-        return Engine(LocalExecutor(self.network, config.max_batch_size, limit), self.tokenizer, limit, config)
+        return Engine(
+            LocalExecutor(self.network, config.max_batch_size, limit), self.tokenizer, limit, config
+        )
 
     @overload
     def generate(self, text: str, **sampling: Any) -> str: ...
@@ -112,7 +125,9 @@ class LoadedModel:
         Keywords are SamplingParams': max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop.
         """
         prompts = [text] if isinstance(text, str) else list(text)
-        engine = self.engine(EngineConfig(max_batch_size=min(16, max(1, len(prompts))), max_queue=len(prompts)))
+        engine = self.engine(
+            EngineConfig(max_batch_size=min(16, max(1, len(prompts))), max_queue=len(prompts))
+        )
         for index, prompt in enumerate(prompts):
             engine.add(self._request(str(index), prompt, sampling))
         pieces: dict[str, list[str]] = {str(index): [] for index in range(len(prompts))}
@@ -135,8 +150,12 @@ class LoadedModel:
         known = SamplingParams.__dataclass_fields__
         for name in sampling:
             if name not in known:
-                raise RequestError(f"unknown sampling parameter {name}; known: {', '.join(known)}", name)
+                raise RequestError(
+                    f"unknown sampling parameter {name}; known: {', '.join(known)}", name
+                )
         if isinstance(sampling.get("stop"), str):
             sampling = {**sampling, "stop": (sampling["stop"],)}
         params = SamplingParams(**{**sampling, "stop": tuple(sampling.get("stop", ()))})
-        return make_request(self.tokenizer.encode, self.spec.max_seq_len, request_id, prompt, params)
+        return make_request(
+            self.tokenizer.encode, self.spec.max_seq_len, request_id, prompt, params
+        )

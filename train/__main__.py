@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run and return the exit code: 0, 2 for an error with a message, 130 when interrupted."""
     options = _parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s | %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s | %(message)s"
+    )
     signal.signal(signal.SIGTERM, _interrupt)
     config = None
     state = State(state="preparing", pid=os.getpid())
@@ -64,9 +66,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train", description=__doc__)
     parser.add_argument("kind", choices=["pretrain", "finetune"])
-    parser.add_argument("config", type=Path, help="a TOML file, for example configs/train/tiny.toml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example parallel.ep=2 run.dir=runs/a")
-    parser.add_argument("--address", default=None, help="an existing Ray cluster; default: a local one")
+    parser.add_argument(
+        "config", type=Path, help="a TOML file, for example configs/train/tiny.toml"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example parallel.ep=2 run.dir=runs/a"
+    )
+    parser.add_argument(
+        "--address", default=None, help="an existing Ray cluster; default: a local one"
+    )
     return parser.parse_args(arguments)
 
 

@@ -56,7 +56,9 @@ class ModelConfig:
         values |= {name: given[name] for name in _SPEC_FIELDS if name in given}
         for name in ("num_layers", "d_model", "num_heads"):
             if name not in values:
-                raise ConfigError(f"model.{name} is missing; give it, or a whole model as model.preset=0.125B")
+                raise ConfigError(
+                    f"model.{name} is missing; give it, or a whole model as model.preset=0.125B"
+                )
         if "d_ff" not in given and (base is None or "d_model" in given):
             values["d_ff"] = 4 * values["d_model"]
         values.setdefault("vocab_size", tokenizer_vocab)

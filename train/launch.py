@@ -7,6 +7,7 @@ from typing import Any
 
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from cluster import env
 from cluster.coordinator_actor import coordinating
@@ -33,7 +34,6 @@ def launch(plan: RunPlan, state: State, address: str | None) -> None:
                 max_steps=plan.max_steps,
                 cluster_address=cluster.address,
                 dashboard_url=cluster.dashboard_url,
-                job_id=env.job_id(),
             ),
         )
         run_name = plan.run_dir.name
@@ -45,11 +45,23 @@ def launch(plan: RunPlan, state: State, address: str | None) -> None:
                 raise first_cause(error) from error
 
 
+class SteadyTrainer(TorchTrainer):
+    """TorchTrainer without its watchdog that removes the workers when it takes the controller for dead.
+
+    The watchdog asks the dashboard, and on a busy machine an unanswered question counts as a death (seen on two
+    loaded cores, Ray 2.60). The workers' placement group belongs to the controller and goes with it anyway.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+
+
 def make_trainer(plan: RunPlan, cluster: Session, run_name: str) -> TorchTrainer:
     """One worker a rank; our own store under run.dir keeps the checkpoints, Ray's folder only its bookkeeping."""
     use_gpu = cluster.gpus_per_worker > 0
     settings: dict[str, Any] = {"plan": plan, "run_name": run_name, "threads": cluster.threads}
-    return TorchTrainer(
+    return SteadyTrainer(
         work,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -61,7 +73,9 @@ def make_trainer(plan: RunPlan, cluster: Session, run_name: str) -> TorchTrainer
         run_config=ray.train.RunConfig(
             name=f"{plan.kind}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(plan.run_dir / "ray"),
-            worker_runtime_env={"env_vars": env.worker_environment(cluster.threads, use_gpu=use_gpu)},
+            worker_runtime_env={
+                "env_vars": env.worker_environment(cluster.threads, use_gpu=use_gpu)
+            },
         ),
     )
 
@@ -77,4 +91,6 @@ def first_cause(error: BaseException) -> GptMoeError:
             cause = cause.__cause__ or getattr(cause, "cause", None)
         log.error("worker failed rank=%s", rank, exc_info=failure)
     where = f"worker {failures[0][0]}: {failures[0][1]}" if failures else str(error)
-    return ClusterError(f"training stopped, {where}; start the same command again to go on from the last checkpoint")
+    return ClusterError(
+        f"training stopped, {where}; start the same command again to go on from the last checkpoint"
+    )

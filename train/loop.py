@@ -1,6 +1,4 @@
-"""The training loop. It knows neither Ray nor ranks: the mesh's sum, the samples and the recorders come in.
-
-"""
+"""The training loop. It knows neither Ray nor ranks: the mesh's sum, the samples and the recorders come in."""
 
 import hashlib
 import time
@@ -66,8 +64,12 @@ class Trainer:
             **self._account(totals, label_count),
             "grad_norm": grad_norm,
             "learning_rate": rate,
-            **report.speed(self.settings.batch_sequences * self.settings.seq_len, began_s, data_wait_s),
-            **report.position(step, self.settings.batch_sequences, self.settings.seq_len, self.samples.num_samples),
+            **report.speed(
+                self.settings.batch_sequences * self.settings.seq_len, began_s, data_wait_s
+            ),
+            **report.position(
+                step, self.settings.batch_sequences, self.settings.seq_len, self.samples.num_samples
+            ),
         }
 
     def _load(self, step: int) -> tuple[list[TensorBatch], float]:
@@ -85,19 +87,25 @@ class Trainer:
         """Add this microbatch's share of the global loss's gradient."""
         spec = self.model.spec.router
         output = self.model(batch.token_BT, valid_BT=batch.valid_BT)
-        loss_sum = weighted_loss(self.model.logits(output.hidden_BTD), batch.label_BT, batch.weight_BT)
+        loss_sum = weighted_loss(
+            self.model.logits(output.hidden_BTD), batch.label_BT, batch.weight_BT
+        )
         groups = self.settings.batch_sequences / spec.group_sequences
         aux = _total(r.losses["aux_loss"] for r in output.routings) * (spec.aux_loss_coef / groups)
         z = _total(r.losses["z_loss"] for r in output.routings) * (spec.z_loss_coef / groups)
         loss = loss_sum / label_count + aux + z
         loss.backward()
-        losses = torch.stack([torch.as_tensor(x).detach().double().cpu() for x in (loss_sum, aux, z)])
+        losses = torch.stack(
+            [torch.as_tensor(x).detach().double().cpu() for x in (loss_sum, aux, z)]
+        )
         return Totals(losses, tuple(routing.statistics for routing in output.routings))
 
     def _account(self, totals: "Totals", label_count: Tensor) -> dict[str, report.Value]:
         lm_sum, aux, z = self.sum_over_ranks(totals.losses).tolist()
         lm_loss = lm_sum / float(label_count)
-        layers = [report.reduce(statistics, self.sum_over_ranks) for statistics in totals.statistics]
+        layers = [
+            report.reduce(statistics, self.sum_over_ranks) for statistics in totals.statistics
+        ]
         values: dict[str, report.Value] = {"loss": lm_loss + aux + z, "lm_loss": lm_loss}
         if layers:
             values |= {"aux_loss": aux, "z_loss": z, **report.expert_load(layers)}
@@ -118,7 +126,9 @@ class Totals:
 
     def __add__(self, other: "Totals") -> "Totals":
         pairs = zip(self.statistics, other.statistics, strict=True) if self.statistics else ()
-        return Totals(self.losses + other.losses, tuple(a + b for a, b in pairs) or other.statistics)
+        return Totals(
+            self.losses + other.losses, tuple(a + b for a, b in pairs) or other.statistics
+        )
 
 
 def seed_dropout(seed: int, step: int, first_sequence: int) -> None:

@@ -42,10 +42,17 @@ class RunPlan:
     def stored_config(self) -> dict[str, Any]:
         """What a checkpoint's config.json holds."""
         plain = configs.to_dict(self.config)
-        return {"kind": self.kind, "model": configs.to_dict(self.spec), "train": plain, "digest": configs.digest(plain)}
+        return {
+            "kind": self.kind,
+            "model": configs.to_dict(self.spec),
+            "train": plain,
+            "digest": configs.digest(plain),
+        }
 
 
-def make_plan(kind: Kind, config: TrainConfig, progress: Callable[[data.Progress], None] | None = None) -> RunPlan:
+def make_plan(
+    kind: Kind, config: TrainConfig, progress: Callable[[data.Progress], None] | None = None
+) -> RunPlan:
     """Check everything that can be checked without a cluster, and prepare the data."""
     source = open_checkpoint(config.model.checkpoint) if config.model.checkpoint else None
     tokenizer_path = _tokenizer_path(config, source)
@@ -55,7 +62,9 @@ def make_plan(kind: Kind, config: TrainConfig, progress: Callable[[data.Progress
     run_dir = config.run.dir.absolute()
     resume_from = newest_valid(run_dir / "checkpoints")
     folder = _data_folder(kind, config, run_dir, tokenizer, progress)
-    samples = data.open_samples(folder, "train", config.data.seq_len, config.run.seed, expect_tokenizer=tokenizer.digest)
+    samples = data.open_samples(
+        folder, "train", config.data.seq_len, config.run.seed, expect_tokenizer=tokenizer.digest
+    )
     max_steps = steps_of(config, samples.num_samples)
     config = config.resolved(max_steps)
     if resume_from is not None:
@@ -117,7 +126,9 @@ def _data_folder(
     if data.is_prepared(path):
         found = data.Manifest.load(path).recipe.kind
         if found != kind:
-            raise ConfigError(f"data.path={path} was prepared for {found}, this run wants {kind}; prepare it again")
+            raise ConfigError(
+                f"data.path={path} was prepared for {found}, this run wants {kind}; prepare it again"
+            )
         return path
     folder = run_dir / "data"
     data.prepare(
@@ -141,10 +152,14 @@ def _keep_schedule(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     same_as_steps = config.schedule.horizon_steps == config.train.max_steps
     if stored is None or not same_as_steps:
         return config
-    return dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, horizon_steps=stored))
+    return dataclasses.replace(
+        config, schedule=dataclasses.replace(config.schedule, horizon_steps=stored)
+    )
 
 
-def _check_same(checkpoint: Checkpoint, spec: ModelSpec, config: TrainConfig, tokenizer: Tokenizer) -> None:
+def _check_same(
+    checkpoint: Checkpoint, spec: ModelSpec, config: TrainConfig, tokenizer: Tokenizer
+) -> None:
     """Refuse to go on with another model, tokenizer or order of samples than the run began with."""
     stored = checkpoint.config
     now = configs.to_dict(config)
@@ -153,7 +168,10 @@ def _check_same(checkpoint: Checkpoint, spec: ModelSpec, config: TrainConfig, to
         "tokenizer": (load_tokenizer(checkpoint.path).digest, tokenizer.digest),
         "run.seed": (stored["train"]["run"]["seed"], now["run"]["seed"]),
         "data.seq_len": (stored["train"]["data"]["seq_len"], now["data"]["seq_len"]),
-        "train.batch_tokens": (stored["train"]["train"]["batch_tokens"], now["train"]["batch_tokens"]),
+        "train.batch_tokens": (
+            stored["train"]["train"]["batch_tokens"],
+            now["train"]["batch_tokens"],
+        ),
     }
     for name, (before, after) in pairs.items():
         if before != after:

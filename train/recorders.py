@@ -12,14 +12,20 @@ def make_recorders(run_dir: Path, run_name: str, done: int) -> list[Recorder]:
     """The recorders of rank 0; what was recorded after step `done` is cut off."""
     path = run_dir / "metrics.jsonl"
     cut_after(path, done)
-    return [JsonlRecorder(path), TensorBoardRecorder(run_dir / "tensorboard", done), RayRecorder(run_name)]
+    return [
+        JsonlRecorder(path),
+        TensorBoardRecorder(run_dir / "tensorboard", done),
+        RayRecorder(run_name),
+    ]
 
 
 class TensorBoardRecorder:
     """Curves, one tag a metric; lists as one tag an entry."""
 
     def __init__(self, folder: Path, done: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None, flush_secs=10)
+        self._writer = SummaryWriter(
+            str(folder), purge_step=done + 1 if done else None, flush_secs=10
+        )
 
     def record(self, step: int, **values: Value) -> None:
         """Add one point to each curve."""
@@ -27,7 +33,9 @@ class TensorBoardRecorder:
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
             else:
-                self._writer.add_scalars(name, {str(index): item for index, item in enumerate(value)}, step)
+                self._writer.add_scalars(
+                    name, {str(index): item for index, item in enumerate(value)}, step
+                )
 
     def close(self) -> None:
         """Write what is left."""

@@ -15,7 +15,9 @@ Value = float | Sequence[float]
 def reduce(statistics: Statistics, sum_over_ranks: Callable[[Tensor], Tensor]) -> Statistics:
     """One layer's statistics over all ranks."""
     scalars = [statistics.dropped, statistics.tokens, statistics.entropy]
-    flat = torch.cat([statistics.load_E.double().cpu(), torch.stack([x.double().cpu() for x in scalars])])
+    flat = torch.cat(
+        [statistics.load_E.double().cpu(), torch.stack([x.double().cpu() for x in scalars])]
+    )
     total = sum_over_ranks(flat)
     return Statistics(total[:-3], total[-3], total[-2], total[-1])
 
@@ -32,7 +34,9 @@ def expert_load(layers: Sequence[Statistics]) -> dict[str, Value]:
         "router_entropy": float(sum(s.entropy for s in layers)) / max(tokens, 1.0),
     }
     if same_size:
-        values["expert_load"] = [int(n) for n in torch.stack([s.load_E for s in layers]).sum(0).tolist()]
+        values["expert_load"] = [
+            int(n) for n in torch.stack([s.load_E for s in layers]).sum(0).tolist()
+        ]
     return values
 
 

@@ -27,8 +27,13 @@ class ScheduleSpec:
 
     def __post_init__(self) -> None:
         for name in ("warmup", "horizon"):
-            if getattr(self, f"{name}_steps") is not None and getattr(self, f"{name}_tokens") is not None:
-                raise ConfigError(f"give only one of schedule.{name}_steps and schedule.{name}_tokens")
+            if (
+                getattr(self, f"{name}_steps") is not None
+                and getattr(self, f"{name}_tokens") is not None
+            ):
+                raise ConfigError(
+                    f"give only one of schedule.{name}_steps and schedule.{name}_tokens"
+                )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name != "kind" and value is not None and not value >= 0:
@@ -49,8 +54,12 @@ class ScheduleSpec:
             kind=self.kind,
             learning_rate=rate,
             min_learning_rate=_first(self.min_learning_rate, inherited, rate / 10),
-            warmup_steps=int(_first(self.warmup_steps, _steps(self.warmup_tokens, batch_tokens), 0)),
-            horizon_steps=int(_first(self.horizon_steps, _steps(self.horizon_tokens, batch_tokens), max_steps)),
+            warmup_steps=int(
+                _first(self.warmup_steps, _steps(self.warmup_tokens, batch_tokens), 0)
+            ),
+            horizon_steps=int(
+                _first(self.horizon_steps, _steps(self.horizon_tokens, batch_tokens), max_steps)
+            ),
         )
 
 

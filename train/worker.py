@@ -84,7 +84,9 @@ class Worker:
             model=model,
             updater=updater,
             trainer=trainer,
-            validation=data.open_samples(plan.data_folder, "validation", config.data.seq_len, config.run.seed)
+            validation=data.open_samples(
+                plan.data_folder, "validation", config.data.seq_len, config.run.seed
+            )
             if has_validation
             else None,
             characters_per_token=tokenizer.characters_per_token(),
@@ -150,7 +152,9 @@ class Worker:
             world=self.mesh.layout.world,
             barrier=self.mesh.barrier,
             groups={
-                "weights": weight_pieces(owned_parameters(self.model, self.mesh.layout, self.mesh.rank)),
+                "weights": weight_pieces(
+                    owned_parameters(self.model, self.mesh.layout, self.mesh.rank)
+                ),
                 "optimizer": self.updater.state_pieces(),
             },
             config=plan.stored_config(),
@@ -204,7 +208,9 @@ def _register(plan: RunPlan, mesh: Mesh, run_name: str) -> Reporter:
         for first, end in [mesh.layout.experts_of(mesh.rank, plan.spec.experts_in_layer(layer))]
     )
     shard = Shard(stage=0, first_layer=0, end_layer=plan.spec.num_layers, experts=experts)
-    return join_coordinator(run_name, group[0], worker=f"train-{mesh.rank}", rank=mesh.rank, shard=shard)
+    return join_coordinator(
+        run_name, group[0], worker=f"train-{mesh.rank}", rank=mesh.rank, shard=shard
+    )
 
 
 def _step_settings(plan: RunPlan, mesh: Mesh) -> StepSettings:

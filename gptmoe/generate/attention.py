@@ -40,7 +40,9 @@ class CachedAttend:
     def __init__(self, cache: KVCache, spans: Sequence[Span], num_decoding: int) -> None:
         self.cache = cache
         self.chunks = spans[num_decoding:]
-        self.decoding = _decoding_block(spans[:num_decoding], cache.keys[0].device) if num_decoding else None
+        self.decoding = (
+            _decoding_block(spans[:num_decoding], cache.keys[0].device) if num_decoding else None
+        )
 
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
         """Store the new keys and values, then attend. Rows beyond the spans (padding) come back as zero."""
@@ -67,7 +69,9 @@ def _decoding_block(spans: Sequence[Span], device: torch.device) -> _Decoding:
     return _Decoding(first, end, slots, starts, position_S, _whole_blocks(int(starts.max()) + 1))
 
 
-def _decode(block: _Decoding, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _decode(
+    block: _Decoding, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
     """One new token for each of several sequences, [N, H, K]."""
     keys[block.slot_N, :, block.start_N] = k
     values[block.slot_N, :, block.start_N] = v
@@ -100,7 +104,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     if q.dtype == torch.bfloat16:
         return weight @ v  # this kernel's order does not depend on the number of keys
     blocks = zip(weight.split(BLOCK_TOKENS, -1), v.split(BLOCK_TOKENS, -2), strict=True)
-    total: Tensor = sum((w @ block for w, block in blocks), torch.zeros((), dtype=q.dtype, device=q.device))
+    total: Tensor = sum(
+        (w @ block for w, block in blocks), torch.zeros((), dtype=q.dtype, device=q.device)
+    )
     return total
 
 

@@ -3,7 +3,7 @@
 Letters: L layers, S slots, H heads, C capacity in tokens, K head width.
 """
 
-import numpy
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +19,14 @@ class KVCache:
     Rows beyond a sequence's length hold stale but finite numbers: attention gives them a weight of exactly 0.
     """
 
-    def __init__(self, spec: ModelSpec, slots: int, max_seq_len: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        slots: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         capacity = -(-max_seq_len // BLOCK_TOKENS) * BLOCK_TOKENS
         shape = (slots, spec.num_heads, capacity, spec.head_dim)
         self.keys = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
@@ -31,5 +38,5 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(shape, dtype=dtype, device=device)
     # numpy asks the system for zero pages, which cost nothing until they are written; torch writes them all.
     size = torch.empty((), dtype=dtype).element_size()
-    raw = numpy.zeros(int(numpy.prod(shape)) * size, dtype=numpy.uint8)
+    raw = np.zeros(int(np.prod(shape)) * size, dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)

@@ -52,7 +52,9 @@ class Engine:
     Invariant: each running sequence has its own slot, and a finished or aborted one leaves nothing behind.
     """
 
-    def __init__(self, executor: Executor, tokenizer: Tokenizer, max_seq_len: int, config: EngineConfig) -> None:
+    def __init__(
+        self, executor: Executor, tokenizer: Tokenizer, max_seq_len: int, config: EngineConfig
+    ) -> None:
         self.executor = executor
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
@@ -80,9 +82,13 @@ class Engine:
         """Queue a request. Raises Overloaded when the queue is full, RequestError for an id in use."""
         known = request.request_id in self.running
         if known or any(r.request_id == request.request_id for r in self.waiting):
-            raise RequestError(f"request_id {request.request_id!r} is already running; use a new one", "request_id")
+            raise RequestError(
+                f"request_id {request.request_id!r} is already running; use a new one", "request_id"
+            )
         if len(self.waiting) >= self.config.max_queue + len(self.free_slots):
-            raise Overloaded(f"the queue of {self.config.max_queue} requests is full; try again later", 1.0)
+            raise Overloaded(
+                f"the queue of {self.config.max_queue} requests is full; try again later", 1.0
+            )
         self.waiting.append(request)
 
     def abort(self, request_id: str) -> bool:
@@ -112,7 +118,9 @@ class Engine:
             self.running[request.request_id] = _Sequence(request, slot, stream)
 
     def _account(self, plan: StepPlan, logits_SV: Tensor) -> list[Delta]:
-        rows = iter(logits_SV)
+        rows = iter(
+            logits_SV[:, : self.tokenizer.vocab_size]
+        )  # the model's vocabulary may be padded
         deltas = []
         for span in plan.spans:
             sequence = self.running[span.request_id]
@@ -125,7 +133,10 @@ class Engine:
     def _append(self, sequence: _Sequence, token: int) -> Delta:
         request = sequence.request
         sequence.tokens.append(token)
-        ended = not request.sampling.ignore_end and token in (self.tokenizer.end_id, self.tokenizer.sep_id)
+        ended = not request.sampling.ignore_end and token in (
+            self.tokenizer.end_id,
+            self.tokenizer.sep_id,
+        )
         text = "" if ended else sequence.stream.push(token)
         reason = self._finish_reason(sequence, ended)
         if reason:
@@ -137,7 +148,11 @@ class Engine:
         if ended or sequence.stream.stopped:
             return "stop"
         full = len(sequence.tokens) >= self.max_seq_len
-        return "length" if full or sequence.new_tokens >= sequence.request.sampling.max_new_tokens else ""
+        return (
+            "length"
+            if full or sequence.new_tokens >= sequence.request.sampling.max_new_tokens
+            else ""
+        )
 
     def _release(self, request_id: str) -> None:
         self.free_slots.append(self.running.pop(request_id).slot)

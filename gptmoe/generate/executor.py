@@ -39,7 +39,9 @@ class LocalExecutor:
         sampled = torch.tensor([span.samples for span in plan.spans])
         return head(self.model, hidden_TD[ends[sampled].to(self.device)])
 
-    def hidden(self, spans: Sequence[Span], num_decoding: int, tokens: Mapping[str, Sequence[int]]) -> Tensor:
+    def hidden(
+        self, spans: Sequence[Span], num_decoding: int, tokens: Mapping[str, Sequence[int]]
+    ) -> Tensor:
         """Final hidden states of all tokens of the spans, [T, D]. Row counts are padded, see attention.py."""
         token_ids: list[int] = []
         positions: list[int] = []

@@ -30,15 +30,25 @@ class SamplingParams:
     """Go on after the model's end token (for measurements)."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.temperature <= 100, "temperature", self.temperature, "between 0 (greedy) and 100")
+        _check(
+            0 <= self.temperature <= 100,
+            "temperature",
+            self.temperature,
+            "between 0 (greedy) and 100",
+        )
         _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 = all tokens)")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         penalty = self.repetition_penalty
-        _check(0 < penalty <= 100, "repetition_penalty", penalty, "above 0 and at most 100 (1 = off)")
+        _check(
+            0 < penalty <= 100, "repetition_penalty", penalty, "above 0 and at most 100 (1 = off)"
+        )
         _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         _check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
         _check(
-            len(self.stop) <= MAX_STOP_STRINGS, "stop", f"{len(self.stop)} strings", f"at most {MAX_STOP_STRINGS}"
+            len(self.stop) <= MAX_STOP_STRINGS,
+            "stop",
+            f"{len(self.stop)} strings",
+            f"at most {MAX_STOP_STRINGS}",
         )
         _check(all(self.stop), "stop", "an empty string", "strings of at least one character")
 
@@ -65,12 +75,24 @@ def make_request(
     sampling: SamplingParams,
 ) -> Request:
     """Tokenize and check a prompt. Raises RequestError for an empty, malformed or too long one."""
-    _check(isinstance(prompt, str) and prompt != "", "prompt", "an empty text", "at least one character")
+    _check(
+        isinstance(prompt, str) and prompt != "",
+        "prompt",
+        "an empty text",
+        "at least one character",
+    )
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
-        raise RequestError("prompt is not valid Unicode text; send UTF-8 without lone surrogates", "prompt") from None
-    _check(len(prompt) <= 64 * max_seq_len, "prompt", f"{len(prompt)} characters", _shorter(max_seq_len))
+        raise RequestError(
+            "prompt is not valid Unicode text; send UTF-8 without lone surrogates", "prompt"
+        ) from None
+    _check(
+        len(prompt) <= 64 * max_seq_len,
+        "prompt",
+        f"{len(prompt)} characters",
+        _shorter(max_seq_len),
+    )
     ids = tuple(encode(prompt))
     _check(len(ids) < max_seq_len, "prompt", f"{len(ids)} tokens", _shorter(max_seq_len))
     return Request(request_id, ids, sampling)

@@ -44,7 +44,9 @@ def penalize(scores_V: Tensor, penalty: float, history: Sequence[int]) -> Tensor
     """Divide positive scores and multiply negative ones of the tokens present (arXiv 1909.05858, section 4.1)."""
     present = torch.tensor(sorted(set(history)), device=scores_V.device)
     scores = scores_V[present]
-    return scores_V.index_copy(0, present, torch.where(scores > 0, scores / penalty, scores * penalty))
+    return scores_V.index_copy(
+        0, present, torch.where(scores > 0, scores / penalty, scores * penalty)
+    )
 
 
 def uniform(seed: int, position: int) -> float:

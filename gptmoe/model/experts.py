@@ -36,7 +36,9 @@ class Experts(nn.Module):
         return grouped_linear(hidden_RF, self.down_weight, self.down_bias, rows_per_expert)
 
 
-def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows_per_expert: list[int]) -> Tensor:
+def grouped_linear(
+    x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows_per_expert: list[int]
+) -> Tensor:
     """y = x W_e^T + b_e for the rows of each expert e, each weight read once. Returns [R, O].
 
     CUDA in bf16 runs one grouped kernel; elsewhere a loop over the experts that have rows.
@@ -48,7 +50,9 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows_per_e
     return result
 
 
-def _grouped_kernel(x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows_per_expert: list[int]) -> Tensor:
+def _grouped_kernel(
+    x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows_per_expert: list[int]
+) -> Tensor:
     counts = torch.tensor(rows_per_expert, device=x_RI.device)
     ends = counts.cumsum(0, dtype=torch.int32)
     y_RO: Tensor = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends)  # type: ignore[attr-defined]
@@ -59,7 +63,9 @@ class _GroupedLinear(torch.autograd.Function):
     """The loop, with gradients written straight into one [E, O, I] tensor instead of E sparse ones."""
 
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows: list[int]) -> Tensor:
+    def forward(
+        ctx: Any, x_RI: Tensor, weight_EOI: Tensor, bias_EO: Tensor, rows: list[int]
+    ) -> Tensor:
         ctx.save_for_backward(x_RI, weight_EOI)
         ctx.rows = rows
         y_RO = x_RI.new_empty(len(x_RI), weight_EOI.shape[1])

@@ -15,7 +15,9 @@ def initialize(model: GPT, seed: int) -> None:
     (Radford et al. 2019, section 2.3), norms at one, biases at zero."""
     std = model.spec.init_std
     residual_std = std / math.sqrt(2 * model.spec.num_layers)
-    experts = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, Experts)}
+    experts = {
+        f"{name}.": module for name, module in model.named_modules() if isinstance(module, Experts)
+    }
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             owner, _, kind = name.rpartition(".")

@@ -88,7 +88,9 @@ class ModelSpec:
         return self.num_experts[layers.index(layer)] if layer in layers else 0
 
 
-def expand_experts(num_experts: int | tuple[int, ...], num_layers: int, interval: int) -> tuple[int, ...]:
+def expand_experts(
+    num_experts: int | tuple[int, ...], num_layers: int, interval: int
+) -> tuple[int, ...]:
     """One number for all MoE layers, or a list with one number each, to that list; 0 means dense."""
     if isinstance(num_experts, int):
         return (num_experts,) * (num_layers // interval) if num_experts else ()

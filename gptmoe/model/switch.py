@@ -30,7 +30,11 @@ class SwitchRouter(nn.Module):
         logits_TE = F.linear(h_TD.to(dtype), self.weight.to(dtype))
         probability_TE = logits_TE.softmax(-1)
         weight_T, expert_T = probability_TE.max(-1)
-        valid_T = groups.valid_T if groups.valid_T is not None else torch.ones_like(expert_T, dtype=torch.bool)
+        valid_T = (
+            groups.valid_T
+            if groups.valid_T is not None
+            else torch.ones_like(expert_T, dtype=torch.bool)
+        )
         chosen_GE, keep_T = self._admit(expert_T, valid_T, groups.tokens_per_group)
         kept_T = torch.nonzero(keep_T).squeeze(1)
         return Routing(
@@ -45,11 +49,15 @@ class SwitchRouter(nn.Module):
     def update(self, statistics: Statistics) -> None:
         """Switch keeps no state."""
 
-    def _admit(self, expert_T: Tensor, valid_T: Tensor, tokens_per_group: int) -> tuple[Tensor, Tensor]:
+    def _admit(
+        self, expert_T: Tensor, valid_T: Tensor, tokens_per_group: int
+    ) -> tuple[Tensor, Tensor]:
         """Tokens that chose each expert in each group [G, E], and which of them it takes [T]."""
         num_experts = len(self.weight)
         num_groups = len(expert_T) // tokens_per_group
-        group_T = torch.arange(num_groups, device=expert_T.device).repeat_interleave(tokens_per_group)
+        group_T = torch.arange(num_groups, device=expert_T.device).repeat_interleave(
+            tokens_per_group
+        )
         nowhere = num_groups * num_experts
         key_T = torch.where(valid_T, group_T * num_experts + expert_T, nowhere)
         rank_T, count = rank_within(key_T, nowhere + 1)
@@ -57,7 +65,9 @@ class SwitchRouter(nn.Module):
         if not self.training:
             return chosen_GE, valid_T
         tokens_G = chosen_GE.sum(-1)
-        factor = min(self.spec.capacity_factor, num_experts)  # E times the even share is every token
+        factor = min(
+            self.spec.capacity_factor, num_experts
+        )  # E times the even share is every token
         capacity_G = torch.ceil(tokens_G.double() * factor / num_experts).long()
         capacity_G = capacity_G.clamp(min=self.spec.min_capacity)
         return chosen_GE, valid_T & (rank_T < capacity_G[group_T])
@@ -78,7 +88,9 @@ class SwitchRouter(nn.Module):
         return {"aux_loss": balance_G.sum(), "z_loss": z_G.sum()}
 
 
-def _statistics(probability_TE: Tensor, chosen_GE: Tensor, valid_T: Tensor, keep_T: Tensor) -> Statistics:
+def _statistics(
+    probability_TE: Tensor, chosen_GE: Tensor, valid_T: Tensor, keep_T: Tensor
+) -> Statistics:
     entropy_T = -torch.special.xlogy(probability_TE, probability_TE).sum(-1)
     tokens = valid_T.sum()
     return Statistics(

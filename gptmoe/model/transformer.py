@@ -49,7 +49,9 @@ class Block(nn.Module):
         experts = spec.experts_in_layer(layer)
         self.ffn = MoE(spec, experts) if experts else FeedForward(spec.d_model, spec.d_ff)
 
-    def forward(self, x_BTD: Tensor, groups: Groups, attend: Attend) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x_BTD: Tensor, groups: Groups, attend: Attend
+    ) -> tuple[Tensor, Routing | None]:
         attended = self.attention(self.norm_attention(x_BTD), self.layer, attend)
         x_BTD = x_BTD + F.dropout(attended, self.dropout, self.training)
         h_BTD = self.norm_ffn(x_BTD)
@@ -90,7 +92,9 @@ class GPT(nn.Module):
         `spec.router.group_sequences` when there are experts.
         """
         if position_BT is None:
-            position_BT = torch.arange(token_BT.shape[1], device=token_BT.device).expand_as(token_BT)
+            position_BT = torch.arange(token_BT.shape[1], device=token_BT.device).expand_as(
+                token_BT
+            )
         groups = self._groups(token_BT, valid_BT)
         x_BTD = self.embed(token_BT, position_BT, self.compute_dtype)
         x_BTD = F.dropout(x_BTD, self.spec.dropout, self.training)
@@ -109,6 +113,8 @@ class GPT(nn.Module):
         """In training, groups of `group_sequences` sequences; otherwise one group, since nothing is dropped."""
         sequences = self.spec.router.group_sequences if self.training else len(token_BT)
         if self.spec.num_experts and len(token_BT) % sequences:
-            raise ValueError(f"a microbatch of {len(token_BT)} sequences is not whole groups of {sequences}")
+            raise ValueError(
+                f"a microbatch of {len(token_BT)} sequences is not whole groups of {sequences}"
+            )
         valid_T = None if valid_BT is None else valid_BT.flatten()
         return Groups(sequences * token_BT.shape[1], valid_T)

@@ -19,7 +19,7 @@ class Layout:
     ep: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dp", "ep"):
+        for name in ("ep", "dp"):  # dp may have been taken from ep
             if getattr(self, name) < 1:
                 raise LayoutError(f"parallel.{name}={getattr(self, name)} must be at least 1")
         if self.dp % self.ep:
@@ -35,7 +35,9 @@ class Layout:
     def check_experts(self, num_experts: Sequence[int]) -> None:
         """Raise LayoutError unless ep divides every layer's number of experts."""
         if self.ep > 1 and not num_experts:
-            raise LayoutError(f"parallel.ep={self.ep} needs experts, but the model is dense; use parallel.ep=1")
+            raise LayoutError(
+                f"parallel.ep={self.ep} needs experts, but the model is dense; use parallel.ep=1"
+            )
         for count in sorted(set(num_experts)):
             if count % self.ep:
                 good = [d for d in _divisors(count) if all(n % d == 0 for n in num_experts)]

@@ -21,7 +21,9 @@ class OptimizerSpec:
     def __post_init__(self) -> None:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1")
+                raise ConfigError(
+                    f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1"
+                )
         for name in ("eps", "weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be at least 0")

@@ -26,7 +26,9 @@ class Owned:
 
 def owned_parameters(model: GPT, layout: Layout, rank: int) -> list[Owned]:
     """This rank's parameters in model order. Copies are written by different ranks in turn."""
-    experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    experts = {
+        name: module for name, module in model.named_modules() if isinstance(module, Experts)
+    }
     owned = []
     for index, (name, parameter) in enumerate(model.named_parameters()):
         shape = tuple(parameter.shape)

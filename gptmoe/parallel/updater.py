@@ -118,7 +118,9 @@ def make_optimizer(groups: list[dict[str, object]], spec: OptimizerSpec) -> torc
     """The torch optimizer; its learning rate is set at each step."""
     if spec.kind == "sgd":
         return torch.optim.SGD(groups, lr=0.0)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(spec.beta1, spec.beta2), eps=spec.eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=0.0, betas=(spec.beta1, spec.beta2), eps=spec.eps, fused=True
+    )
 
 
 def sum_over(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
