@@ -1,10 +1,9 @@
 """From a config to everything that a run needs before a cluster is started: checked, prepared, resolved."""
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,9 +65,10 @@ def make_plan(
         folder, "train", config.data.seq_len, config.run.seed, expect_tokenizer=tokenizer.digest
     )
     max_steps = steps_of(config, samples.num_samples)
+    if resume_from is not None:
+        config = _keep_horizon(config, resume_from)
     config = config.resolved(max_steps)
     if resume_from is not None:
-        config = _keep_schedule(config, resume_from)
         _check_same(resume_from, spec, config, tokenizer)
     return RunPlan(
         kind=kind,
@@ -146,15 +146,12 @@ def _data_folder(
     return folder
 
 
-def _keep_schedule(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
+def _keep_horizon(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     """A run that goes on keeps the horizon it started with unless the config names one."""
-    stored = checkpoint.config.get("train", {}).get("schedule", {}).get("horizon_steps")
-    same_as_steps = config.schedule.horizon_steps == config.train.max_steps
-    if stored is None or not same_as_steps:
-        return config
-    return dataclasses.replace(
-        config, schedule=dataclasses.replace(config.schedule, horizon_steps=stored)
-    )
+    named = (config.schedule.horizon_steps, config.schedule.horizon_tokens) != (None, None)
+    stored = checkpoint.config["train"]["schedule"]["horizon_steps"]
+    schedule = config.schedule if named else replace(config.schedule, horizon_steps=stored)
+    return replace(config, schedule=schedule)
 
 
 def _check_same(
