@@ -1,0 +1,88 @@
+"""Runs and clusters for people, in rich."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .follow import describe
+from .messages import ExpertRange, Topology
+from .status import ClusterStatus, JobStatus, RunStatus
+
+SILENT_S = 15.0
+"""A worker of a running run that was not heard of for longer is marked."""
+
+
+def draw_run(run: RunStatus) -> RenderableType:
+    """State, newest numbers, owners."""
+    running = run.state == "running"
+    steps = f"/{run.max_steps}" if run.max_steps else ""
+    numbers = describe(run.metrics) if run.metrics else ""
+    parts: list[RenderableType] = [
+        Text(f"{run.run_dir}: {run.state or 'not started'}", style="bold"),
+        Text(f"step {run.step}{steps}  {numbers}".rstrip()),
+    ]
+    if run.message:
+        parts.append(Text(run.message, style="red" if run.state == "failed" else ""))
+    if running and not run.alive and not run.job_id:
+        parts.append(Text("its process is on another machine, or was killed", style="red"))
+    if running and run.dashboard_url:
+        parts.append(Text(f"dashboard {run.dashboard_url}"))
+    if run.topology:
+        parts.append(draw_topology(run.topology, running=running))
+    return Group(*parts)
+
+
+def draw_topology(topology: Topology, *, running: bool) -> Table:
+    """One line a worker: what it owns, how far it is, when it was last heard of."""
+    columns = ("worker", "node", "pid", "stage", "layers", "layer: experts", "step", "heard of")
+    table = Table(*columns, box=None, title=f"epoch {topology.epoch}", title_justify="left")
+    for owner in topology.owners:
+        shard, age_s = owner.shard, owner.heartbeat_age_s
+        table.add_row(
+            owner.worker,
+            owner.node,
+            str(owner.pid),
+            str(shard.stage),
+            f"{shard.first_layer}-{shard.end_layer - 1}",
+            describe_experts(shard.experts),
+            str(owner.step),
+            Text(f"{age_s:.0f} s ago", style="red" if running and age_s > SILENT_S else ""),
+        )
+    return table
+
+
+def draw_cluster(cluster: ClusterStatus) -> RenderableType:
+    """Resources, jobs with their runs, what is served."""
+    cpus, gpus = (cluster.resources.get(name, 0) for name in ("CPU", "GPU"))
+    parts: list[RenderableType] = [
+        Text(f"{cluster.dashboard_url}: {cpus:g} CPU, {gpus:g} GPU", style="bold"),
+        _jobs_table(cluster.jobs) if cluster.jobs else Text("no jobs"),
+    ]
+    for application in cluster.applications:
+        name, status, replicas = application.name, application.status, application.replicas
+        parts.append(Text(f"serves {name}: {status}, {replicas} replicas {application.message}"))
+    for job in cluster.jobs:
+        if job.run and job.status == "RUNNING":
+            parts.append(draw_run(job.run))
+    return Group(*parts)
+
+
+def describe_experts(experts: Sequence[ExpertRange]) -> str:
+    """`1,3: 0-3` says that of layers 1 and 3 experts 0 to 3 are owned."""
+    parts = []
+    for (first, end), ranges in groupby(experts, key=lambda item: (item.first, item.end)):
+        layers = ",".join(str(item.layer) for item in ranges)
+        parts.append(f"{layers}: {first}-{end - 1}" if end > first else f"{layers}: none")
+    return "; ".join(parts)
+
+
+def _jobs_table(jobs: Sequence[JobStatus]) -> Table:
+    table = Table("job", "status", "run", "step", box=None)
+    for job in jobs:
+        where = job.run.run_dir if job.run else ""
+        step = f"{job.run.step}/{job.run.max_steps}" if job.run else ""
+        table.add_row(job.job_id, job.status, where, step)
+    return table

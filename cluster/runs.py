@@ -1,0 +1,57 @@
+"""What a run's folder says about the run: state.json and metrics.jsonl. No Ray, no torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gptmoe import metrics
+from gptmoe.errors import ClusterError
+
+ENDED = ("finished", "failed", "interrupted")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """state.json, as the run wrote it last; `state` is empty before it did."""
+
+    state: str = ""
+    message: str = ""
+    max_steps: int = 0
+    cluster_address: str = ""
+    dashboard_url: str = ""
+    job_id: str = ""
+    pid: int = 0
+
+
+def read_state(folder: Path) -> State:
+    """What the run in `folder` says that it is doing. Raises ClusterError for a damaged file."""
+    path = folder / "state.json"
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return State(**{name: raw[name] for name in State.__dataclass_fields__ if name in raw})
+    except FileNotFoundError:
+        return State()
+    except (OSError, ValueError, TypeError) as error:
+        raise ClusterError(f"{path} cannot be read ({error}); remove it") from None
+
+
+def newest_metrics(folder: Path) -> dict[str, Any]:
+    """The last value of each number that the run has recorded. Raises DataError for a bad line."""
+    newest: dict[str, Any] = {}
+    for record in metrics.read(folder / "metrics.jsonl"):
+        newest |= record
+    return newest
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run was started in `folder`."""
+    return (folder / "state.json").is_file() or (folder / "metrics.jsonl").is_file()
+
+
+def is_alive(state: State) -> bool:
+    """Whether the process that started the run is alive on this machine."""
+    try:
+        return state.pid > 0 and b"train" in Path(f"/proc/{state.pid}/cmdline").read_bytes()
+    except OSError:
+        return False
