@@ -7,6 +7,7 @@ cluster without tokens ignores the one that a client sends. So whoever has a tok
 whoever starts a cluster asks for one. Ray reads the mode when it is imported: set later, it breaks.
 """
 
+import json
 import os
 import sys
 from collections.abc import Mapping, MutableMapping
@@ -22,6 +23,7 @@ _ALWAYS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a notice about its next default
     "GRPC_VERBOSITY": "ERROR",
 }
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's name for what a job knows about itself
 _DEVICE_FILE = Path("/dev/nvidiactl")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -63,7 +65,18 @@ def worker_environment(
 
 def inside_job(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the entry point of a Ray job: then its cluster is already there."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment
+    return _JOB in environment
+
+
+def job_id(environment: Mapping[str, str] = os.environ) -> str:
+    """The submission id of the Ray job whose entry point this process is; empty outside a job."""
+    job = json.loads(environment.get(_JOB, "{}"))
+    return str(job.get("metadata", {}).get("job_submission_id", ""))
+
+
+def point_ray_at(dashboard_url: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Make Ray's clients use this dashboard: what the user has in RAY_ADDRESS would win over it."""
+    environment["RAY_API_SERVER_ADDRESS"] = dashboard_url
 
 
 def has_gpu() -> bool:

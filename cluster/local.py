@@ -21,6 +21,7 @@ import ray
 from gptmoe.errors import ClusterError
 
 from . import env
+from .resources import missing
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +48,14 @@ def session(
     workers: int,
     gpus_per_worker: int = 0,
     address: str | None = None,
-    spare_cpus: int = 1,
+    spare_cpus: int = 0,
     worker_logs: bool = False,
     timeout_s: float = 60.0,
 ) -> Iterator[Session]:
     """Connect to a cluster with room for `workers` workers, and disconnect (or stop it) at the end.
 
     Without an address: the cluster of the Ray job that this process runs in, else a new local one.
-    `spare_cpus` is room for actors beside the workers. Raises ClusterError if the cluster is
+    `spare_cpus` is room for other actors that ask for CPUs. Raises ClusterError if the cluster is
     unreachable, or still too small after `timeout_s`.
     """
     env.prepare()
@@ -68,12 +69,6 @@ def session(
             yield _connect(address, workers, gpus_per_worker, spare_cpus, worker_logs, timeout_s)
     finally:
         ray.shutdown()
-
-
-def missing(needed: Mapping[str, float], available: Mapping[str, float]) -> str:
-    """What a cluster lacks, in words (`2 of 4 CPU, 1 of 1 GPU`); empty if it has everything."""
-    gaps = {name: amount - available.get(name, 0.0) for name, amount in needed.items()}
-    return ", ".join(f"{gap:g} of {needed[name]:g} {name}" for name, gap in gaps.items() if gap > 0)
 
 
 def logical_cpus(workers: int, spare_cpus: int, cores: int) -> int:
@@ -161,7 +156,7 @@ def _needed(workers: int, gpus_per_worker: int, spare_cpus: int = 0) -> dict[str
 def _require(needed: Mapping[str, float], where: str, timeout_s: float) -> None:
     """Wait until the cluster has the resources; an autoscaler may still be adding nodes."""
     deadline_s = time.monotonic() + timeout_s
-    while lack := missing(needed, ray.cluster_resources()):  # type: ignore[no-untyped-call]
+    while lack := missing(needed, ray.cluster_resources()):
         if time.monotonic() >= deadline_s:
             raise ClusterError(
                 f"{where} lacks {lack} for this run (waited {timeout_s:g} s); "
@@ -172,7 +167,7 @@ def _require(needed: Mapping[str, float], where: str, timeout_s: float) -> None:
 
 def _threads(workers: int) -> int:
     """Threads a worker if the workers are spread evenly over the nodes that have CPUs."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    nodes = [node for node in ray.nodes() if node["Alive"]]
     cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
     cpus = [count for count in cpus if count >= 1]
     return max(1, min(cpus) // -(-workers // len(cpus)))

@@ -61,4 +61,6 @@ def test_workers_get_their_threads() -> None:
 
 def test_inside_a_job() -> None:
     assert not env.inside_job({"RAY_ADDRESS": "http://head:8265"})
-    assert env.inside_job({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"})
+    job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "pretrain-1"}}'}
+    assert env.inside_job(job)
+    assert (env.job_id(job), env.job_id({})) == ("pretrain-1", "")
