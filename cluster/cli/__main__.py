@@ -1,0 +1,5 @@
+"""python -m cluster.cli: the `gptmoe` command where it is not installed."""
+
+from .main import main
+
+main()

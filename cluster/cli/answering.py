@@ -1,0 +1,198 @@
+"""gptmoe generate, evaluate, import: what a checkpoint can do."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from cluster import prompts
+from gptmoe.errors import ConfigError
+from gptmoe.generate.request import SamplingParams
+
+from . import lazy
+from .output import Json, bar, examples, print_facts
+
+app = typer.Typer(rich_markup_mode=None)
+
+Checkpoint = Annotated[Path, typer.Option(metavar="DIR", help="A checkpoint, or a run's folder.")]
+Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Compute in this type.")]
+
+_AT_ONCE = 64  # prompts of a file that are worked on together
+
+
+@app.command(
+    epilog=examples(
+        "gptmoe generate 春风 --checkpoint runs/tiny --max-new-tokens 48 --top-k 5",
+        "gptmoe generate 春风 --target 127.0.0.1:9000 --stream",
+        "gptmoe generate --checkpoint runs/tiny --input in.json --output out.json --task poetry",
+    )
+)
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Answer here, with this checkpoint or run.")
+    ] = None,
+    target: Annotated[str, typer.Option(metavar="HOST:PORT", help="Ask this gRPC server.")] = "",
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help='Prompts as JSON: [{"id": 1, "txt": "..."}].')
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="Answers as JSON; else to stdout.")
+    ] = None,
+    task: Annotated[str, typer.Option(help="Answers are called output_TASK.")] = "text",
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep tokens of this probability together.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    dtype: Dtype = "float32",
+    json: Json = False,
+) -> None:
+    """Continue a prompt, or every prompt of a JSON file."""
+    if (prompt is None) == (input_file is None):
+        raise ConfigError("generate wants a PROMPT or --input FILE.json; give one of the two")
+    if stream and (json or input_file):
+        raise ConfigError("--stream prints plain text of one prompt; leave out --json and --input")
+    sampling = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    items = prompts.read(input_file) if input_file else []
+    with _answerer(checkpoint, target, dtype, sampling) as answerer:
+        if prompt is None:
+            rows = prompts.answers(items, _answer_all(answerer, items), task)
+            prompts.write(rows, output_file)
+        elif stream:
+            _print_stream(prompt, answerer.stream(prompt))
+        else:
+            (text,) = answerer.generate([prompt])
+            print_facts({"prompt": prompt, "text": text}, prompt + text, as_json=json)
+
+
+@app.command(epilog=examples("gptmoe evaluate --checkpoint runs/tiny --data poems.tsv --json"))
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[Path, typer.Option(help="A prepared folder, or a file, folder or glob.")],
+    kind: Annotated[
+        Literal["pretrain", "finetune"], typer.Option(help="How raw files are read.")
+    ] = "pretrain",
+    split: Annotated[
+        Literal["train", "validation"], typer.Option(help="Which part of a prepared folder.")
+    ] = "validation",
+    seq_len: Annotated[
+        int, typer.Option(help="Tokens of one sample; 0: as in training, else the longest.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 8,
+    dtype: Dtype = "float32",
+    json: Json = False,
+) -> None:
+    """Measure a checkpoint on a text.
+
+    Loss (nats per token), perplexity, and bits per character, which compares across tokenizers.
+    """
+    model = lazy.gptmoe_loaded().load(checkpoint, dtype)
+    with _prepared(data, model.tokenizer, kind) as folder, bar("evaluating") as progress:
+        samples = lazy.gptmoe_data().open_samples(
+            folder,
+            "validation" if folder != data else split,
+            seq_len or _trained_seq_len(model),
+            0,
+            expect_tokenizer=model.tokenizer.digest,
+        )
+
+        def show(done: int) -> None:
+            progress.update(progress.task_ids[0], completed=done / samples.num_samples)
+
+        result = lazy.gptmoe_evaluate().evaluate(
+            model.network,
+            samples,
+            model.tokenizer.characters_per_token(),
+            batch_size,
+            progress=show,
+        )
+    facts = {
+        "checkpoint": str(model.path),
+        "data": str(data),
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "bits_per_char": result.bits_per_char,
+        "tokens": result.tokens,
+        "characters": result.characters,
+    }
+    text = (
+        f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
+        f"{result.bits_per_char:.4f} bits per character  ({result.tokens:,} tokens)"
+    )
+    print_facts(facts, text, as_json=json)
+
+
+@app.command("import", epilog=examples("gptmoe import ~/models/gpt2 --output checkpoints/gpt2"))
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A Hugging Face GPT-2 folder.")],
+    output: Annotated[Path, typer.Option(help="Folder for the new checkpoint.")],
+    json: Json = False,
+) -> None:
+    """Turn a Hugging Face GPT-2 folder into a checkpoint."""
+    lazy.gptmoe_checkpoint().import_gpt2(folder, output)
+    print_facts({"checkpoint": str(output)}, f"{output}: imported from {folder}", as_json=json)
+
+
+@contextmanager
+def _answerer(
+    checkpoint: Path | None, target: str, dtype: str, sampling: SamplingParams
+) -> Iterator[prompts.Answerer]:
+    if bool(checkpoint) == bool(target):
+        raise ConfigError("generate wants --checkpoint DIR or --target HOST:PORT; give one")
+    if checkpoint:
+        model = lazy.gptmoe_loaded().load(checkpoint, dtype)
+        yield prompts.Local(model, asdict(sampling))
+        return
+    with closing(lazy.remote().Remote(target, sampling)) as remote:
+        yield remote
+
+
+def _answer_all(answerer: prompts.Answerer, items: list[prompts.Item]) -> list[str]:
+    texts: list[str] = []
+    with bar("generating") as progress:
+        for start in range(0, len(items), _AT_ONCE):
+            texts += answerer.generate([item.txt for item in items[start : start + _AT_ONCE]])
+            progress.update(progress.task_ids[0], completed=len(texts) / len(items))
+    return texts
+
+
+def _print_stream(prompt: str, pieces: Iterator[str]) -> None:
+    for index, piece in enumerate(pieces):
+        typer.echo(piece if index else prompt + piece, nl=False)
+    typer.echo()
+
+
+@contextmanager
+def _prepared(data: Path, tokenizer: Any, kind: str) -> Iterator[Path]:
+    """The folder that `data` is, or one made of it for now: all of it in the validation split."""
+    corpora = lazy.gptmoe_data()
+    if corpora.is_prepared(data):
+        yield data
+        return
+    files = corpora.find_files([data])
+    with tempfile.TemporaryDirectory() as scratch:
+        unused = Path(scratch) / f"train-{files[0].name}"  # a corpus must have a training split
+        unused.symlink_to(files[0].resolve())
+        corpora.prepare([unused], tokenizer, Path(scratch) / "data", kind=kind, validation=files)
+        yield Path(scratch) / "data"
+
+
+def _trained_seq_len(model: Any) -> int:
+    trained = model.config.get("train", {}).get("data", {}).get("seq_len")
+    return int(trained or model.spec.max_seq_len)

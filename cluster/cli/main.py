@@ -1,0 +1,60 @@
+"""The console script `gptmoe`: all commands, and how their errors end."""
+
+import logging
+import sys
+
+import typer
+
+from cluster import env
+from gptmoe.errors import GptMoeError
+
+from . import answering, corpora, models, operating, serving, training
+from .output import examples
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(
+    epilog=examples(
+        "gptmoe pretrain configs/train/tiny.toml              train a tiny model",
+        "gptmoe generate 春风 --checkpoint runs/tiny           ask it",
+        "gptmoe serve --checkpoint runs/tiny                  serve it over gRPC and HTTP",
+        "gptmoe COMMAND --help                                more of these",
+    )
+)
+def gptmoe() -> None:
+    """Train and serve a Chinese GPT with mixtures of experts, from a laptop to a Ray cluster."""
+    logging.basicConfig(format="%(levelname)s %(message)s")
+
+
+app.add_typer(models.app)
+app.add_typer(corpora.tokenizer_app, name="tokenizer")
+app.add_typer(corpora.data_app, name="data")
+for part in (training, answering, serving, operating):
+    app.add_typer(part.app)
+
+
+def main() -> None:
+    """The console script: a wrong input is one sentence on stderr and exit code 2."""
+    env.prepare()
+    try:
+        app(prog_name="gptmoe")
+    except GptMoeError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(BAD_INPUT)

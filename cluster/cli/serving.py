@@ -1,0 +1,80 @@
+"""gptmoe serve, gptmoe scale: Ray Serve."""
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.child import Child
+from cluster.resolve import resolve, split_words
+
+from . import lazy
+from .output import Json, examples, print_facts
+from .training import run_job
+
+app = typer.Typer(rich_markup_mode=None)
+
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="A checkpoint, or the folder of a run.")
+]
+Words = Annotated[
+    list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]", help="As grpc_port=0.")
+]
+
+
+@app.command(
+    epilog=examples(
+        "gptmoe serve --checkpoint runs/tiny",
+        "gptmoe serve --checkpoint runs/tiny configs/serve/local.toml grpc_port=0 http_port=0",
+        "gptmoe serve --checkpoint /shared/runs/a --address http://head:8265",
+    )
+)
+def serve(
+    words: Words = None,
+    checkpoint: Checkpoint = None,
+    address: Annotated[
+        str, typer.Option(help="Serve as a job on this Ray cluster; else on this machine.")
+    ] = "",
+    json: Json = False,
+) -> None:
+    """Serve a checkpoint over gRPC and HTTP until Ctrl-C."""
+    file, overrides = split_words(words_of(words, checkpoint))
+    if address:
+        job = lazy.jobs().make_job("serve", file, overrides)
+        raise typer.Exit(run_job(lazy.dashboard().Dashboard(address), job))
+    resolve("serve", file, overrides)
+    flags = ["--json"] if json else []
+    child = Child(["serve", *([str(file)] if file else []), *overrides, *flags])
+    with child.attached():
+        raise typer.Exit(child.wait())
+
+
+@app.command(
+    epilog=examples("gptmoe scale 3", "gptmoe scale 3 --name gptmoe --address http://head:8265")
+)
+def scale(
+    replicas: Annotated[int, typer.Argument(min=1, help="How many copies of the model.")],
+    name: Annotated[
+        str, typer.Option(help="The application, as `gptmoe status` calls it.")
+    ] = "gptmoe",
+    address: Annotated[
+        str, typer.Option(help="The dashboard of the Ray cluster, as http://HEAD:8265.")
+    ] = "",
+    timeout_s: Annotated[float, typer.Option(help="Wait so long for the replicas.")] = 60.0,
+    json: Json = False,
+) -> None:
+    """Set the number of replicas of a served model.
+
+    Comes back when they run. A model that scales itself (replicas.min below replicas.max) refuses.
+    """
+    dashboard = lazy.dashboard().Dashboard(address)
+    dashboard.scale(name, replicas, wait_s=timeout_s)
+    facts = {"name": name, "replicas": replicas}
+    print_facts(facts, f"{name}: {replicas} replicas run", as_json=json)
+
+
+def words_of(words: list[str] | None, checkpoint: Path | None) -> list[str]:
+    """The words of a command line with --checkpoint as an override."""
+    chosen = jsonlib.dumps(str(checkpoint), ensure_ascii=False)
+    return [*(words or []), *([f"checkpoint={chosen}"] if checkpoint else [])]

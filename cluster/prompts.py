@@ -1,0 +1,93 @@
+"""Prompts to answers: by a checkpoint in this process (a server: `remote.py`), and as JSON files.
+
+A file of prompts is `[{"id": ..., "txt": "..."}]`; its answers are
+`[{"id": ..., "prompt": "...", "output_TASK": "..."}]`, where the output repeats the prompt.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gptmoe.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One prompt of a file."""
+
+    id: Any
+    txt: str
+
+
+class Answerer(Protocol):
+    """Continues prompts; texts come without their prompt."""
+
+    def generate(self, prompts: Sequence[str]) -> list[str]:
+        """Continue each prompt."""
+
+    def stream(self, prompt: str) -> Iterator[str]:
+        """Continue one prompt, piece by piece."""
+
+
+class Local:
+    """A loaded checkpoint in this process."""
+
+    def __init__(self, model: Any, sampling: Mapping[str, Any]) -> None:
+        self._model, self._sampling = model, sampling
+
+    def generate(self, prompts: Sequence[str]) -> list[str]:
+        """Continue all prompts as one batch."""
+        texts: list[str] = self._model.generate(list(prompts), **self._sampling)
+        return texts
+
+    def stream(self, prompt: str) -> Iterator[str]:
+        """Continue one prompt, piece by piece."""
+        return iter(self._model.stream(prompt, **self._sampling))
+
+
+def read(path: Path) -> list[Item]:
+    """The prompts of a JSON file. Raises DataError naming the file and the item."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON in UTF-8: {error}") from None
+    if not isinstance(raw, list) or not raw:
+        raise DataError(f'{path} must hold a list of prompts, as [{{"id": 1, "txt": "春风"}}]')
+    return [_item(path, number, item) for number, item in enumerate(raw, start=1)]
+
+
+def answers(items: Sequence[Item], texts: Sequence[str], task: str) -> list[dict[str, Any]]:
+    """The rows of an answer file."""
+    return [
+        {"id": item.id, "prompt": item.txt, f"output_{task}": item.txt + text}
+        for item, text in zip(items, texts, strict=True)
+    ]
+
+
+def write(rows: Sequence[Mapping[str, Any]], path: Path | None) -> None:
+    """Write rows as JSON, in one rename; to stdout without a path."""
+    text = json.dumps(rows, ensure_ascii=False, indent=2) + "\n"
+    if path is None:
+        sys.stdout.write(text)
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _item(path: Path, number: int, item: Any) -> Item:
+    if not isinstance(item, dict) or not {"id", "txt"} <= item.keys():
+        raise DataError(f'{path}, item {number} must be an object with "id" and "txt"')
+    if not isinstance(item["txt"], str) or not item["txt"]:
+        raise DataError(f'{path}, item {number}: "txt" must be a text of at least one character')
+    return Item(item["id"], item["txt"])

@@ -1,0 +1,62 @@
+"""Prompts to answers by a server: the gRPC client as a `prompts.Answerer`."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from gptmoe.errors import ClusterError, GptMoeError, RequestError
+from gptmoe.generate.request import SamplingParams
+
+from .client import Client, GenerationError, Sampling
+
+_CALLS_AT_ONCE = 8
+
+
+class Remote:
+    """The server at `target`: RequestError for what it refuses, ClusterError if it is away."""
+
+    def __init__(self, target: str, sampling: SamplingParams) -> None:
+        self._target = target
+        self._client = Client(target)
+        self._sampling = Sampling(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+            max_new_tokens=sampling.max_new_tokens,
+            stop=sampling.stop,
+        )
+
+    def generate(self, prompts: Sequence[str]) -> list[str]:
+        """Continue the prompts, some at a time: the server batches them."""
+        with self._errors(), ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
+            return list(pool.map(self._generate, prompts))
+
+    def stream(self, prompt: str) -> Iterator[str]:
+        """Continue one prompt, piece by piece."""
+        with self._errors():
+            for chunk in self._client.stream(prompt, **self._sampling):
+                yield chunk.text
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def _generate(self, prompt: str) -> str:
+        return self._client.generate(prompt, **self._sampling).text
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except GenerationError as error:
+            raise _in_our_words(error, self._target) from None
+
+
+def _in_our_words(error: GenerationError, target: str) -> GptMoeError:
+    if error.code == "INVALID_ARGUMENT":
+        return RequestError(error.message)
+    if error.code == "UNAVAILABLE":
+        return ClusterError(f"no server answers at {target} ({error.message}); is it running?")
+    return ClusterError(f"the server at {target} failed: {error}")
