@@ -1,11 +1,11 @@
-"""A Chinese GPT with mixtures of experts: one model core for training and serving, in plain PyTorch.
+"""A Chinese GPT with mixtures of experts: one core for training and serving, in plain PyTorch.
 
     import gptmoe
     model = gptmoe.load("runs/tiny")
     print(model.generate("春风", max_new_tokens=32, temperature=0))
 
-`load` and `LoadedModel` come with torch, which takes seconds to import, so they are fetched at first use:
-presets, counts and configs stay light.
+`load` and `LoadedModel` come with torch, which takes seconds to import, so they are fetched at
+first use: presets, counts and configs stay light.
 """
 
 import importlib

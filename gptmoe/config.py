@@ -2,8 +2,8 @@
 
     config = load(TrainConfig, Path("configs/train/tiny.toml"), ["parallel.ep=2", "run.dir=runs/a"])
 
-Each config dataclass lives next to its owner. Cross-field rules belong in the `__post_init__` of the
-smallest class that sees all its fields and raise ConfigError with the key and both numbers.
+Each config dataclass lives next to its owner. Cross-field rules belong in the `__post_init__` of
+the smallest class that sees all its fields and raise ConfigError with the key and both numbers.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from gptmoe.errors import ConfigError
 C = TypeVar("C")
 
 INPUT_PATH = {"input_path": True}
-"""Field metadata: a relative path in a TOML file is relative to that file (else to the current folder)."""
+"""Field metadata: a relative path in a TOML file starts at that file's folder."""
 
 
 def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
     """Read a TOML file into the frozen dataclass `cls`; later overrides win.
 
-    `overrides` are `key.sub=value` lines. Raises ConfigError for a missing file, bad TOML, an unknown key
-    (with the nearest one), a wrong type, or a value that the dataclass refuses.
+    `overrides` are `key.sub=value` lines. Raises ConfigError for a missing file, bad TOML, an
+    unknown key (with the nearest one), a wrong type, or a value that the dataclass refuses.
     """
     raw: dict[str, Any] = {}
     if path is not None:
@@ -77,7 +77,7 @@ def build(cls: type[C], raw: Mapping[str, Any], where: str = "") -> C:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved config as plain data (paths as strings, tuples as lists); `build` reads it back."""
+    """The resolved config as plain data (paths as strings, tuples as lists) for `build` to read."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -146,7 +146,7 @@ def _unknown_key(key: str, known: Sequence[str], where: str) -> str:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """Check `value` against the type `hint` and convert lists to tuples and tables to dataclasses."""
+    """Check `value` against the type `hint`; lists become tuples and tables dataclasses."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):

@@ -9,8 +9,8 @@ GptMoeError
   RequestError      a generation request is invalid; `field` names what to change
   Overloaded        a queue is full; `retry_after_s` says when to come back
 
-A message is one sentence or two: what was wanted, what was found, what to do. Arguments are positional
-because exceptions cross actors by pickle, which calls the class with `args`.
+A message is one sentence or two: what was wanted, what was found, what to do. Arguments are
+positional because exceptions cross actors by pickle, which calls the class with `args`.
 """
 
 

@@ -39,7 +39,7 @@ class Evaluation:
 
     @property
     def bits_per_char(self) -> float:
-        """Bits to encode one character, end tokens included in the bits: comparable between tokenizers."""
+        """Bits to encode one character, end tokens included: comparable between tokenizers."""
         return self.loss_sum / math.log(2) / self.characters if self.characters else math.nan
 
 
@@ -55,8 +55,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate the first `limit` samples (default: all) with drop-free routing.
 
-    `share=(index, of)` takes every of-th batch: the sums of all shares add up. Every share makes the same
-    number of calls of the model, as shared experts demand. `progress(samples done)` is called after each batch.
+    `share=(index, of)` takes every of-th batch: the sums of all shares add up. Every share makes
+    the same number of calls of the model, as shared experts demand. `progress(samples done)` is
+    called after each batch.
     """
     end = samples.num_samples if limit is None else min(limit, samples.num_samples)
     index, of = share

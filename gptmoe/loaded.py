@@ -1,6 +1,6 @@
-"""A checkpoint in one process: `gptmoe.load(folder)`. The same core that trained it and that serves it."""
+"""A checkpoint in one process, `gptmoe.load(folder)`: the core that trained it and serves it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -28,15 +28,16 @@ def load(
 ) -> "LoadedModel":
     """Open a checkpoint (or the newest of a run folder) for generation and evaluation.
 
-    `dtype` is float32, bfloat16 or float64. Raises CheckpointError naming a missing or corrupt part.
+    `dtype` is float32, bfloat16 or float64. Raises CheckpointError naming a missing or corrupt
+    part.
     """
     checkpoint = open_checkpoint(Path(path), verify=verify)
     spec = spec_of(checkpoint)
     tokenizer = load_tokenizer(checkpoint.path)
     if tokenizer.vocab_size > spec.vocab_size:
         raise CheckpointError(
-            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model only "
-            f"{spec.vocab_size}; they do not belong together"
+            f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
+            f"only {spec.vocab_size}; they do not belong together"
         )
     network = read_network(checkpoint, spec, named_dtype(dtype), torch.device(device))
     return LoadedModel(network, tokenizer, checkpoint.config, checkpoint.path)
@@ -68,8 +69,8 @@ def read_network(
     for name, parameter in list(network.named_parameters()):
         if tuple(checkpoint.shape(name)) != tuple(parameter.shape):
             raise CheckpointError(
-                f"{checkpoint.path}: {name} has shape {list(checkpoint.shape(name))}, the config wants "
-                f"{list(parameter.shape)}; the folder mixes two models"
+                f"{checkpoint.path}: {name} has shape {list(checkpoint.shape(name))}, the config "
+                f"wants {list(parameter.shape)}; the folder mixes two models"
             )
         wide = any(part in name for part in KEPT_WIDE) and dtype == torch.bfloat16
         tensor = checkpoint.read(name).to(device=device, dtype=torch.float32 if wide else dtype)
@@ -81,10 +82,10 @@ def read_network(
 
 
 class LoadedModel:
-    """A model ready to answer. `spec`, `tokenizer`, `network` and the stored `config` are public."""
+    """A model ready to answer. `spec`, `tokenizer`, `network`, `config` and `path` are public."""
 
     def __init__(
-        self, network: GPT, tokenizer: Tokenizer, config: dict[str, Any], path: Path
+        self, network: GPT, tokenizer: Tokenizer, config: Mapping[str, Any], path: Path
     ) -> None:
         self.network = network
         self.spec = network.spec
@@ -94,7 +95,7 @@ class LoadedModel:
 
     @torch.inference_mode()
     def logits(self, token_ids_BT: Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Scores of the next token after each position, [B, T, V], on generation's own path: same bits."""
+        """Scores of the next token after each position, [B, T, V]: generation's path, same bits."""
         tokens_BT = torch.as_tensor(token_ids_BT).tolist()
         length = len(tokens_BT[0])
         if not 0 < length <= self.spec.max_seq_len:
@@ -122,7 +123,8 @@ class LoadedModel:
     def generate(self, text: str | Sequence[str], **sampling: Any) -> str | list[str]:
         """Continue one text or each of several (batched); returns the continuations only.
 
-        Keywords are SamplingParams': max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed, stop.
+        Keywords are SamplingParams': max_new_tokens, temperature, top_k, top_p,
+        repetition_penalty, seed, stop, ignore_end.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         engine = self.engine(

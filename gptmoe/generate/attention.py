@@ -1,9 +1,10 @@
 """Attention through the cache whose bits depend on nothing but the sequence itself.
 
-The same sum in another order gives other bits, so the order is fixed: keys are read in whole blocks, masked
-ones weigh exactly zero, query rows are padded to the smallest product whose rows do not depend on their
-number, and in float32 the weighted sum of values runs over blocks of one size. So a token's result is the
-same alone or in any batch, in one prefill, in chunks, or decoding (shown by tests on the CPU).
+The same sum in another order gives other bits, so the order is fixed: keys are read in whole
+blocks, masked ones weigh exactly zero, query rows are padded to the smallest product whose rows do
+not depend on their number, and in float32 the weighted sum of values runs over blocks of one size.
+So a token's result is the same alone or in any batch, in one prefill, in chunks, or decoding (shown
+by tests on the CPU).
 
 Letters: S slots, N query rows, H heads, K head width, C keys read.
 """
@@ -24,7 +25,7 @@ from .scheduler import Span
 
 @dataclass(frozen=True, slots=True)
 class _Decoding:
-    """The decoding spans as one block of slots first .. end-1; idle slots in between are computed in vain."""
+    """The decoding spans as one block of slots first .. end-1; idle ones between run in vain."""
 
     first: int
     end: int
@@ -35,7 +36,7 @@ class _Decoding:
 
 
 class CachedAttend:
-    """An `Attend` for one step: tokens are flat [1, T], the spans one after the other, decoding ones first."""
+    """An `Attend` for one step: tokens are flat [1, T], span after span, decoding ones first."""
 
     def __init__(self, cache: KVCache, spans: Sequence[Span], num_decoding: int) -> None:
         self.cache = cache
@@ -45,7 +46,7 @@ class CachedAttend:
         )
 
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
-        """Store the new keys and values, then attend. Rows beyond the spans (padding) come back as zero."""
+        """Store the new keys and values, then attend. Rows beyond the spans (padding) give zero."""
         q, k, v = q_BTHK[0], k_BTHK[0], v_BTHK[0]
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         out = torch.zeros_like(q)
@@ -98,7 +99,7 @@ def _prefill(span: Span, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: 
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over the visible keys; [..., N, K] with [..., C, K], softmax in float32."""
+    """softmax(q k^T / sqrt(K)) v over the visible keys, [..., N, K]; softmax in float32."""
     scores = (q @ k.transpose(-1, -2)).to(wide(q.dtype)) / math.sqrt(q.shape[-1])
     weight = scores.masked_fill(~visible, -math.inf).softmax(-1).to(q.dtype)
     if q.dtype == torch.bfloat16:

@@ -14,9 +14,10 @@ BLOCK_TOKENS = 128
 
 
 class KVCache:
-    """Zeroed memory of [S, H, C, K] for keys and values of each layer; on the CPU touched only when used.
+    """Zeroed memory of [S, H, C, K] for keys and values of each layer; on a CPU touched when used.
 
-    Rows beyond a sequence's length hold stale but finite numbers: attention gives them a weight of exactly 0.
+    Rows beyond a sequence's length hold stale but finite numbers: attention gives them a weight of
+    exactly 0.
     """
 
     def __init__(
@@ -36,7 +37,8 @@ class KVCache:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy asks the system for zero pages, which cost nothing until they are written; torch writes them all.
+    # numpy asks the system for zero pages, which cost nothing until they are written; torch writes
+    # them all.
     size = torch.empty((), dtype=dtype).element_size()
     raw = np.zeros(int(np.prod(shape)) * size, dtype=np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)

@@ -49,7 +49,8 @@ class _Sequence:
 class Engine:
     """Continuous batching over one executor. Not thread safe: one thread owns it.
 
-    Invariant: each running sequence has its own slot, and a finished or aborted one leaves nothing behind.
+    Invariant: each running sequence has its own slot, and a finished or aborted one leaves nothing
+    behind.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Engine:
         return len(self.running)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises Overloaded when the queue is full, RequestError for an id in use."""
+        """Queue a request. Raises Overloaded for a full queue, RequestError for an id in use."""
         known = request.request_id in self.running
         if known or any(r.request_id == request.request_id for r in self.waiting):
             raise RequestError(

@@ -1,4 +1,7 @@
-"""Computes what a step plan says, in this process.  Letters: T flat tokens, S sampled rows, V vocabulary."""
+"""Computes what a step plan says, in this process.
+
+Letters: T flat tokens, D model width, S sampled rows, V vocabulary.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -42,7 +45,7 @@ class LocalExecutor:
     def hidden(
         self, spans: Sequence[Span], num_decoding: int, tokens: Mapping[str, Sequence[int]]
     ) -> Tensor:
-        """Final hidden states of all tokens of the spans, [T, D]. Row counts are padded, see attention.py."""
+        """Final hidden states of all tokens of the spans, [T, D]; row counts are padded."""
         token_ids: list[int] = []
         positions: list[int] = []
         for span in spans:

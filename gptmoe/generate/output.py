@@ -1,4 +1,4 @@
-"""Generated tokens to text: whole characters only, and nothing that may turn out to start a stop string."""
+"""Generated tokens to text: whole characters, and nothing that may yet start a stop string."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Text that this token makes certain; `stopped` turns True when a stop string is complete."""
+        """Text that this token makes certain; `stopped` turns True at a complete stop string."""
         return self._release(self.decoder.push([token_id]), last=False)
 
     def finish(self) -> str:

@@ -20,7 +20,7 @@ class SamplingParams:
     top_p: float = 1.0
     """Keep the smallest set of tokens whose probability reaches this."""
     repetition_penalty: float = 1.0
-    """Divide the scores of tokens already present (Keskar et al. 2019, arXiv 1909.05858); 1 = off."""
+    """Divides the scores of tokens already present (arXiv 1909.05858, section 4.1); 1 = off."""
     seed: int = 0
     """The noise of a token is a function of (seed, position) alone."""
     max_new_tokens: int = 128
@@ -99,7 +99,8 @@ def make_request(
 
 
 def _shorter(max_seq_len: int) -> str:
-    return f"at most {max_seq_len - 1} tokens, to leave room for one more in the context of {max_seq_len}"
+    most = max_seq_len - 1
+    return f"at most {most} tokens, to leave room for one more in the context of {max_seq_len}"
 
 
 def _check(good: bool, field: str, found: object, wanted: str) -> None:

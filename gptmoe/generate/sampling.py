@@ -1,4 +1,7 @@
-"""From scores to a token: a pure function of the scores, the parameters, the history and (seed, position)."""
+"""From scores to a token: a pure function of scores, parameters, history and (seed, position).
+
+Letters: V vocabulary, N candidates.
+"""
 
 import hashlib
 import struct
@@ -13,8 +16,8 @@ from .request import SamplingParams
 def choose(logits_V: Tensor, params: SamplingParams, history: Sequence[int]) -> int:
     """Pick the next token after `history` (prompt and generated tokens).
 
-    Order: repetition penalty, temperature, top_k, top_p, then the inverse of the cumulative distribution at one
-    uniform number that depends on (seed, position) only.
+    Order: repetition penalty, temperature, top_k, top_p, then the inverse of the cumulative
+    distribution at one uniform number that depends on (seed, position) only.
     """
     scores_V = logits_V.float()
     if params.repetition_penalty != 1:
@@ -41,7 +44,7 @@ def candidates(scores_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
 
 
 def penalize(scores_V: Tensor, penalty: float, history: Sequence[int]) -> Tensor:
-    """Divide positive scores and multiply negative ones of the tokens present (arXiv 1909.05858, section 4.1)."""
+    """Divide positive scores of the tokens present, multiply negative ones (1909.05858, 4.1)."""
     present = torch.tensor(sorted(set(history)), device=scores_V.device)
     scores = scores_V[present]
     return scores_V.index_copy(

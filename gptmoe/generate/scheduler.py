@@ -1,4 +1,4 @@
-"""Continuous batching as a pure decision: who runs how many tokens in the next step. No torch, no clock."""
+"""Continuous batching as a pure decision: who runs how many tokens next. No torch, no clock."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one engine step runs: decoding spans first, then chunks of prompts in order of arrival."""
+    """What one engine step runs: decoding spans, then chunks of prompts in order of arrival."""
 
     spans: tuple[Span, ...]
     num_decoding: int
@@ -58,8 +58,8 @@ class StepPlan:
 def plan_step(running: Sequence[Progress], token_budget: int) -> StepPlan:
     """Plan the next step over sequences in order of arrival.
 
-    Every sequence that only lacks its newest token decodes, whatever the budget; what the budget leaves goes
-    to prompts, first come first served, in chunks.
+    Every sequence that only lacks its newest token decodes, whatever the budget; what the budget
+    leaves goes to prompts, first come first served, in chunks.
     """
     decoding = [_span(p, 1) for p in running if p.known - p.computed == 1]
     left = token_budget - len(decoding)

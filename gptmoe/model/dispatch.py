@@ -1,7 +1,8 @@
 """The dispatcher's contract, and the one for experts that live in this process.
 
 `dispatch` moves rows to their experts, `combine` brings the answers home. Other implementations
-(all-to-all over a process group) keep the same contract, so the layer does not know where experts live.
+(all-to-all over a process group) keep the same contract, so the layer does not know where experts
+live.
 Letters: T tokens, D model width, R rows at the experts, S rows at their source.
 """
 
@@ -63,7 +64,7 @@ class LocalDispatcher:
 
 
 def sort_by_expert(routing: Routing) -> tuple[Tensor, Tensor]:
-    """The order that sorts rows by expert, tokens in order within one, and the rows of each expert [E]."""
+    """The order that sorts rows by expert, stable, and the number of rows of each expert [E]."""
     order_S = torch.argsort(routing.expert_R, stable=True)
     return order_S, torch.bincount(routing.expert_R, minlength=routing.num_experts)
 

@@ -46,7 +46,9 @@ def grouped_linear(
     weight_EOI, bias_EO = weight_EOI.to(x_RI.dtype), bias_EO.to(x_RI.dtype)
     if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
         return _grouped_kernel(x_RI, weight_EOI, bias_EO, rows_per_expert)
-    result: Tensor = _GroupedLinear.apply(x_RI, weight_EOI, bias_EO, rows_per_expert)  # type: ignore[no-untyped-call]
+    result: Tensor = _GroupedLinear.apply(  # type: ignore[no-untyped-call]
+        x_RI, weight_EOI, bias_EO, rows_per_expert
+    )
     return result
 
 
@@ -55,12 +57,12 @@ def _grouped_kernel(
 ) -> Tensor:
     counts = torch.tensor(rows_per_expert, device=x_RI.device)
     ends = counts.cumsum(0, dtype=torch.int32)
-    y_RO: Tensor = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends)  # type: ignore[attr-defined]
+    y_RO: Tensor = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends)
     return y_RO + bias_EO.repeat_interleave(counts, dim=0, output_size=len(x_RI))
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """The loop, with gradients written straight into one [E, O, I] tensor instead of E sparse ones."""
+    """The loop, with gradients written straight into one [E, O, I] tensor."""
 
     @staticmethod
     def forward(
@@ -89,7 +91,7 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Write x W^T + b to `out`; a few rows are padded so that a row's bits do not depend on its neighbours."""
+    """Write x W^T + b to `out`; few rows are padded: a row's bits never depend on the others."""
     missing = MIN_ROWS.get(x.dtype, 1) - len(x)
     if missing > 0:
         out.copy_(F.linear(F.pad(x, (0, 0, 0, missing)), weight, bias)[: len(x)])

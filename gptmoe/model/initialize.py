@@ -1,4 +1,4 @@
-"""Initial weights as a function of (seed, name, expert): every layout starts from the same model."""
+"""Initial weights, a function of (seed, name, expert): every layout starts from the same model."""
 
 import hashlib
 import math

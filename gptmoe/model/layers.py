@@ -1,4 +1,4 @@
-"""The plain layers of the decoder. Weights may be wider than the computation: each layer casts at use.
+"""The plain layers of the decoder. Weights may be wider than the products: layers cast at use.
 
 Letters: B batch, T tokens, D model width, F feed-forward width, H heads, K head width.
 """
@@ -19,7 +19,7 @@ class Attend(Protocol):
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that norms, routers and losses compute in: float32, or float64 for a float64 model."""
+    """What norms, routers and losses compute in: float32, or float64 for a float64 model."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         self.out = Linear(d_model, d_model)
 
     def forward(self, x_BTD: Tensor, layer: int, attend: Attend) -> Tensor:
-        heads = x_BTD.shape[:2] + (3, self.num_heads, -1)
+        heads = (*x_BTD.shape[:2], 3, self.num_heads, -1)
         q_BTHK, k_BTHK, v_BTHK = self.qkv(x_BTD).view(heads).unbind(2)
         return self.out(attend(layer, q_BTHK, k_BTHK, v_BTHK).flatten(2))
 

@@ -13,7 +13,7 @@ from .switch import SwitchRouter
 
 
 class MoE(nn.Module):
-    """A feed-forward layer of experts. Where they live is the dispatcher's business (swapped from outside)."""
+    """A feed-forward layer of experts. Where they live is known to the dispatcher alone."""
 
     router: Router
     dispatcher: Dispatcher
@@ -25,7 +25,7 @@ class MoE(nn.Module):
         self.dispatcher = LocalDispatcher()
 
     def forward(self, h_TD: Tensor, groups: Groups) -> tuple[Tensor, Routing]:
-        """Return the experts' answers [T, D] (zero for a token that no expert took) and the routing."""
+        """Return the experts' answers [T, D], zero for tokens that none took, and the routing."""
         routing = self.router.route(h_TD, groups)
         sent = self.dispatcher.dispatch(h_TD, routing)
         rows_RD = self.experts(sent.rows_RD, sent.rows_per_expert)

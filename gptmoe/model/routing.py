@@ -1,6 +1,7 @@
 """The router's contract: which token goes to which expert, with what weight, and what it cost.
 
-Letters: T tokens, D model width, E experts, R rows (copies of tokens on their way to an expert), G groups.
+Letters: T tokens, D model width, E experts, G groups, R rows (copies of tokens on their way to an
+expert).
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """T tokens as G equal routing groups in order; `valid_T` leaves padding out of routing and statistics."""
+    """T tokens as G equal groups in order; padding (`valid_T` False) is not routed or counted."""
 
     tokens_per_group: int
     valid_T: Tensor | None = None
@@ -44,7 +45,8 @@ class Statistics:
 class Routing:
     """Row r carries token `token_R[r]` to expert `expert_R[r]` and comes back times `weight_R[r]`.
 
-    A token may have 0 to E rows. `losses` hold sums over the groups, unweighted, in at least float32.
+    A token may have 0 to E rows. `losses` hold sums over the groups, unweighted, in at least
+    float32.
     """
 
     token_R: Tensor
@@ -56,7 +58,7 @@ class Routing:
 
 
 class Router(Protocol):
-    """Chooses experts. `route` writes no buffer: it may run again for recompute, or once a microbatch."""
+    """Chooses experts. `route` writes no buffer: it may run again for recompute."""
 
     def route(self, h_TD: Tensor, groups: Groups) -> Routing:
         """Decide for all tokens; capacity and balance losses are computed within each group."""
@@ -68,7 +70,7 @@ class Router(Protocol):
 
 
 def rank_within(key_T: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """How many earlier tokens have the same key [T], and how many tokens each key has [num_keys]."""
+    """How many earlier tokens share a token's key [T], and how many have each key [num_keys]."""
     count = torch.bincount(key_T, minlength=num_keys)
     order = torch.argsort(key_T, stable=True)
     start = count.cumsum(0) - count

@@ -1,4 +1,4 @@
-"""What a model is: plain numbers, no torch. A checkpoint stores them; presets name the known ones."""
+"""What a model is: plain numbers, no torch. Checkpoints store them, presets name known ones."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +13,7 @@ class RouterSpec:
     kind: Literal["switch"] = "switch"
     """switch: top-1 with capacity (Fedus et al. 2021, arXiv 2101.03961)."""
     capacity_factor: float = 1.25
-    """Training only: an expert takes at most ceil(tokens / experts * factor) tokens of one group."""
+    """Training only: an expert takes at most ceil(tokens / experts * factor) tokens of a group."""
     min_capacity: int = 4
     """Training only: lower bound of that capacity."""
     aux_loss_coef: float = 0.01
@@ -21,7 +21,7 @@ class RouterSpec:
     z_loss_coef: float = 0.0
     """Weight of the router z-loss (arXiv 2202.08906, eq. 5); 0 = off."""
     group_sequences: int = 8
-    """Consecutive sequences of the global batch that share capacity and balance loss: never per rank."""
+    """Consecutive sequences of the global batch that share capacity and balance loss."""
 
     def __post_init__(self) -> None:
         _at_least("router.capacity_factor", self.capacity_factor, 0.01)
@@ -44,7 +44,7 @@ class ModelSpec:
     num_experts: tuple[int, ...] = ()
     """One number per MoE layer; () means dense."""
     expert_interval: int = 2
-    """MoE on 0-based layers interval-1, 2*interval-1, ...: 2 gives 1, 3, 5, ...; 1 gives every layer."""
+    """MoE on 0-based layers interval-1, 2*interval-1, ...: 2 gives 1, 3, 5, ...; 1 gives all."""
     router: RouterSpec = field(default_factory=RouterSpec)
     dropout: float = 0.0
     init_std: float = 0.006
@@ -64,9 +64,9 @@ class ModelSpec:
         slots = self.num_layers // self.expert_interval
         if self.num_experts and len(self.num_experts) != slots:
             raise ConfigError(
-                f"model.num_experts has {len(self.num_experts)} numbers, but {self.num_layers} layers with "
-                f"model.expert_interval={self.expert_interval} have {slots} MoE layers; give one number "
-                f"for all or {slots}"
+                f"model.num_experts has {len(self.num_experts)} numbers, but {self.num_layers} "
+                f"layers with model.expert_interval={self.expert_interval} have {slots} MoE "
+                f"layers; give one number for all or {slots}"
             )
         for count in self.num_experts:
             _at_least("model.num_experts", count, 1)
@@ -91,7 +91,7 @@ class ModelSpec:
 def expand_experts(
     num_experts: int | tuple[int, ...], num_layers: int, interval: int
 ) -> tuple[int, ...]:
-    """One number for all MoE layers, or a list with one number each, to that list; 0 means dense."""
+    """One number for all MoE layers, or one for each, to one for each; 0 means dense."""
     if isinstance(num_experts, int):
         return (num_experts,) * (num_layers // interval) if num_experts else ()
     return tuple(num_experts)

@@ -13,10 +13,11 @@ from .spec import RouterSpec
 
 
 class SwitchRouter(nn.Module):
-    """Each token goes to the expert that its softmax likes best, and comes back times that probability.
+    """Each token goes to its likeliest expert and comes back times that probability.
 
-    In training an expert takes at most its capacity of each group, in position order; the other tokens keep
-    only their residual path. At evaluation and generation nothing is dropped. Softmax is fp32 or wider.
+    In training an expert takes at most its capacity of each group, in position order; the other
+    tokens keep only their residual path. At evaluation and generation nothing is dropped. Softmax
+    is fp32 or wider.
     """
 
     def __init__(self, d_model: int, num_experts: int, spec: RouterSpec) -> None:
@@ -75,7 +76,7 @@ class SwitchRouter(nn.Module):
     def _losses(
         self, logits_TE: Tensor, probability_TE: Tensor, chosen_GE: Tensor, valid_T: Tensor
     ) -> dict[str, Tensor]:
-        """E * sum_e f_e P_e (arXiv 2101.03961, eq. 4) and the z-loss (2202.08906, eq. 5), summed over groups."""
+        """Sums over groups of E * sum_e f_e P_e (2101.03961, eq. 4) and z-loss (2202.08906, 5)."""
         if not self.training:
             return {}
         num_groups, num_experts = chosen_GE.shape

@@ -1,4 +1,4 @@
-"""The GPT decoder: learned positions, pre-LayerNorm, tied embeddings, feed-forward or experts per layer.
+"""The GPT decoder: learned positions, pre-LayerNorm, tied embeddings, FFN or experts per layer.
 
 Letters: B batch, T tokens, D model width, V vocabulary.
 """
@@ -65,10 +65,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model core of training and serving. Plain: it knows no ranks; parallelism is applied from outside.
+    """The model core of training and serving. It knows no ranks: those are applied from outside.
 
-    Parameter names are the checkpoint's logical names. `compute_dtype` may be narrower than the parameters'
-    (float32 weights with bfloat16 products). A new instance is uninitialised: see `initialize`.
+    Parameter names are the checkpoint's logical names. `compute_dtype` may be narrower than the
+    parameters' (float32 weights with bfloat16 products). A new instance is uninitialised: see
+    `initialize`.
     """
 
     def __init__(self, spec: ModelSpec, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -88,8 +89,8 @@ class GPT(nn.Module):
     ) -> Output:
         """Hidden states after the last norm, [B, T, D].
 
-        `valid_BT` is False on padding, which is then not routed. In training, B must be a multiple of
-        `spec.router.group_sequences` when there are experts.
+        `valid_BT` is False on padding, which is then not routed. In training, B must be a multiple
+        of `spec.router.group_sequences` when there are experts.
         """
         if position_BT is None:
             position_BT = torch.arange(token_BT.shape[1], device=token_BT.device).expand_as(
@@ -110,7 +111,7 @@ class GPT(nn.Module):
         return F.linear(hidden_BTD, self.embed.tokens.weight.to(hidden_BTD.dtype))
 
     def _groups(self, token_BT: Tensor, valid_BT: Tensor | None) -> Groups:
-        """In training, groups of `group_sequences` sequences; otherwise one group, since nothing is dropped."""
+        """In training groups of `group_sequences` sequences, else one: nothing is dropped."""
         sequences = self.spec.router.group_sequences if self.training else len(token_BT)
         if self.spec.num_experts and len(token_BT) % sequences:
             raise ValueError(

@@ -22,8 +22,8 @@ def build(
 ) -> GPT:
     """This rank's part of the model, with memory only for that part.
 
-    `dtype` is the weights' type, `compute_dtype` the products' (default: the same). `seed` None leaves the
-    weights uninitialised, to be read from a checkpoint.
+    `dtype` is the weights' type, `compute_dtype` the products' (default: the same). `seed` None
+    leaves the weights uninitialised, to be read from a checkpoint.
     """
     mesh.layout.check_experts(spec.num_experts)
     with torch.device("meta"):
@@ -46,11 +46,11 @@ def share_experts(model: GPT, mesh: Mesh) -> None:
         first, end = mesh.layout.experts_of(mesh.rank, spec.experts_in_layer(layer))
         with torch.device("meta"):
             moe.experts = Experts(end - first, spec.d_model, spec.d_ff, first)
-        moe.dispatcher = AllToAllDispatcher(mesh.expert_group)
+        moe.dispatcher = AllToAllDispatcher(mesh.expert_group, mesh.layout.ep)
 
 
 def expert_parameters(model: GPT) -> set[str]:
-    """Names of the parameters that belong to an expert shard; all others are replicated on every rank."""
+    """Names of the parameters that belong to an expert shard; all others are replicated."""
     return {
         f"{module_name}.{name}"
         for module_name, module in model.named_modules()

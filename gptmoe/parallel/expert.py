@@ -23,14 +23,14 @@ class _RouteBack:
 
 
 class AllToAllDispatcher:
-    """Experts are split evenly over a group, in rank order. Collective: every rank calls it, rows or not.
+    """Experts split evenly over a group of `size` ranks, in rank order. Collective: all ranks call.
 
     A rank without rows still takes part forward and backward: its empty tensors stay in the graph.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
         self.group = group
-        self.size = dist.get_world_size(group)
+        self.size = size
 
     def dispatch(self, h_TD: Tensor, routing: Routing) -> Sent:
         """Send each row to the owner of its expert; what arrives is sorted by local expert."""

@@ -1,8 +1,8 @@
 """The parallel layout: pure integers, no torch.
 
 dp ranks each hold a slice of the batch; ep of them share the experts of a layer between them.
-Expert groups are consecutive ranks: with dp=4, ep=2 they are (0, 1) and (2, 3), and the copies of one
-expert shard live on (0, 2) and (1, 3).
+Expert groups are consecutive ranks: with dp=4, ep=2 they are (0, 1) and (2, 3), and the copies of
+one expert shard live on (0, 2) and (1, 3).
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,8 @@ class Layout:
                 raise LayoutError(f"parallel.{name}={getattr(self, name)} must be at least 1")
         if self.dp % self.ep:
             raise LayoutError(
-                f"parallel.ep={self.ep} must divide parallel.dp={self.dp}; use {_choices(_divisors(self.dp))}"
+                f"parallel.ep={self.ep} must divide parallel.dp={self.dp}; "
+                f"use {_choices(_divisors(self.dp))}"
             )
 
     @property

@@ -1,9 +1,10 @@
 """From gradients to new weights: reduce, norm, clip, step, state. The plain torch one (ZeRO 0).
 
-Gradient rule. Each rank divides its loss by *global* counts, so the gradient of the global loss is the sum of
-the ranks' gradients. A replicated parameter is summed over all ranks. An expert's rows came from its whole
-expert group, and the backward all-to-all has summed over that group, so it is summed over its replicas only.
-The norm counts each parameter once: replicated ones on any rank, expert shards over the expert group.
+Gradient rule. Each rank divides its loss by *global* counts, so the gradient of the global loss is
+the sum of the ranks' gradients. A replicated parameter is summed over all ranks. An expert's rows
+came from its whole expert group, and the backward all-to-all has summed over that group, so it is
+summed over its replicas only. The norm counts each parameter once: replicated ones on any rank,
+expert shards over the expert group.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -94,7 +95,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def moment_pieces(owned: Owned, state: dict[str, Tensor]) -> Iterable[Piece]:
-    """AdamW's state of one parameter as boxes of logical tensors `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`."""
+    """AdamW's state of a parameter as boxes of `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`."""
     for name in MOMENTS:
         if name in state:
             yield Piece(f"{name}/{owned.name}", owned.full_shape, owned.box, state[name])
