@@ -142,7 +142,7 @@ class LoopConfig:
     max_steps: int | None = None
     """Optimizer steps in all; may be raised when a run goes on."""
     epochs: float | None = None
-    """Instead of max_steps: passes over the training samples."""
+    """Passes over the training samples; with max_steps too, the run ends at the earlier."""
     batch_tokens: int
     """Tokens of one optimizer step over all ranks: whole sequences of data.seq_len."""
     microbatch_size: int = 8
@@ -155,8 +155,8 @@ class LoopConfig:
     """At most so many samples a validation; 0 = all."""
 
     def __post_init__(self) -> None:
-        if (self.max_steps is None) == (self.epochs is None):
-            raise ConfigError("exactly one of train.max_steps and train.epochs must be given")
+        if self.max_steps is None and self.epochs is None:
+            raise ConfigError("train.max_steps or train.epochs must be given; with both the run ends at the earlier")
         for name in ("max_steps", "epochs", "batch_tokens", "microbatch_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -84,11 +84,11 @@ def make_plan(
 
 
 def steps_of(config: TrainConfig, num_samples: int) -> int:
-    """Optimizer steps of the run: max_steps, or enough for the epochs."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    assert config.train.epochs is not None
-    return math.ceil(config.train.epochs * num_samples / config.batch_sequences)
+    """Optimizer steps of the run: max_steps or enough for the epochs, whichever is less."""
+    bounds = [config.train.max_steps] if config.train.max_steps is not None else []
+    if config.train.epochs is not None:
+        bounds.append(math.ceil(config.train.epochs * num_samples / config.batch_sequences))
+    return min(bounds)
 
 
 def _tokenizer_path(config: TrainConfig, source: Checkpoint | None) -> Path:
