@@ -23,6 +23,7 @@ def build(config: ServeConfig, num_cpus: float) -> ray.serve.Application:
         max_ongoing_requests=bound,
         max_queued_requests=bound,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
+        graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=health.drain_s,
         health_check_period_s=health.period_s,
         max_constructor_retry_count=2,

@@ -24,10 +24,6 @@ _REFUSED = 2
 _INTERRUPTED = 130
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
 def main(arguments: Sequence[str]) -> int:
     """Serve until a signal: 0 after SIGTERM, 130 after Ctrl-C; 2 and a sentence on bad input."""
     options = _parser().parse_args(arguments)
@@ -42,9 +38,9 @@ def main(arguments: Sequence[str]) -> int:
         return _REFUSED
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except _Terminated:
-        pass
-    return _ASKED_TO_STOP
+    except SystemExit:  # by SIGTERM: our handler raises it, and so does Ray's while Ray starts
+        return _ASKED_TO_STOP
+    raise AssertionError("only a signal ends the wait")
 
 
 def read_config(options: argparse.Namespace) -> ServeConfig:
@@ -104,4 +100,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+    raise SystemExit

@@ -6,6 +6,8 @@ with running(config) as endpoints:
 
 import dataclasses
 import logging
+import re
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.serve.config import gRPCOptions
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
-from cluster import local
+from cluster import env, local
 from cluster.client import Client, GenerationError
 from gptmoe.checkpoint import open_checkpoint
 from gptmoe.errors import ClusterError
@@ -56,26 +58,46 @@ def running(config: ServeConfig) -> Iterator[Endpoints]:
         config.checkpoint, verify=False
     ).path  # a replica verifies all of it
     config = dataclasses.replace(config, checkpoint=checkpoint.resolve())
-    replicas = config.replicas
-    workers = replicas.min if config.address else replicas.max
+    joins = bool(config.address) or env.inside_job()
+    workers = config.replicas.min if joins else config.replicas.max
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with local.session(workers=workers, address=config.address or None) as cluster:
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own, set by now, aborts after 3 s
         threads = config.threads or cluster.threads
-        config = dataclasses.replace(config, threads=threads)
+        config = dataclasses.replace(
+            config,
+            threads=threads,
+            http_port=config.http_port or free_port(config.host),
+            grpc_port=config.grpc_port or free_port(""),
+        )
+        config = start_proxies(config, cluster)
         try:
-            start_proxies(config)
             deploy(config, num_cpus=cluster.cpus_per_worker if cluster.local else threads)
             yield endpoints(config, cluster)
         finally:
-            remove(config.name)
+            remove(config.name, cluster)
 
 
-def start_proxies(config: ServeConfig) -> None:
-    """Start Ray Serve with our ports; where it runs already, its own ports stay."""
-    http_port = config.http_port or free_port(config.host)
-    grpc_port = config.grpc_port or free_port("")
+def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
+    """Start Ray Serve; where it runs already its ports stay, and come back in the config.
+
+    Raises ClusterError if it runs without our gRPC service.
+    """
     ray.serve.start(
-        http_options=ray.serve.HTTPOptions(host=config.host, port=http_port),
-        grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=[SERVICER]),
+        http_options=ray.serve.HTTPOptions(host=config.host, port=config.http_port),
+        grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=[SERVICER]),
+    )
+    if cluster.local or not cluster.dashboard_url:
+        return config
+    details = ServeSubmissionClient(cluster.dashboard_url).get_serve_details()
+    http, grpc = details["http_options"], details["grpc_options"]
+    if SERVICER not in grpc["grpc_servicer_functions"]:
+        raise ClusterError(
+            f"Ray Serve runs on the cluster {cluster.address} already, without this gRPC service; "
+            "shut it down there (serve shutdown), or serve on another cluster"
+        )
+    return dataclasses.replace(
+        config, host=http["host"], http_port=http["port"], grpc_port=grpc["port"]
     )
 
 
@@ -101,35 +123,26 @@ def deploy(config: ServeConfig, num_cpus: float) -> None:
 
 
 def endpoints(config: ServeConfig, cluster: local.Session) -> Endpoints:
-    """What Ray Serve listens on, as its own controller says, once gRPC answers."""
-    details = ServeSubmissionClient(cluster.dashboard_url).get_serve_details()
-    http, grpc = details["http_options"], details["grpc_options"]
-    if SERVICER not in grpc["grpc_servicer_functions"]:
-        raise ClusterError(
-            f"Ray Serve runs on the cluster {cluster.address} already, without this gRPC service; "
-            "shut it down there (serve shutdown), or serve on another cluster"
-        )
+    """Where the application answers, once it does over gRPC."""
     node = "127.0.0.1" if cluster.local else ray.util.get_node_ip_address()
-    target = f"{node}:{grpc['port']}"
-    host = node if http["host"] in ("0.0.0.0", "::") else http["host"]
+    host = node if config.host in ("0.0.0.0", "::") else config.host
+    target = f"{node}:{config.grpc_port}"
     _await_answer(target, config.name)
     return Endpoints(
         name=config.name,
         grpc=target,
-        http=f"http://{host}:{http['port']}",
+        http=f"http://{host}:{config.http_port}",
         dashboard=cluster.dashboard_url,
         address=cluster.address,
         checkpoint=str(config.checkpoint),
     )
 
 
-def remove(name: str) -> None:
+def remove(name: str, cluster: local.Session) -> None:
     """Delete the application after its running requests; Ray Serve goes with the last one."""
-    applications = ray.serve.status().applications
-    if set(applications) <= {name}:
+    ray.serve.delete(name)
+    if not cluster.local and not ray.serve.status().applications:
         ray.serve.shutdown()
-    else:
-        ray.serve.delete(name)
 
 
 def free_port(host: str) -> int:
@@ -143,7 +156,9 @@ def free_port(host: str) -> int:
 def last_line(message: str) -> str:
     """The sentence in a failed deployment's message, which may end in a traceback."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else "Ray Serve gives no reason; see its logs in the dashboard"
+    if not lines:
+        return "Ray Serve gives no reason; see its logs in the dashboard"
+    return re.sub(r"^gptmoe\.errors\.\w+: ", "", lines[-1])
 
 
 def _application(name: str) -> ApplicationStatusOverview:

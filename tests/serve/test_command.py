@@ -92,4 +92,5 @@ def test_the_reason_of_a_failed_deployment_is_its_last_line() -> None:
     assert last_line("Error:\nTraceback (most recent call last):\n  x\nValueError: y\n\n") == (
         "ValueError: y"
     )
+    assert last_line("gptmoe.errors.CheckpointError: a shard is corrupt") == "a shard is corrupt"
     assert "no reason" in last_line("")

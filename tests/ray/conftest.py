@@ -1,0 +1,44 @@
+"""A checkpoint small enough to serve in seconds."""
+
+from pathlib import Path
+
+import pytest
+
+from gptmoe.checkpoint import save, whole
+from gptmoe.config import to_dict
+from gptmoe.model.initialize import initialize
+from gptmoe.model.spec import ModelSpec
+from gptmoe.model.transformer import GPT
+from gptmoe.text import train_jiebabpe
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of 200,000 parameters; its greedy text does not end by itself."""
+    spec = ModelSpec(
+        num_layers=2,
+        d_model=32,
+        num_heads=2,
+        d_ff=128,
+        vocab_size=512,
+        max_seq_len=4096,
+        num_experts=(4,),
+        init_std=0.1,
+    )
+    network = GPT(spec)
+    initialize(network, seed=1)
+    tokenizer = train_jiebabpe(["春风又绿江南岸，明月何时照我还。"] * 4, vocab_size=280)
+    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step-00000001"
+    folder.parent.mkdir()
+    pieces = [whole(name, parameter.detach()) for name, parameter in network.named_parameters()]
+    save(
+        folder,
+        rank=0,
+        world=1,
+        barrier=lambda: None,
+        groups={"weights": pieces},
+        config={"model": to_dict(spec)},
+        progress={"step": 1},
+        copy_files=tokenizer.save,
+    )
+    return folder
