@@ -11,11 +11,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import IO
 
 from . import env
 
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LAST_LINES_S = 5.0  # a grandchild may hold the pipe open for longer
 
 
 class Child:
@@ -32,10 +32,10 @@ class Child:
             stdout=pipe,
             stderr=subprocess.STDOUT if on_line else None,
         )
-        self._reader = threading.Thread(target=self._read, args=(on_line,), daemon=True)
-        if on_line:
-            self._reader.start()
+        self.pid = self._process.pid
         self._interrupts = 0
+        self._reader = threading.Thread(target=self._read, args=(on_line,), daemon=True)
+        self._reader.start()
 
     def has_ended(self) -> bool:
         """Whether the process is gone."""
@@ -44,8 +44,7 @@ class Child:
     def wait(self) -> int:
         """Wait for the end; returns the exit code as a shell counts it (128 + signal)."""
         code = self._process.wait()
-        if self._process.stdout:
-            self._reader.join(timeout=5.0)  # a grandchild may hold the pipe open
+        self._reader.join(_LAST_LINES_S)
         return 128 - code if code < 0 else code
 
     @contextlib.contextmanager
@@ -57,7 +56,7 @@ class Child:
         finally:
             if not self.has_ended():
                 self._process.terminate()
-            self._process.wait()
+            self.wait()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -70,8 +69,9 @@ class Child:
         else:
             self._process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
-    def _read(self, on_line: Callable[[str], None]) -> None:
-        stream: IO[bytes] | None = self._process.stdout
-        assert stream is not None
-        for line in stream:
-            on_line(line.decode(errors="replace").rstrip("\r\n"))
+    def _read(self, on_line: Callable[[str], None] | None) -> None:
+        if on_line is None or self._process.stdout is None:
+            return
+        with self._process.stdout as lines:
+            for line in lines:
+                on_line(line.decode(errors="replace").rstrip("\r\n"))

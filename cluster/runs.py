@@ -29,10 +29,10 @@ def read_state(folder: Path) -> State:
     path = folder / "state.json"
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return State(**{name: raw[name] for name in State.__dataclass_fields__ if name in raw})
+        return State(**{key: raw[key] for key in raw.keys() & State.__dataclass_fields__.keys()})
     except FileNotFoundError:
         return State()
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ClusterError(f"{path} cannot be read ({error}); remove it") from None
 
 

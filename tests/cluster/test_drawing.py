@@ -1,0 +1,105 @@
+"""Runs and clusters for people."""
+
+import io
+from dataclasses import replace
+
+from rich.console import Console, RenderableType
+
+from cluster.drawing import describe_experts, draw_cluster, draw_run
+from cluster.messages import ExpertRange, Owner, Shard, Topology
+from cluster.status import ApplicationStatus, ClusterStatus, JobStatus, RunStatus
+
+OWNER = Owner(
+    worker="train-1",
+    rank=1,
+    node="node-a",
+    pid=77,
+    shard=Shard(
+        end_layer=4,
+        experts=(ExpertRange(layer=1, first=4, end=8), ExpertRange(layer=3, first=4, end=8)),
+    ),
+    step=20,
+    heartbeat_age_s=40.0,
+)
+RUN = RunStatus(
+    run_dir="runs/tiny",
+    state="running",
+    message="",
+    step=20,
+    max_steps=40,
+    metrics={"step": 20, "loss": 2.5},
+    dashboard_url="http://127.0.0.1:8265",
+    job_id="",
+    alive=True,
+    topology=Topology(epoch=2, run="tiny", owners=(OWNER,)),
+)
+
+
+def text(drawing: RenderableType, *, color: bool = False) -> str:
+    file = io.StringIO()
+    Console(file=file, width=160, force_terminal=color).print(drawing)
+    return file.getvalue()
+
+
+def words(line: str) -> list[str]:
+    return line.split()
+
+
+def test_a_run_with_its_owners() -> None:
+    lines = text(draw_run(RUN)).splitlines()
+    assert lines[:2] == ["runs/tiny: running", "step 20/40  loss 2.5000"]
+    assert "epoch 2" in lines[3]
+    assert words(lines[-1]) == [
+        "train-1",
+        "node-a",
+        "77",
+        "0",
+        "0-3",
+        "1,3:",
+        "4-7",
+        "20",
+        "40",
+        "s",
+        "ago",
+    ]
+
+
+def test_a_silent_worker_is_red_while_the_run_lasts() -> None:
+    assert "\x1b[31m40 s ago" in text(draw_run(RUN), color=True)
+    assert "\x1b[31m" not in text(draw_run(replace(RUN, state="finished")), color=True)
+
+
+def test_a_run_whose_process_is_gone_or_that_failed_says_so() -> None:
+    assert "was killed" in text(draw_run(replace(RUN, alive=False)))
+    assert "was killed" not in text(draw_run(replace(RUN, alive=False, job_id="job")))
+    assert "no space" in text(draw_run(replace(RUN, state="failed", message="no space left")))
+
+
+def test_experts_in_words() -> None:
+    ranges = [ExpertRange(layer=1, first=0, end=4), ExpertRange(layer=3, first=0, end=8)]
+    assert describe_experts(ranges) == "1: 0-3; 3: 0-7"
+    assert describe_experts([ExpertRange(layer=1, first=4, end=4)]) == "1: none"
+    assert describe_experts([]) == ""
+
+
+def test_a_cluster_with_jobs_and_what_it_serves() -> None:
+    cluster = ClusterStatus(
+        dashboard_url="http://head:8265",
+        resources={"CPU": 4.0},
+        jobs=[
+            JobStatus(job_id="pretrain-a", kind="pretrain", status="RUNNING", message="", run=RUN),
+            JobStatus(job_id="old", kind="", status="FAILED", message="", run=None),
+        ],
+        applications=[
+            ApplicationStatus(name="gptmoe", status="RUNNING", message="", replicas=2),
+        ],
+    )
+    drawn = text(draw_cluster(cluster))
+    assert drawn.startswith("http://head:8265: 4 CPU, 0 GPU\n")
+    assert "serves gptmoe: RUNNING, 2 replicas" in drawn
+    assert [words(line) for line in drawn.splitlines()][2:4] == [
+        ["pretrain-a", "RUNNING", "runs/tiny", "20/40"],
+        ["old", "FAILED"],
+    ]
+    assert "train-1" in drawn
+    assert "no jobs" in text(draw_cluster(replace(cluster, jobs=[])))

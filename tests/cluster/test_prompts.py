@@ -1,0 +1,54 @@
+"""Files of prompts and answers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster import prompts
+from gptmoe.errors import DataError
+
+
+def test_prompts_in_answers_out(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text('[{"id": 1, "txt": "春风"}, {"id": "b", "txt": "明月"}]')
+    items = prompts.read(tmp_path / "in.json")
+    rows = prompts.answers(items, ["又绿", "何时"], "poetry")
+    prompts.write(rows, tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text()) == [
+        {"id": 1, "prompt": "春风", "output_poetry": "春风又绿"},
+        {"id": "b", "prompt": "明月", "output_poetry": "明月何时"},
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.json", "out.json"]
+
+
+def test_without_a_file_answers_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    prompts.write([{"id": 1}], None)
+    assert json.loads(capsys.readouterr().out) == [{"id": 1}]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\xff\xfe", "is not JSON in UTF-8"),
+        (b"[{", "is not JSON in UTF-8"),
+        (b"{}", "must hold a list of prompts"),
+        (b"[]", "must hold a list of prompts"),
+        (b'["x"]', 'item 1 must be an object with "id" and "txt"'),
+        (b'[{"id": 1, "txt": "x"}, {"id": 2}]', 'item 2 must be an object with "id" and "txt"'),
+        (b'[{"id": 1, "txt": ""}]', 'item 1: "txt" must be a text of at least one character'),
+        (b'[{"id": 1, "txt": 5}]', 'item 1: "txt" must be a text'),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "in.json").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        prompts.read(tmp_path / "in.json")
+    assert str(tmp_path / "in.json") in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_or_written(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing\.json cannot be read: No such file"):
+        prompts.read(tmp_path / "nothing.json")
+    with pytest.raises(DataError, match=r"out\.json cannot be written: No such file"):
+        prompts.write([], tmp_path / "nothing" / "out.json")

@@ -1,0 +1,69 @@
+"""A server's answers and refusals, from a real gRPC server in this process."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import grpc
+import pytest
+
+from cluster.remote import Remote
+from gptmoe.errors import ClusterError, RequestError
+from gptmoe.generate.request import SamplingParams
+from protos import generation_pb2, generation_pb2_grpc
+
+
+class Echo(generation_pb2_grpc.GenerationServicer):
+    """Answers with what it was asked; some prompts fail."""
+
+    def Generate(
+        self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> generation_pb2.GenerateResponse:
+        if request.prompt == "refuse":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "top_k must be at least 0")
+        if request.prompt == "break":
+            context.abort(grpc.StatusCode.INTERNAL, "out of memory")
+        text = f"{request.prompt}:{request.seed}:{request.top_k}:{'|'.join(request.stop)}"
+        return generation_pb2.GenerateResponse(text=text)
+
+    def GenerateStream(
+        self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[generation_pb2.GenerateChunk]:
+        for character in request.prompt:
+            yield generation_pb2.GenerateChunk(text=character)
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(8))
+    generation_pb2_grpc.add_GenerationServicer_to_server(Echo(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(grace=None).wait()
+
+
+def test_prompts_are_answered_in_order(target: str) -> None:
+    sampling = SamplingParams(seed=7, top_k=5, stop=("。", "\n"))
+    with closing(Remote(target, sampling)) as remote:
+        prompts = [f"prompt {number}" for number in range(20)]
+        assert remote.generate(prompts) == [f"{prompt}:7:5:。|\n" for prompt in prompts]
+        assert list(remote.stream("春风")) == ["春", "风"]
+
+
+def test_what_a_server_refuses_is_in_our_words(target: str) -> None:
+    with closing(Remote(target, SamplingParams())) as remote:
+        with pytest.raises(RequestError, match="top_k must be at least 0"):
+            remote.generate(["refuse"])
+        with pytest.raises(
+            ClusterError, match=f"server at {target} failed: INTERNAL: out of memory"
+        ):
+            remote.generate(["fine", "break"])
+
+
+def test_a_server_that_is_away_is_named() -> None:
+    with (
+        closing(Remote("127.0.0.1:1", SamplingParams())) as remote,
+        pytest.raises(ClusterError, match=r"no server answers at 127.0.0.1:1 .*; is it running\?"),
+    ):
+        list(remote.stream("春风"))
