@@ -1,6 +1,7 @@
 """What a training run is: the tables of a file in configs/train/, checked and resolved.
 
-`resolve` fills what presets and the tokenizer decide; the resolved config is saved with each checkpoint.
+`resolved` fills what presets and the tokenizer decide; the resolved config is saved with each
+checkpoint.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ class RunConfig:
     """Where the run lives and what it draws from."""
 
     dir: Path
-    """Folder of metrics.jsonl, config.json, checkpoints/ and tensorboard/; started again, it goes on."""
+    """Holds metrics.jsonl, config.json, checkpoints/, tensorboard/; started again, a run goes on."""
     seed: int = 0
 
 
@@ -34,7 +35,7 @@ class ModelConfig:
 
     preset: str = ""
     checkpoint: Path | None = field(default=None, metadata=INPUT_PATH)
-    """Start from these weights (finetuning): a checkpoint or a run's folder. The model is then its model."""
+    """Start from this model (finetuning): a checkpoint or a run's folder."""
     num_layers: int | None = None
     d_model: int | None = None
     num_heads: int | None = None
@@ -76,8 +77,8 @@ class ModelConfig:
         dropout = given.pop("dropout", stored.dropout)
         if given:
             raise ConfigError(
-                f"model.{next(iter(given))} cannot be combined with model.checkpoint, whose model is used as it is; "
-                "remove one of the two"
+                f"model.{next(iter(given))} cannot be combined with model.checkpoint, whose "
+                "model is used as it is; remove one of the two"
             )
         return dataclasses.replace(stored, router=router, dropout=dropout)
 
@@ -111,7 +112,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """What is learned from. A prepared folder (`gptmoe data prepare`), or raw files prepared at the start."""
+    """What is learned from: a folder made by `gptmoe data prepare`, or raw files to prepare first."""
 
     path: Path = field(metadata=INPUT_PATH)
     tokenizer: Path | None = field(default=None, metadata=INPUT_PATH)
@@ -146,7 +147,7 @@ class LoopConfig:
     batch_tokens: int
     """Tokens of one optimizer step over all ranks: whole sequences of data.seq_len."""
     microbatch_size: int = 8
-    """Sequences of one forward and backward pass of a rank; a multiple of router.group_sequences."""
+    """Sequences of one pass forward and backward of a rank; whole router.group_sequences."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the products; weights and optimizer stay float32."""
     validate_every_steps: int = 100
@@ -156,7 +157,10 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         if self.max_steps is None and self.epochs is None:
-            raise ConfigError("train.max_steps or train.epochs must be given; with both the run ends at the earlier")
+            raise ConfigError(
+                "train.max_steps or train.epochs must be given; "
+                "with both the run ends at the earlier"
+            )
         for name in ("max_steps", "epochs", "batch_tokens", "microbatch_size"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -205,8 +209,8 @@ class TrainConfig:
         share = self.parallel.layout().dp * self.train.microbatch_size
         if self.batch_sequences % share:
             raise ConfigError(
-                f"train.batch_tokens={self.train.batch_tokens} gives {self.batch_sequences} sequences a step, "
-                f"which {self.parallel.layout().dp} ranks cannot share in microbatches of "
+                f"train.batch_tokens={self.train.batch_tokens} gives {self.batch_sequences} "
+                f"sequences a step, which {self.parallel.layout().dp} ranks cannot share in microbatches of "
                 f"train.microbatch_size={self.train.microbatch_size}; make it a multiple of "
                 f"{share * self.data.seq_len} tokens, or choose a smaller microbatch_size or dp"
             )
@@ -227,13 +231,13 @@ class TrainConfig:
             )
         if self.data.seq_len > spec.max_seq_len:
             raise ConfigError(
-                f"data.seq_len={self.data.seq_len} is longer than the model's max_seq_len={spec.max_seq_len}; "
-                "shorten the one or raise the other"
+                f"data.seq_len={self.data.seq_len} is longer than the model's "
+                f"max_seq_len={spec.max_seq_len}; shorten the one or raise the other"
             )
         if tokenizer_vocab > spec.vocab_size:
             raise ConfigError(
-                f"model.vocab_size={spec.vocab_size} is smaller than the tokenizer's {tokenizer_vocab} tokens; "
-                f"use model.vocab_size={tokenizer_vocab} or more"
+                f"model.vocab_size={spec.vocab_size} is smaller than the tokenizer's "
+                f"{tokenizer_vocab} tokens; use model.vocab_size={tokenizer_vocab} or more"
             )
 
     def resolved(self, max_steps: int) -> "TrainConfig":

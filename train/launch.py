@@ -6,8 +6,10 @@ import time
 from typing import Any
 
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.config import RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from cluster import env
 from cluster.coordinator_actor import coordinating
@@ -46,10 +48,11 @@ def launch(plan: RunPlan, state: State, address: str | None) -> None:
 
 
 class SteadyTrainer(TorchTrainer):
-    """TorchTrainer without its watchdog that removes the workers when it takes the controller for dead.
+    """TorchTrainer without the watchdog that removes the workers of a controller it takes for dead.
 
-    The watchdog asks the dashboard, and on a busy machine an unanswered question counts as a death (seen on two
-    loaded cores, Ray 2.60). The workers' placement group belongs to the controller and goes with it anyway.
+    The watchdog asks the dashboard, and on a busy machine an unanswered question counts as a death
+    (seen on two loaded cores, Ray 2.60). The workers' placement group belongs to the controller and
+    goes with it anyway.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -58,19 +61,19 @@ class SteadyTrainer(TorchTrainer):
 
 
 def make_trainer(plan: RunPlan, cluster: Session, run_name: str) -> TorchTrainer:
-    """One worker a rank; our own store under run.dir keeps the checkpoints, Ray's folder only its bookkeeping."""
+    """One worker a rank. Ray's folder in run.dir holds its bookkeeping, ours the checkpoints."""
     use_gpu = cluster.gpus_per_worker > 0
     settings: dict[str, Any] = {"plan": plan, "run_name": run_name, "threads": cluster.threads}
     return SteadyTrainer(
         work,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=ScalingConfig(
             num_workers=plan.config.parallel.layout().world,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
-        run_config=ray.train.RunConfig(
+        run_config=RunConfig(
             name=f"{plan.kind}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(plan.run_dir / "ray"),
             worker_runtime_env={

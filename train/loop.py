@@ -1,8 +1,8 @@
-"""The training loop. It knows neither Ray nor ranks: the mesh's sum, the samples and the recorders come in."""
+"""The training loop. It knows neither Ray nor ranks: samples, sums and recorders are handed in."""
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +114,7 @@ class Trainer:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """Sums over the microbatches of a step on one rank: [lm loss sum, aux loss, z loss], and per layer."""
+    """Sums over a step's microbatches on one rank: [lm loss sum, aux loss, z loss], per layer."""
 
     losses: Tensor
     statistics: tuple[Statistics, ...]
@@ -132,7 +132,7 @@ class Totals:
 
 
 def seed_dropout(seed: int, step: int, first_sequence: int) -> None:
-    """Make dropout a function of the step and the slice, not of history: a resumed run repeats it."""
+    """Make dropout a function of step and slice, not of history: a resumed run repeats it."""
     digest = hashlib.sha256(f"dropout/{seed}/{step}/{first_sequence}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -145,7 +145,7 @@ def run_steps(
     recorders: Sequence[Recorder],
     after_step: Callable[[int], None],
 ) -> None:
-    """Take steps done+1 .. max_steps; `after_step(step)` validates, saves and reports as it sees fit."""
+    """Take steps done+1 .. max_steps; `after_step(step)` validates and saves as it sees fit."""
     for step in range(done + 1, max_steps + 1):
         values = trainer.step(step)
         for recorder in recorders:
@@ -153,5 +153,5 @@ def run_steps(
         after_step(step)
 
 
-def _total(losses: object) -> Tensor:
-    return sum(losses, torch.zeros(()))  # type: ignore[call-overload, no-any-return]
+def _total(losses: Iterable[Tensor]) -> Tensor:
+    return sum(losses, torch.zeros(()))

@@ -1,4 +1,4 @@
-"""From a config to everything that a run needs before a cluster is started: checked, prepared, resolved."""
+"""From a config to all that a run needs before a cluster starts: checked, prepared, resolved."""
 
 import logging
 import math
@@ -108,8 +108,9 @@ def _spec(config: TrainConfig, source: Checkpoint | None, tokenizer: Tokenizer) 
     stored = load_tokenizer(source.path)
     if stored.digest != tokenizer.digest:
         raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer} (digest {tokenizer.digest}) is not the tokenizer of "
-            f"model.checkpoint={source.path} (digest {stored.digest}); leave data.tokenizer out"
+            f"data.tokenizer={config.data.tokenizer} (digest {tokenizer.digest}) is not the "
+            f"tokenizer of model.checkpoint={source.path} (digest {stored.digest}); "
+            "leave data.tokenizer out"
         )
     return config.model.refine(spec_of(source), config.router)
 
@@ -127,7 +128,8 @@ def _data_folder(
         found = data.Manifest.load(path).recipe.kind
         if found != kind:
             raise ConfigError(
-                f"data.path={path} was prepared for {found}, this run wants {kind}; prepare it again"
+                f"data.path={path} was prepared for {found}, this run wants {kind}; "
+                "prepare it again"
             )
         return path
     folder = run_dir / "data"
@@ -173,8 +175,9 @@ def _check_same(
     for name, (before, after) in pairs.items():
         if before != after:
             raise ConfigError(
-                f"the run in {config.run.dir} cannot go on with another {name}: it began with {_short(before, after)}, "
-                f"now it is {_short(after, before)}; restore it, or choose another run.dir"
+                f"the run in {config.run.dir} cannot go on with another {name}: it began with "
+                f"{_short(before, after)}, now it is {_short(after, before)}; "
+                "restore it, or choose another run.dir"
             )
 
 

@@ -1,5 +1,7 @@
-"""Learning-rate schedules as pure functions of the step. The horizon is a key of its own, so a run may be
-extended without changing the steps already taken."""
+"""Learning-rate schedules as pure functions of the step.
+
+The horizon is a key of its own, so a run may be extended without changing the steps already taken.
+"""
 
 import dataclasses
 import math
@@ -14,7 +16,7 @@ class ScheduleSpec:
     """Warm-up, then decay until the horizon, then the minimum."""
 
     kind: Literal["linear", "cosine", "noam", "constant"] = "linear"
-    """noam: rate * min(s^-0.5, s * warmup^-1.5) (Vaswani et al. 2017, arXiv 1706.03762, section 5.3)."""
+    """noam: rate * min(s^-0.5, s * warmup^-1.5) (Vaswani et al., arXiv 1706.03762, section 5.3)."""
     learning_rate: float | None = None
     """Default: the preset's, else 1e-3."""
     min_learning_rate: float | None = None
@@ -47,7 +49,7 @@ class ScheduleSpec:
         batch_tokens: int,
         max_steps: int,
     ) -> "ScheduleSpec":
-        """With rates, warm-up and horizon in steps; the arguments are the preset's rates and the run's sizes."""
+        """Rates, and warm-up and horizon in steps, from the preset's rates and the run's sizes."""
         rate = _first(self.learning_rate, learning_rate, 1e-3)
         inherited = min_learning_rate if self.learning_rate is None else None
         return ScheduleSpec(
@@ -67,7 +69,10 @@ def learning_rate(spec: ScheduleSpec, step: int) -> float:
     """The rate of optimizer step `step`, counted from 1; `spec` is resolved."""
     rate, floor = spec.learning_rate, spec.min_learning_rate
     warmup, horizon = spec.warmup_steps, spec.horizon_steps
-    assert rate is not None and floor is not None and warmup is not None and horizon is not None
+    assert rate is not None
+    assert floor is not None
+    assert warmup is not None
+    assert horizon is not None
     if spec.kind == "noam":
         return rate * min(step**-0.5, step * max(1, warmup) ** -1.5)
     if step <= warmup:

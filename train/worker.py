@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def work(settings: dict[str, Any]) -> None:
-    """The function that Ray Train calls on every worker; `settings` holds the plan and the run's name."""
+    """What Ray Train calls on every worker; `settings` holds plan, run_name and threads."""
     plan, threads = settings["plan"], settings["threads"]
     torch.set_num_threads(threads)
     context = ray.train.get_context()
