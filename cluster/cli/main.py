@@ -8,7 +8,7 @@ import typer
 from cluster import env
 from gptmoe.errors import GptMoeError
 
-from . import answering, corpora, models, operating, serving, training
+from . import answering, corpora, demo, models, operating, serving, training
 from .output import examples
 
 BAD_INPUT = 2
@@ -38,7 +38,7 @@ def gptmoe() -> None:
 app.add_typer(models.app)
 app.add_typer(corpora.tokenizer_app, name="tokenizer")
 app.add_typer(corpora.data_app, name="data")
-for part in (training, answering, serving, operating):
+for part in (training, answering, serving, operating, demo):
     app.add_typer(part.app)
 
 
