@@ -5,8 +5,6 @@ timeout, and what can go wrong is a ClusterError that says what to do.
 """
 
 import asyncio
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -20,6 +18,7 @@ from ray.util.state.exception import RayStateApiException
 from gptmoe.errors import ClusterError
 
 from . import env
+from .patience import within
 from .resources import missing
 
 T = TypeVar("T")
@@ -204,26 +203,6 @@ def num_running(application: Mapping[str, Any]) -> int:
     deployments = application["deployments"].values()
     replicas = [replica for deployment in deployments for replica in deployment["replicas"]]
     return sum(replica["state"] == "RUNNING" for replica in replicas)
-
-
-def within(timeout_s: float, question: Callable[[], T]) -> T:
-    """Call `question` in a thread of its own; raises TimeoutError if it is not done in time."""
-    answers: queue.Queue[tuple[bool, Any]] = queue.Queue()
-
-    def ask() -> None:
-        try:
-            answers.put((True, question()))
-        except BaseException as error:  # noqa: BLE001  raised again by the thread that waits
-            answers.put((False, error))
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        good, answer = answers.get(timeout=timeout_s)
-    except queue.Empty:
-        raise TimeoutError from None
-    if good:
-        return cast(T, answer)
-    raise answer
 
 
 def _with_scheme(address: str) -> str:

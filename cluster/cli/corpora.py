@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.progress import Progress
 
+from cluster.patience import within
 from gptmoe.errors import ConfigError
 
 from . import lazy
@@ -59,7 +60,7 @@ def train(
     with bar("reading") as progress:
         examples_read = reading.read_examples(files, "pretrain", rename(columns))
         texts = counted(examples_read, progress, len(files))
-        learned = text.train_jiebabpe(texts, vocab_size, None)
+        learned = within(None, lambda: text.train_jiebabpe(texts, vocab_size, None))
     learned.save(output)
     facts = {"output": str(output), "vocab_size": learned.vocab_size, "digest": learned.digest}
     print_facts(facts, f"{output}: {learned.vocab_size} tokens", as_json=json)

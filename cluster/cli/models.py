@@ -42,17 +42,7 @@ def describe(name: str, preset: Preset) -> dict[str, Any]:
 
 def draw(facts: list[dict[str, Any]]) -> Table:
     """The same as a table."""
-    columns = (
-        "name",
-        "parameters",
-        "active",
-        "layers",
-        "d_model",
-        "heads",
-        "experts",
-        "lr",
-        "batch",
-    )
+    columns = ("name", "params", "active", "layers", "width", "heads", "experts", "lr", "batch")
     table = Table(*columns, box=None)
     for row in facts:
         table.add_row(

@@ -134,6 +134,8 @@ def stop(target: Target, address: Address = "", json: Json = False) -> None:
 def find_job(target: str, address: str) -> tuple[str, Any]:
     """The job behind a job id or a run's folder, and its cluster; no job: the run is attached."""
     if not runs.is_run(Path(target)):
+        if Path(target).is_dir():
+            raise ClusterError(f"{target} is not the folder of a run; name the run.dir of one")
         return target, lazy.dashboard().Dashboard(address)
     state = runs.read_state(Path(target))
     if not state.job_id:

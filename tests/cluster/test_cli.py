@@ -1,0 +1,160 @@
+"""The gptmoe command from outside: quick, helpful, and one sentence for a wrong input."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from cluster import env
+
+COMMANDS = (
+    ["models"],
+    ["tokenizer", "train"],
+    ["data", "prepare"],
+    ["pretrain"],
+    ["finetune"],
+    ["generate"],
+    ["evaluate"],
+    ["import"],
+    ["serve"],
+    ["scale"],
+    ["submit"],
+    ["status"],
+    ["logs"],
+    ["stop"],
+)
+CLI = [sys.executable, "-m", "cluster.cli"]
+TINY = "configs/train/tiny.toml"
+
+
+def gptmoe(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CLI, *words], cwd=env.ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_help_and_models_import_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['gptmoe', *sys.argv[1:]]\n"
+        "from cluster.cli.main import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'torch', 'ray', 'pyarrow', 'grpc', 'jieba'} & set(sys.modules)))"
+    )
+    for words in (["--help"], ["models", "--json"], ["generate", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=env.ROOT, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_an_example_of_each_command(command: Sequence[str]) -> None:
+    done = gptmoe(*command, "--help")
+    assert done.returncode == 0
+    assert f"  gptmoe {' '.join(command)} " in done.stdout.partition("Examples:")[2] + " "
+
+
+def test_models_as_json() -> None:
+    facts = {row["name"]: row for row in json.loads(gptmoe("models", "--json").stdout)}
+    found = facts["0.35B+MoE-64"]
+    assert found.pop("parameters") == pytest.approx(6.70e9, rel=0.01)
+    assert found.pop("active_parameters") == pytest.approx(0.36e9, rel=0.01)
+    assert found == {
+        "name": "0.35B+MoE-64",
+        "num_layers": 24,
+        "d_model": 1024,
+        "num_heads": 16,
+        "num_experts": 64,
+        "learning_rate": 3e-4,
+        "batch_tokens": 524288,
+    }
+    assert facts["base"]["num_experts"] == 0
+    table = gptmoe("models").stdout.splitlines()
+    assert table[0].split()[:3] == ["name", "params", "active"]
+    assert len(table) == len(facts) + 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["pretrian"], "Did you mean 'pretrain'?"),
+        (["models", "--jsn"], "No such option: --jsn"),
+        (["submit", "nothing"], "'nothing' is not one of"),
+        (["scale", "0"], "greater than or equal to 1"),
+        (["pretrain", "nope.toml"], "error: config file nope.toml does not exist"),
+        (["pretrain", TINY, "parallel.epp=2"], "error: unknown config key parallel.epp"),
+        (["serve"], "error: key checkpoint is missing"),
+        (["status", "/"], "error: / is not the folder of a run"),
+        (["status", "--address", "http://127.0.0.1:1"], "error: no Ray cluster answers at http"),
+        (["generate"], "error: generate wants a PROMPT or --input"),
+        (["generate", "春"], "error: generate wants --checkpoint DIR or --target"),
+        (["generate", "春", "--stream", "--json"], "error: --stream prints plain text"),
+        (["generate", "春", "--max-new-tokens", "-1", "--target", "x"], "error: max_new_tokens"),
+        (["generate", "春", "--target", "127.0.0.1:1"], "error: no server answers at 127.0.0.1:1"),
+        (["stop", "configs"], "error: configs is not the folder of a run"),
+        (["stop", "a-job", "--address", "http://127.0.0.1:1"], "error: no Ray cluster answers"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_a_wrong_input_is_one_sentence(words: list[str], expected: str) -> None:
+    done = gptmoe(*words)
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["tokenizer", "train", "--input", "configs/corpus/poems.tsv", "--vocab-size", "400"]
+    done = gptmoe(*words, "--output", str(tmp_path / "file" / "x"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    done = subprocess.run(
+        ["/bin/sh", "-c", '"$@" | true', "sh", *CLI, "models", "--json"],
+        cwd=env.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
+    slow = tmp_path / "slow.txt"
+    slow.write_text("春风又绿江南岸，明月何时照我还。\n\n" * 100_000)
+    words = ["tokenizer", "train", "--input", str(slow), "--vocab-size", "400", "--output", "x"]
+    with subprocess.Popen(
+        [*CLI, *words], cwd=tmp_path, env=env.child_environment(starts_cluster=False)
+    ) as process:
+        time.sleep(2.0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_corpus_becomes_a_tokenizer_and_a_prepared_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("春风又绿江南岸。\n\n明月何时照我还。\n\n" * 50)
+    (tmp_path / "b.jsonl").write_text('{"poem": "孤帆远影碧空尽"}\n' * 5)
+    words = ["--vocab-size", "300", "--output", str(tmp_path / "tokenizer"), "--json"]
+    done = gptmoe("tokenizer", "train", "--input", str(tmp_path / "a.txt"), *words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "tokenizer")
+
+    files = ["--input", str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
+    options = ["--tokenizer", str(tmp_path / "tokenizer"), "--column", "text=poem"]
+    done = gptmoe("data", "prepare", *files, *options, "--output", str(tmp_path / "data"), "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["train"]["documents"] + facts["validation"]["documents"] == 105
+    assert (tmp_path / "data" / "manifest.json").is_file()
+
+    done = gptmoe("data", "prepare", *files, *options, "--output", "y", "--column", "text")
+    assert done.returncode == 2
+    assert "--column text is not of the form OURS=THEIRS" in done.stderr

@@ -1,0 +1,148 @@
+"""gptmoe generate, evaluate and import on a real, tiny checkpoint, in this process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import gptmoe
+from cluster.cli import main as cli
+from gptmoe.checkpoint import save, whole
+from gptmoe.config import to_dict
+from gptmoe.model.initialize import initialize
+from gptmoe.model.spec import ModelSpec
+from gptmoe.model.transformer import GPT
+from gptmoe.text import train_jiebabpe
+
+POEM = "春风又绿江南岸，明月何时照我还。"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = ModelSpec(
+        num_layers=2,
+        d_model=32,
+        num_heads=2,
+        d_ff=128,
+        vocab_size=512,
+        max_seq_len=64,
+        num_experts=(4,),
+        init_std=0.1,
+    )
+    network = GPT(spec)
+    initialize(network, seed=1)
+    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step-00000001"
+    folder.parent.mkdir()
+    save(
+        folder,
+        rank=0,
+        world=1,
+        barrier=lambda: None,
+        groups={"weights": [whole(name, it.detach()) for name, it in network.named_parameters()]},
+        config={"model": to_dict(spec)},
+        progress={"step": 1},
+        copy_files=train_jiebabpe([POEM] * 4, vocab_size=280).save,
+    )
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "Run":
+    return Run(monkeypatch, capsys)
+
+
+class Run:
+    """Calls the command in this process: torch is imported once, not for every test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        """Exit code, stdout, stderr."""
+        self._monkeypatch.setattr("sys.argv", ["gptmoe", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = self._capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+
+def test_a_prompt_is_continued(run: Run, checkpoint: Path) -> None:
+    options = ["--checkpoint", str(checkpoint), "--max-new-tokens", "12", "--temperature", "0"]
+    text = gptmoe.load(checkpoint).generate("春风", max_new_tokens=12, temperature=0)
+    assert run("generate", "春风", *options) == (0, f"春风{text}\n", "")
+    assert run("generate", "春风", *options, "--stream") == (0, f"春风{text}\n", "")
+    code, out, _ = run("generate", "春风", *options, "--json")
+    assert (code, json.loads(out)) == (0, {"prompt": "春风", "text": text})
+
+
+def test_a_file_of_prompts_is_answered(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text('[{"id": 1, "txt": "春风"}, {"id": 2, "txt": "明月"}]')
+    words = ["--checkpoint", str(checkpoint), "--max-new-tokens", "8", "--temperature", "0"]
+    files = ["--input", str(tmp_path / "in.json"), "--output", str(tmp_path / "out.json")]
+    assert run("generate", *words, *files, "--task", "poetry") == (0, "", "")
+    rows = json.loads((tmp_path / "out.json").read_text())
+    model = gptmoe.load(checkpoint)
+    texts = model.generate(["春风", "明月"], max_new_tokens=8, temperature=0)
+    assert rows == [
+        {"id": 1, "prompt": "春风", "output_poetry": "春风" + texts[0]},
+        {"id": 2, "prompt": "明月", "output_poetry": "明月" + texts[1]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("", "an empty text"), ("\udcff", "not valid Unicode"), ("长" * 99, "")],
+)
+def test_a_prompt_that_cannot_be_continued(
+    run: Run, checkpoint: Path, prompt: str, expected: str
+) -> None:
+    code, out, err = run("generate", prompt, "--checkpoint", str(checkpoint))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: prompt")
+    assert expected in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "春", "--checkpoint", "nope"),
+        ("evaluate", "--checkpoint", "nope", "--data", "x"),
+        ("import", "nope", "--output", "new"),
+    ],
+)
+def test_a_missing_folder_is_named(
+    run: Run, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: nope")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_is_measured(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    data = tmp_path / "poems.txt"
+    data.write_text(f"{POEM}\n\n{POEM}\n")
+    code, out, err = run("evaluate", "--checkpoint", str(checkpoint), "--data", str(data), "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(out)
+    tokens = gptmoe.load(checkpoint).tokenizer.encode(POEM)
+    assert facts["tokens"] == 2 * (len(tokens) + 1) - 1  # all but the very first token
+    assert facts["bits_per_char"] > 0
+    assert 4 < facts["loss"] < 8
+
+    code, out, _ = run("evaluate", "--checkpoint", str(checkpoint), "--data", str(data))
+    assert out.startswith(f"loss {facts['loss']:.4f}  perplexity")
+    code, _, err = run("evaluate", "--checkpoint", str(checkpoint), "--data", str(tmp_path / "no"))
+    assert (code, "does not exist" in err) == (2, True)
+
+
+def test_rows_with_targets_are_measured_on_their_targets(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "qa.jsonl"
+    data.write_text('{"src_txt": "春风", "tgt_txt": "又绿"}\n' * 3)
+    words = ["--checkpoint", str(checkpoint), "--data", str(data), "--kind", "finetune", "--json"]
+    _, out, _ = run("evaluate", *words)
+    target = gptmoe.load(checkpoint).tokenizer.encode("又绿")
+    assert json.loads(out)["tokens"] == 3 * (len(target) + 1)
