@@ -90,12 +90,12 @@ _FORMATS = {
 
 
 class _Lines:
-    """Plain lines: each validation, and a step every few seconds."""
+    """Plain lines: a validation and a step every few seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._state = ""
-        self._due_at_s = 0.0
+        self._due_at_s = {"val_loss": 0.0, "loss": 0.0}
 
     def __enter__(self) -> "_Lines":
         return self
@@ -109,8 +109,9 @@ class _Lines:
             self._console.print(f"{state.state} {state.dashboard_url}".strip(), highlight=False)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        if "val_loss" in record or time.monotonic() >= self._due_at_s:
-            self._due_at_s = time.monotonic() + _PLAIN_EVERY_S
+        kind = "val_loss" if "val_loss" in record else "loss"
+        if time.monotonic() >= self._due_at_s[kind]:
+            self._due_at_s[kind] = time.monotonic() + _PLAIN_EVERY_S
             self._console.print(f"step {record['step']}  {describe(record)}", highlight=False)
 
 
