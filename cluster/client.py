@@ -44,6 +44,7 @@ class Sampling(TypedDict, total=False):
     max_new_tokens: int
     stop: Sequence[str]
     request_id: str
+    logprobs: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,8 @@ class Generation:
     prompt_tokens: int
     completion_tokens: int
     request_id: str
+    logprobs: tuple[float, ...] = ()
+    """Natural logarithms, one a token, if asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,7 @@ class Chunk:
     finish_reason: str
     prompt_tokens: int
     request_id: str
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +204,7 @@ def _generation(message: messages.GenerateResponse) -> Generation:
         prompt_tokens=message.prompt_tokens,
         completion_tokens=message.completion_tokens,
         request_id=message.request_id,
+        logprobs=tuple(message.logprobs),
     )
 
 
@@ -210,6 +215,7 @@ def _chunk(message: messages.GenerateChunk, header: messages.StreamHeader) -> Ch
         finish_reason=_reason(message.finish.reason),
         prompt_tokens=header.prompt_tokens,
         request_id=header.request_id,
+        logprobs=tuple(message.logprobs),
     )
 
 

@@ -63,6 +63,7 @@ class Servicer:
             prompt_tokens=done.prompt_tokens,
             completion_tokens=len(done.token_ids),
             request_id=done.request_id,
+            logprobs=done.logprobs,
         )
 
     async def GenerateStream(
@@ -79,6 +80,7 @@ class Servicer:
                         token_ids=delta.token_ids,
                         header=None if chunks else _header(call, delta, self.service.card.name),
                         finish=_finish(delta, completion_tokens),
+                        logprobs=delta.logprobs,
                     )
                     chunks += 1
         except GptMoeError as error:
@@ -97,7 +99,7 @@ class Servicer:
 def _call(data: bytes) -> Call:
     message = _read(messages.GenerateRequest, data)
     given = {name: getattr(message, name) for name in _SAMPLING if message.HasField(name)}
-    sampling = SamplingParams(**given, stop=tuple(message.stop))
+    sampling = SamplingParams(**given, stop=tuple(message.stop), logprobs=message.logprobs)
     if message.request_id:
         return Call(prompt=message.prompt, sampling=sampling, request_id=message.request_id)
     return Call(prompt=message.prompt, sampling=sampling)

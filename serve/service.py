@@ -33,6 +33,7 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: str
     prompt_tokens: int
+    logprobs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +81,7 @@ class Service:
             token_ids=tuple(token for delta in deltas for token in delta.token_ids),
             finish_reason=deltas[-1].finish_reason,
             prompt_tokens=deltas[-1].prompt_tokens,
+            logprobs=tuple(value for delta in deltas for value in delta.logprobs),
         )
 
     def check(self, stall_s: float) -> None:

@@ -11,7 +11,7 @@ from gptmoe.text import Tokenizer
 from .executor import Executor
 from .output import TextStream
 from .request import Request
-from .sampling import choose
+from .sampling import choose, log_probability
 from .scheduler import EngineConfig, Progress, StepPlan, plan_step
 
 
@@ -26,6 +26,8 @@ class Delta:
     finish_reason: str
     """"" while running; then "stop" (end token or stop string), "length" or "abort"."""
     prompt_tokens: int
+    logprobs: tuple[float, ...] = ()
+    """Of each token, where the request asks for them."""
 
 
 class _Sequence:
@@ -119,20 +121,21 @@ class Engine:
             self.running[request.request_id] = _Sequence(request, slot, stream)
 
     def _account(self, plan: StepPlan, logits_SV: Tensor) -> list[Delta]:
-        rows = iter(
-            logits_SV[:, : self.tokenizer.vocab_size]
-        )  # the model's vocabulary may be padded
+        # The model's vocabulary may be padded beyond the tokenizer's.
+        rows = iter(logits_SV[:, : self.tokenizer.vocab_size])
         deltas = []
         for span in plan.spans:
             sequence = self.running[span.request_id]
             sequence.computed += span.count
             if span.samples:
-                token = choose(next(rows), sequence.request.sampling, sequence.tokens)
-                deltas.append(self._append(sequence, token))
+                logits_V = next(rows)
+                token = choose(logits_V, sequence.request.sampling, sequence.tokens)
+                deltas.append(self._append(sequence, token, logits_V))
         return deltas
 
-    def _append(self, sequence: _Sequence, token: int) -> Delta:
+    def _append(self, sequence: _Sequence, token: int, logits_V: Tensor) -> Delta:
         request = sequence.request
+        logprobs = (log_probability(logits_V, token),) if request.sampling.logprobs else ()
         sequence.tokens.append(token)
         ended = not request.sampling.ignore_end and token in (
             self.tokenizer.end_id,
@@ -143,17 +146,15 @@ class Engine:
         if reason:
             text += sequence.stream.finish()
             self._release(request.request_id)
-        return Delta(request.request_id, (token,), text, reason, len(request.prompt_ids))
+        prompt_tokens = len(request.prompt_ids)
+        return Delta(request.request_id, (token,), text, reason, prompt_tokens, logprobs)
 
     def _finish_reason(self, sequence: _Sequence, ended: bool) -> str:
         if ended or sequence.stream.stopped:
             return "stop"
         full = len(sequence.tokens) >= self.max_seq_len
-        return (
-            "length"
-            if full or sequence.new_tokens >= sequence.request.sampling.max_new_tokens
-            else ""
-        )
+        done = sequence.new_tokens >= sequence.request.sampling.max_new_tokens
+        return "length" if full or done else ""
 
     def _release(self, request_id: str) -> None:
         self.free_slots.append(self.running.pop(request_id).slot)

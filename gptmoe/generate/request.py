@@ -28,6 +28,8 @@ class SamplingParams:
     """The text ends before the first of these."""
     ignore_end: bool = False
     """Go on after the model's end token (for measurements)."""
+    logprobs: bool = False
+    """Report each token's log-probability under the model, before penalty and temperature."""
 
     def __post_init__(self) -> None:
         _check(

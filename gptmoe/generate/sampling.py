@@ -31,6 +31,11 @@ def choose(logits_V: Tensor, params: SamplingParams, history: Sequence[int]) -> 
     return int(token_N[min(index, len(token_N) - 1)])
 
 
+def log_probability(logits_V: Tensor, token: int) -> float:
+    """Natural logarithm of the model's probability of `token`, before penalty and temperature."""
+    return float(logits_V.float().log_softmax(0)[token])
+
+
 def candidates(scores_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """The tokens that may be drawn and their probabilities (unnormalised), likeliest first."""
     k = min(params.top_k, len(scores_V)) or len(scores_V)
