@@ -5,6 +5,7 @@ timeout, and what can go wrong is a ClusterError that says what to do.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -36,6 +37,8 @@ class Dashboard:
 
         Raises ClusterError if no cluster answers within `timeout_s`, or it wants a token.
         """
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.ERROR)  # it tells of each upload and each closed socket
         self._timeout_s = timeout_s
         self._where = f"at {address}" if address else "on this machine"
         if address:

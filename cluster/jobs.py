@@ -22,8 +22,8 @@ from . import env
 from .dashboard import Dashboard
 from .resolve import Resolved, resolve
 
-EXCLUDED = (".*", "tests", "runs", "build", "dist", "*.egg-info", "__pycache__")
-"""What a job does not need of a checkout, as in .gitignore: hidden folders such as .venv first."""
+EXCLUDED = (".git", ".venv", "tests", "runs", "build")
+"""What a job does not need of a checkout, beside what Ray leaves out itself: .gitignore's."""
 
 RUN_DIR = "gptmoe_run_dir"
 KIND = "gptmoe_kind"
@@ -112,7 +112,7 @@ def _job_path(key: str, value: str) -> str:
     absolute = path.resolve()
     if absolute.is_relative_to(env.ROOT):
         inside = absolute.relative_to(env.ROOT)
-        if not any(part.startswith(".") or part in EXCLUDED for part in inside.parts):
+        if not set(inside.parts[:1]) & set(EXCLUDED):
             return str(inside)
     if not path.is_absolute():
         raise ConfigError(

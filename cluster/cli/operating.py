@@ -99,9 +99,7 @@ def logs(
     """Print what a job has printed."""
     job_id, dashboard = find_job(target, address)
     if not job_id:
-        raise ClusterError(
-            f"{target} is not a job: its run printed to the terminal it was started in"
-        )
+        raise ClusterError(f"{target} is no job: it printed to the terminal it was started in")
     if not follow:
         typer.echo(dashboard.logs(job_id), nl=False)
         return
