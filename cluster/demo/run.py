@@ -56,7 +56,7 @@ class DemoRun:
         lines: list[str] = []
         child = Child([*words, "--state-file", str(state_file)], on_line=lines.append)
         with child.attached():
-            yield _await_endpoints(state_file, child, lines)
+            yield await_endpoints(state_file, child, lines)
 
     def ask(self, target: str, prompt: str, max_new_tokens: int) -> Answer:
         """Stream one answer over gRPC, printing it as it comes."""
@@ -77,11 +77,11 @@ class DemoRun:
         return Summary.collect(self.plan, answer, endpoints, time.monotonic() - began_s)
 
     def _budget(self) -> tuple[int | None, int | None]:
-        """Steps of pretraining and finetuning; timed on a few real steps where minutes are given."""
+        """Steps of pretraining and finetuning; timed on a few where minutes are given."""
         if self.plan.minutes is None:
             return None, None
         words = self.plan.pretrain_command(CALIBRATION_STEPS)
-        self._say(f"   {CALIBRATION_STEPS} steps first, to see how many fit into the time", words)
+        self._say(f"   {CALIBRATION_STEPS} steps first: how many fit into the time?", words)
         self._train(words, self.plan.pretrain_dir)
         records = metrics.read(self.plan.pretrain_dir / "metrics.jsonl")
         times_s = [record["step_s"] for record in records if "step_s" in record]
@@ -107,12 +107,13 @@ class DemoRun:
         self.console.print(f"$ {typed(words)}", style="dim")
 
 
-def _await_endpoints(
+def await_endpoints(
     state_file: Path,
     child: Child,
     lines: Sequence[str],
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any]:
+    """Wait for `python -m serve --state-file`; raises ClusterError if it ends or takes too long."""
     deadline_s = clock() + START_WITHIN_S
     while not state_file.exists():
         if child.has_ended():

@@ -4,6 +4,7 @@ import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,12 @@ def _how_to(summary: Summary) -> list[RenderableType]:
 
 
 def sparkline(values: Sequence[float], width: int = 40, floor: float | None = None) -> str:
-    """Values as a row of at most `width` bars, each the mean of its part; the lowest bar is `floor`."""
+    """Values as at most `width` bars, each the mean of its part; the lowest bar is `floor`."""
     if not values:
         return ""
     width = min(width, len(values))
     edges = [round(index * len(values) / width) for index in range(width + 1)]
-    means = [statistics.fmean(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [statistics.fmean(values[a:b]) for a, b in pairwise(edges)]
     low, high = min(means) if floor is None else floor, max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((mean - low) * scale)] for mean in means)
