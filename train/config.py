@@ -5,6 +5,8 @@ checkpoint.
 """
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +27,19 @@ class RunConfig:
     """Where the run lives and what it draws from."""
 
     dir: Path
-    """Holds metrics.jsonl, config.json, checkpoints/, tensorboard/; started again, a run goes on."""
+    """Its folder, for metrics.jsonl, config.json, checkpoints/ and tensorboard/. Started again, it
+    goes on from there."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        scheme = re.match(r"([a-z][a-z0-9+.-]+):/", str(self.dir))
+        if scheme:
+            raise ConfigError(
+                f"run.dir begins with {scheme[1]}://, but a run is written to a folder; "
+                "name one that all nodes share"
+            )
+        if self.seed < 0:
+            raise ConfigError(f"run.seed={self.seed} must be at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +85,24 @@ class ModelConfig:
         return ModelSpec(**values, router=router)
 
     def refine(self, stored: ModelSpec, router: RouterSpec) -> ModelSpec:
-        """The model of `model.checkpoint` with this run's router settings and dropout."""
+        """The model of `model.checkpoint` with this run's router settings and dropout.
+
+        Raises ConfigError for a part that is given and differs from the checkpoint's.
+        """
         given = self.given()
         dropout = given.pop("dropout", stored.dropout)
-        if given:
-            raise ConfigError(
-                f"model.{next(iter(given))} cannot be combined with model.checkpoint, whose "
-                "model is used as it is; remove one of the two"
-            )
+        if given.pop("preset", ""):
+            spec = preset(self.preset).spec
+            given = {name: getattr(spec, name) for name in _PRESET_FIELDS} | given
+        for name, value in given.items():
+            found = getattr(stored, name)
+            if name == "num_experts":
+                value = expand_experts(value, stored.num_layers, stored.expert_interval)
+            if value != found:
+                raise ConfigError(
+                    f"model.{name}={value} is not that of model.checkpoint, {found}; leave it out, "
+                    "the checkpoint's model is used as it is"
+                )
         return dataclasses.replace(stored, router=router, dropout=dropout)
 
     def given(self) -> dict[str, Any]:
@@ -88,6 +111,7 @@ class ModelConfig:
         return {name: value for name in names if (value := getattr(self, name)) not in (None, "")}
 
 
+_PRESET_FIELDS = ("num_layers", "d_model", "num_heads", "num_experts")
 _SPEC_FIELDS = (
     "num_layers", "d_model", "num_heads", "d_ff", "vocab_size", "max_seq_len",
     "expert_interval", "dropout", "init_std",
@@ -112,7 +136,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """What is learned from: a folder made by `gptmoe data prepare`, or raw files to prepare first."""
+    """What is learned from: a folder that `gptmoe data prepare` made, or raw files."""
 
     path: Path = field(metadata=INPUT_PATH)
     tokenizer: Path | None = field(default=None, metadata=INPUT_PATH)
@@ -144,8 +168,9 @@ class LoopConfig:
     """Optimizer steps in all; may be raised when a run goes on."""
     epochs: float | None = None
     """Passes over the training samples; with max_steps too, the run ends at the earlier."""
-    batch_tokens: int
-    """Tokens of one optimizer step over all ranks: whole sequences of data.seq_len."""
+    batch_tokens: int | None = None
+    """Tokens of one optimizer step over all ranks, whole sequences of data.seq_len; default: the
+    preset's."""
     microbatch_size: int = 8
     """Sequences of one pass forward and backward of a rank; whole router.group_sequences."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -163,7 +188,7 @@ class LoopConfig:
             )
         for name in ("max_steps", "epochs", "batch_tokens", "microbatch_size"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"train.{name}={value} must be above 0")
         for name in ("validate_every_steps", "validation_samples"):
             if getattr(self, name) < 0:
@@ -201,24 +226,37 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        if self.train.batch_tokens % self.data.seq_len:
+        tokens, dp = self.batch_tokens, self.parallel.layout().dp
+        if tokens % self.data.seq_len:
             raise ConfigError(
-                f"train.batch_tokens={self.train.batch_tokens} must be whole sequences of "
+                f"train.batch_tokens={tokens} must be whole sequences of "
                 f"data.seq_len={self.data.seq_len}; the nearest are {self._nearest_batches()}"
             )
-        share = self.parallel.layout().dp * self.train.microbatch_size
+        share = dp * self.train.microbatch_size
         if self.batch_sequences % share:
             raise ConfigError(
-                f"train.batch_tokens={self.train.batch_tokens} gives {self.batch_sequences} "
-                f"sequences a step, which {self.parallel.layout().dp} ranks cannot share in microbatches of "
+                f"train.batch_tokens={tokens} gives {self.batch_sequences} "
+                f"sequences a step, which {_ranks(dp)} cannot share in microbatches of "
                 f"train.microbatch_size={self.train.microbatch_size}; make it a multiple of "
                 f"{share * self.data.seq_len} tokens, or choose a smaller microbatch_size or dp"
             )
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens of one optimizer step over all ranks: as given, else the preset's."""
+        if self.train.batch_tokens is not None:
+            return self.train.batch_tokens
+        if self.model.preset:
+            return preset(self.model.preset).batch_tokens
+        raise ConfigError(
+            "train.batch_tokens is missing; give the tokens of one optimizer step, "
+            f"for example train.batch_tokens={64 * self.data.seq_len}"
+        )
+
+    @property
     def batch_sequences(self) -> int:
         """Sequences of one optimizer step over all ranks."""
-        return self.train.batch_tokens // self.data.seq_len
+        return self.batch_tokens // self.data.seq_len
 
     def check_model(self, spec: ModelSpec, tokenizer_vocab: int) -> None:
         """Raise ConfigError or LayoutError if the run cannot train this model."""
@@ -240,19 +278,24 @@ class TrainConfig:
                 f"{tokenizer_vocab} tokens; use model.vocab_size={tokenizer_vocab} or more"
             )
 
-    def resolved(self, max_steps: int) -> "TrainConfig":
-        """With what presets decide filled in: learning rates, schedule horizon, dp."""
+    def resolved(self, horizon_steps: int) -> "TrainConfig":
+        """With what presets decide filled in; `horizon_steps` holds if the schedule names none."""
         recipe = preset(self.model.preset) if self.model.preset else None
         schedule = self.schedule.resolved(
             learning_rate=recipe.learning_rate if recipe else None,
             min_learning_rate=recipe.min_learning_rate if recipe else None,
-            batch_tokens=self.train.batch_tokens,
-            max_steps=max_steps,
+            batch_tokens=self.batch_tokens,
+            horizon_steps=horizon_steps,
         )
+        train = dataclasses.replace(self.train, batch_tokens=self.batch_tokens)
         parallel = dataclasses.replace(self.parallel, dp=self.parallel.layout().dp)
-        return dataclasses.replace(self, schedule=schedule, parallel=parallel)
+        return dataclasses.replace(self, schedule=schedule, parallel=parallel, train=train)
 
     def _nearest_batches(self) -> str:
-        below = self.train.batch_tokens // self.data.seq_len * self.data.seq_len
+        below = self.batch_sequences * self.data.seq_len
         choices = [number for number in (below, below + self.data.seq_len) if number]
         return " and ".join(map(str, choices))
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"

@@ -24,7 +24,7 @@ class ScheduleSpec:
     warmup_steps: int | None = None
     warmup_tokens: int | None = None
     horizon_steps: int | None = None
-    """Where the decay ends; default: the run's steps when it first starts."""
+    """Where the decay ends; default: train.max_steps as it was when the run began."""
     horizon_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -47,9 +47,12 @@ class ScheduleSpec:
         learning_rate: float | None,
         min_learning_rate: float | None,
         batch_tokens: int,
-        max_steps: int,
+        horizon_steps: int,
     ) -> "ScheduleSpec":
-        """Rates, and warm-up and horizon in steps, from the preset's rates and the run's sizes."""
+        """With rates, and with warm-up and horizon in steps.
+
+        The arguments are the preset's rates, the batch, and the horizon where none is named.
+        """
         rate = _first(self.learning_rate, learning_rate, 1e-3)
         inherited = min_learning_rate if self.learning_rate is None else None
         return ScheduleSpec(
@@ -60,7 +63,7 @@ class ScheduleSpec:
                 _first(self.warmup_steps, _steps(self.warmup_tokens, batch_tokens), 0)
             ),
             horizon_steps=int(
-                _first(self.horizon_steps, _steps(self.horizon_tokens, batch_tokens), max_steps)
+                _first(self.horizon_steps, _steps(self.horizon_tokens, batch_tokens), horizon_steps)
             ),
         )
 
