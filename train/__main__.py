@@ -4,10 +4,7 @@ People call `gptmoe pretrain ...`, which runs this as a child or a Ray job and d
 """
 
 import argparse
-import contextlib
-import dataclasses
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -23,8 +20,8 @@ from gptmoe.errors import GptMoeError  # noqa: E402
 
 from .config import TrainConfig  # noqa: E402
 from .launch import launch  # noqa: E402
-from .plan import make_plan  # noqa: E402
-from .state import State, write_state  # noqa: E402
+from .plan import Kind, make_plan  # noqa: E402
+from .state import GO_ON, StateFile, claimed, replace_json  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -35,28 +32,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s | %(message)s"
     )
-    signal.signal(signal.SIGTERM, _interrupt)
-    config = None
-    state = State(state="preparing", pid=os.getpid())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         config = configs.load(TrainConfig, options.config, options.overrides)
-        write_state(config.run.dir, state)
-        plan = make_plan(options.kind, config)
-        launch(plan, state, options.address)
+        with claimed(config.run.dir) as state:
+            train(options.kind, config, state, options.address)
     except GptMoeError as error:
-        return _end(config, state, "failed", str(error), 2)
+        sys.stderr.write(f"failed: {error}\n")
+        return 2
     except KeyboardInterrupt:
-        return _end(config, state, "interrupted", "start the same command again to go on", 130)
-    return _end(config, state, "finished", "", 0)
+        sys.stderr.write(f"interrupted: {GO_ON}\n")
+        return 130
+    return 0
 
 
-def _end(config: TrainConfig | None, state: State, name: str, message: str, code: int) -> int:
-    if config is not None:
-        with contextlib.suppress(OSError):
-            write_state(config.run.dir, dataclasses.replace(state, state=name, message=message))  # type: ignore[arg-type]
-    if message:
-        sys.stderr.write(f"{name}: {message}\n")
-    return code
+def train(kind: Kind, config: TrainConfig, state: StateFile, address: str | None = None) -> None:
+    """Plan, and train what the plan leaves to do."""
+    plan = make_plan(kind, config, state.preparing)
+    replace_json(plan.run_dir / "config.json", plan.stored_config())
+    state.write(message="", max_steps=plan.max_steps)
+    log.info("%s", plan.in_words())
+    if plan.done < plan.max_steps:
+        launch(plan, state, address)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

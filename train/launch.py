@@ -1,13 +1,16 @@
 """From a run plan to a Ray Train job, on a local cluster started for it or on one that is there."""
 
-import dataclasses
 import logging
+import signal
 import time
+from collections.abc import Mapping
 from typing import Any
 
+import ray.exceptions
 import ray.train
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.config import RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
@@ -17,64 +20,64 @@ from cluster.local import Session, session
 from gptmoe.errors import ClusterError, GptMoeError
 
 from .plan import RunPlan
-from .state import State, write_state
+from .state import GO_ON, StateFile
 from .worker import work
 
 log = logging.getLogger(__name__)
 
 
-def launch(plan: RunPlan, state: State, address: str | None) -> None:
+def launch(plan: RunPlan, state: StateFile, address: str | None) -> None:
     """Train on Ray Train until plan.max_steps. Raises what the first failing worker raised."""
     layout = plan.config.parallel.layout()
     gpus = 1 if env.has_gpu() else 0
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with session(workers=layout.world, gpus_per_worker=gpus, address=address) as cluster:
-        write_state(
-            plan.run_dir,
-            dataclasses.replace(
-                state,
-                state="running",
-                max_steps=plan.max_steps,
-                cluster_address=cluster.address,
-                dashboard_url=cluster.dashboard_url,
-            ),
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own, set by now, aborts the process
+        state.write(
+            state="running",
+            cluster_address=cluster.address,
+            dashboard_url=cluster.dashboard_url,
         )
-        run_name = plan.run_dir.name
-        with coordinating(run_name, plan.run_dir):
-            trainer = make_trainer(plan, cluster, run_name)
+        with coordinating(plan.run_name, plan.run_dir):
             try:
-                trainer.fit()
-            except ray.train.TrainingFailedError as error:
+                make_trainer(plan, cluster).fit()
+            except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
                 raise first_cause(error) from error
 
 
 class SteadyTrainer(TorchTrainer):
-    """TorchTrainer without the watchdog that removes the workers of a controller it takes for dead.
+    """TorchTrainer without two of its habits.
 
-    The watchdog asks the dashboard, and on a busy machine an unanswered question counts as a death
-    (seen on two loaded cores, Ray 2.60). The workers' placement group belongs to the controller and
-    goes with it anyway.
+    Its watchdog removes the workers of a controller that it takes for dead. It asks the dashboard,
+    and on a busy machine an unanswered question counts as a death (seen on two loaded cores, Ray
+    2.60). The workers' placement group belongs to the controller and goes with it anyway.
+
+    Its handler of Ctrl-C ends the process with 0; ours is to say that the run was interrupted.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
 
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
-def make_trainer(plan: RunPlan, cluster: Session, run_name: str) -> TorchTrainer:
+
+def make_trainer(plan: RunPlan, cluster: Session) -> TorchTrainer:
     """One worker a rank. Ray's folder in run.dir holds its bookkeeping, ours the checkpoints."""
     use_gpu = cluster.gpus_per_worker > 0
-    settings: dict[str, Any] = {"plan": plan, "run_name": run_name, "threads": cluster.threads}
+    settings = {"plan": plan, "run_name": plan.run_name, "threads": cluster.threads}
     return SteadyTrainer(
         work,
         train_loop_config=settings,
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=plan.config.parallel.layout().world,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=RunConfig(
-            name=f"{plan.kind}-{time.strftime('%Y%m%d-%H%M%S')}",
+            name=f"{plan.run_name}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(plan.run_dir / "ray"),
             worker_runtime_env={
                 "env_vars": env.worker_environment(cluster.threads, use_gpu=use_gpu)
@@ -84,16 +87,34 @@ def make_trainer(plan: RunPlan, cluster: Session, run_name: str) -> TorchTrainer
 
 
 def first_cause(error: BaseException) -> GptMoeError:
-    """Our own error if a worker raised one, else the first worker's failure in a sentence."""
-    failures = list(getattr(error, "worker_failures", {}).items())
-    for rank, failure in failures:
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, GptMoeError):
-                return cause
-            cause = cause.__cause__ or getattr(cause, "cause", None)
-        log.error("worker failed rank=%s", rank, exc_info=failure)
-    where = f"worker {failures[0][0]}: {failures[0][1]}" if failures else str(error)
-    return ClusterError(
-        f"training stopped, {where}; start the same command again to go on from the last checkpoint"
-    )
+    """Our own error if a worker raised one, else what happened in a sentence."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        if own := _own(failure):
+            return own
+    return ClusterError(f"training stopped, {_what_failed(failures, error)}; {GO_ON}")
+
+
+def _what_failed(failures: Mapping[int, BaseException], error: BaseException) -> str:
+    for rank, failure in failures.items():
+        if isinstance(failure, _DEAD):  # what others raised is what they saw of it
+            return f"the process of worker {rank} was killed or its node was lost"
+    log.error("%s", error)  # a bug, ours or Ray's: with its traceback
+    if failures:
+        rank, failure = next(iter(failures.items()))
+        return f"worker {rank} failed: {_first_line(failure)}"
+    return _first_line(getattr(error, "controller_failure", error))
+
+
+_DEAD = (WorkerHealthCheckFailedError, ray.exceptions.ActorDiedError)
+
+
+def _own(failure: BaseException | None) -> GptMoeError | None:
+    """The first error of ours in a chain of causes."""
+    while failure is not None and not isinstance(failure, GptMoeError):
+        failure = failure.__cause__ or getattr(failure, "cause", None)
+    return failure
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

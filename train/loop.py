@@ -1,6 +1,7 @@
 """The training loop. It knows neither Ray nor ranks: samples, sums and recorders are handed in."""
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gptmoe.data import Samples
+from gptmoe.errors import ConfigError
 from gptmoe.metrics import Recorder
 from gptmoe.model.loss import weighted_loss
 from gptmoe.model.routing import Statistics
@@ -58,10 +60,12 @@ class Trainer:
         totals = Totals.zero()
         for batch in microbatches:
             totals = totals + self._forward_backward(batch, label_count)
+        losses = self._account(totals, label_count)
         rate = learning_rate(self.settings.schedule, step)
         grad_norm = self.updater.step(rate)
+        _check_finite(step, rate, losses["loss"], grad_norm)
         return {
-            **self._account(totals, label_count),
+            **losses,
             "grad_norm": grad_norm,
             "learning_rate": rate,
             **report.speed(
@@ -151,6 +155,15 @@ def run_steps(
         for recorder in recorders:
             recorder.record(step, **values)
         after_step(step)
+
+
+def _check_finite(step: int, rate: float, *values: report.Value) -> None:
+    """Every rank sees the same sums, so all of them stop here, before the state is saved."""
+    if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+        raise ConfigError(
+            f"training diverged at step {step}: its loss or gradient is not a finite number; lower "
+            f"schedule.learning_rate (this step took {rate:g}) and start again from a checkpoint"
+        )
 
 
 def _total(losses: Iterable[Tensor]) -> Tensor:

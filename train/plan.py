@@ -1,9 +1,11 @@
 """From a config to all that a run needs before a cluster starts: checked, prepared, resolved."""
 
+import hashlib
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,12 +33,33 @@ class RunPlan:
     spec: ModelSpec
     run_dir: Path
     data_folder: Path
+    data_digest: str
+    """Names the training samples, wherever they lie."""
+    has_validation: bool
     tokenizer_path: Path
     max_steps: int
     resume_from: Path | None
     """The checkpoint to go on from."""
+    done: int
+    """Steps that it had taken."""
     weights_from: Path | None
     """Where a fresh run takes its weights; None = drawn from the seed."""
+
+    @property
+    def run_name(self) -> str:
+        """The run's name on a cluster: its folder's name, and 6 digits that stand for its path."""
+        path = os.fsencode(os.path.realpath(self.run_dir))
+        return f"{self.run_dir.name}-{hashlib.sha256(path).hexdigest()[:6]}"
+
+    def in_words(self) -> str:
+        """One line for a log."""
+        if self.done >= self.max_steps:
+            return (
+                f"{self.run_dir} is complete: {self.done} of {self.max_steps} steps are done; "
+                "raise train.max_steps or train.epochs to go on"
+            )
+        start = f"goes on after step {self.done}" if self.resume_from else "starts"
+        return f"{self.run_dir} {start}, to step {self.max_steps}"
 
     def stored_config(self) -> dict[str, Any]:
         """What a checkpoint's config.json holds."""
@@ -45,6 +68,7 @@ class RunPlan:
             "kind": self.kind,
             "model": configs.to_dict(self.spec),
             "train": plain,
+            "data_digest": self.data_digest,
             "digest": configs.digest(plain),
         }
 
@@ -53,32 +77,36 @@ def make_plan(
     kind: Kind, config: TrainConfig, progress: Callable[[data.Progress], None] | None = None
 ) -> RunPlan:
     """Check everything that can be checked without a cluster, and prepare the data."""
+    run_dir = config.run.dir.absolute()
     source = open_checkpoint(config.model.checkpoint) if config.model.checkpoint else None
     tokenizer_path = _tokenizer_path(config, source)
     tokenizer = load_tokenizer(tokenizer_path)
     spec = _spec(config, source, tokenizer)
     config.check_model(spec, tokenizer.vocab_size)
-    run_dir = config.run.dir.absolute()
     resume_from = newest_valid(run_dir / "checkpoints")
+    if resume_from:
+        _check_same(resume_from, kind, spec, config, tokenizer)
+    elif kind == "finetune" and not source:
+        log.warning("finetuning starts from random weights: model.checkpoint is not given")
     folder = _data_folder(kind, config, run_dir, tokenizer, progress)
-    samples = data.open_samples(
-        folder, "train", config.data.seq_len, config.run.seed, expect_tokenizer=tokenizer.digest
-    )
-    max_steps = steps_of(config, samples.num_samples)
-    if resume_from is not None:
-        config = _keep_horizon(config, resume_from)
-    config = config.resolved(max_steps)
-    if resume_from is not None:
-        _check_same(resume_from, spec, config, tokenizer)
+    num_samples, has_validation = _open_data(config, folder, tokenizer)
+    data_digest = _data_digest(folder)
+    if resume_from:
+        _check("training data", resume_from.config.get("data_digest"), data_digest, config)
+    max_steps = steps_of(config, num_samples)
+    stored_schedule = _table(resume_from, "train").get("schedule", {})
     return RunPlan(
         kind=kind,
-        config=config,
+        config=config.resolved(stored_schedule.get("horizon_steps", max_steps)),
         spec=spec,
         run_dir=run_dir,
         data_folder=folder.absolute(),
+        data_digest=data_digest,
+        has_validation=has_validation,
         tokenizer_path=tokenizer_path.absolute(),
         max_steps=max_steps,
         resume_from=resume_from.path if resume_from else None,
+        done=int(resume_from.progress["step"]) if resume_from else 0,
         weights_from=source.path.absolute() if source else None,
     )
 
@@ -131,6 +159,12 @@ def _data_folder(
                 f"data.path={path} was prepared for {found}, this run wants {kind}; "
                 "prepare it again"
             )
+        for key in ("validation_path", "columns", "sep_text"):
+            if getattr(config.data, key):
+                raise ConfigError(
+                    f"data.{key} means nothing to data.path={path}, which is prepared already; "
+                    "give it to gptmoe data prepare, or name raw files as data.path"
+                )
         return path
     folder = run_dir / "data"
     data.prepare(
@@ -148,40 +182,56 @@ def _data_folder(
     return folder
 
 
-def _keep_horizon(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
-    """A run that goes on keeps the horizon it started with unless the config names one."""
-    named = (config.schedule.horizon_steps, config.schedule.horizon_tokens) != (None, None)
-    stored = checkpoint.config["train"]["schedule"]["horizon_steps"]
-    schedule = config.schedule if named else replace(config.schedule, horizon_steps=stored)
-    return replace(config, schedule=schedule)
+def _open_data(config: TrainConfig, folder: Path, tokenizer: Tokenizer) -> tuple[int, bool]:
+    """The number of training samples, and whether there are any to validate by."""
+    seq_len, seed = config.data.seq_len, config.run.seed
+    train = data.open_samples(folder, "train", seq_len, seed, expect_tokenizer=tokenizer.digest)
+    has_validation = train.manifest.splits["validation"].documents > 0
+    if has_validation:
+        data.open_samples(folder, "validation", seq_len, seed)
+    else:
+        log.warning("%s has no validation split: no validation loss will be recorded", folder)
+    return train.num_samples, has_validation
+
+
+def _data_digest(folder: Path) -> str:
+    """12 hexadecimal digits that name the training split of a prepared folder by its content."""
+    files = data.Manifest.load(folder).files
+    return configs.digest({f.path: f.sha256 for f in files if f.path.startswith("train-")})
 
 
 def _check_same(
-    checkpoint: Checkpoint, spec: ModelSpec, config: TrainConfig, tokenizer: Tokenizer
+    checkpoint: Checkpoint, kind: Kind, spec: ModelSpec, config: TrainConfig, tokenizer: Tokenizer
 ) -> None:
     """Refuse to go on with another model, tokenizer or order of samples than the run began with."""
-    stored = checkpoint.config
-    now = configs.to_dict(config)
-    pairs = {
-        "model": (stored["model"], configs.to_dict(spec)),
-        "tokenizer": (load_tokenizer(checkpoint.path).digest, tokenizer.digest),
-        "run.seed": (stored["train"]["run"]["seed"], now["run"]["seed"]),
-        "data.seq_len": (stored["train"]["data"]["seq_len"], now["data"]["seq_len"]),
-        "train.batch_tokens": (
-            stored["train"]["train"]["batch_tokens"],
-            now["train"]["batch_tokens"],
-        ),
-    }
-    for name, (before, after) in pairs.items():
-        if before != after:
-            raise ConfigError(
-                f"the run in {config.run.dir} cannot go on with another {name}: it began with "
-                f"{_short(before, after)}, now it is {_short(after, before)}; "
-                "restore it, or choose another run.dir"
-            )
+    run, loop = _table(checkpoint, "train", "run"), _table(checkpoint, "train", "train")
+    samples = _table(checkpoint, "train", "data")
+    _check("command", checkpoint.config.get("kind"), kind, config)
+    _check("model", _table(checkpoint, "model"), configs.to_dict(spec), config)
+    _check("tokenizer", load_tokenizer(checkpoint.path).digest, tokenizer.digest, config)
+    _check("run.seed", run.get("seed"), config.run.seed, config)
+    _check("data.seq_len", samples.get("seq_len"), config.data.seq_len, config)
+    _check("train.batch_tokens", loop.get("batch_tokens"), config.batch_tokens, config)
 
 
-def _short(value: Any, other: Any) -> Any:
+def _check(name: str, before: Any, now: Any, config: TrainConfig) -> None:
+    if before != now:
+        raise ConfigError(
+            f"the run in {config.run.dir} cannot go on with another {name}: it began with "
+            f"{_differing(before, now)}, now it is {_differing(now, before)}; "
+            "restore it, or choose another run.dir"
+        )
+
+
+def _table(checkpoint: Checkpoint | None, *names: str) -> Mapping[str, Any]:
+    """A table of the config that is stored in a checkpoint; empty where there is none."""
+    table: Mapping[str, Any] = checkpoint.config if checkpoint else {}
+    for name in names:
+        table = table.get(name, {})
+    return table
+
+
+def _differing(value: Any, other: Any) -> Any:
     """Of two differing tables only the differing keys."""
     if isinstance(value, dict) and isinstance(other, dict):
         return {key: item for key, item in value.items() if other.get(key) != item}

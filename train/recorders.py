@@ -20,12 +20,11 @@ def make_recorders(run_dir: Path, run_name: str, done: int) -> list[Recorder]:
 
 
 class TensorBoardRecorder:
-    """Curves, one tag a metric; lists as one tag an entry."""
+    """Curves, one tag a metric; of a list one tag an entry, as expert_load/0."""
 
     def __init__(self, folder: Path, done: int) -> None:
-        self._writer = SummaryWriter(
-            str(folder), purge_step=done + 1 if done else None, flush_secs=10
-        )
+        """Readers forget the points after step `done` that are there already."""
+        self._writer = SummaryWriter(str(folder), purge_step=done + 1)
 
     def record(self, step: int, **values: Value) -> None:
         """Add one point to each curve."""
@@ -33,9 +32,9 @@ class TensorBoardRecorder:
             if isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
             else:
-                self._writer.add_scalars(
-                    name, {str(index): item for index, item in enumerate(value)}, step
-                )
+                for index, item in enumerate(value):
+                    self._writer.add_scalar(f"{name}/{index}", item, step)
+        self._writer.flush()  # a killed run goes on after its checkpoint: no point may be missing
 
     def close(self) -> None:
         """Write what is left."""

@@ -1,10 +1,27 @@
-"""state.json of a run's folder: what the run is doing, for whoever watches it."""
+"""A run's folder while a process trains in it: claimed by that process alone, its state on disk."""
 
+import contextlib
+import dataclasses
+import fcntl
 import json
+import logging
 import os
+import socket
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from cluster import env
+from gptmoe.data import Progress
+from gptmoe.errors import ClusterError, ConfigError, GptMoeError
+
+log = logging.getLogger(__name__)
+
+GO_ON = "start the same command again to go on from the last checkpoint"
+LOCK = ".lock"
+_SAY_EVERY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,9 +37,88 @@ class State:
     pid: int = 0
 
 
-def write_state(run_dir: Path, state: State) -> None:
-    """Replace run_dir/state.json in one rename."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / "state.json.tmp"
-    temporary.write_text(json.dumps(asdict(state), ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, run_dir / "state.json")
+class StateFile:
+    """state.json of a run's folder: what the run is doing, for whoever watches it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._now = State(state="preparing", job_id=env.job_id(), pid=os.getpid())
+        self._say_at_s = time.monotonic() + _SAY_EVERY_S
+
+    def write(self, **changes: Any) -> None:
+        """Change some of the state; the others stay."""
+        self._now = dataclasses.replace(self._now, **changes)
+        replace_json(self._run_dir / "state.json", asdict(self._now))
+
+    def preparing(self, progress: Progress) -> None:
+        """Say how far the preparation of the data is, every few seconds."""
+        if time.monotonic() >= self._say_at_s:
+            self._say_at_s = time.monotonic() + _SAY_EVERY_S
+            done = f"{progress.fraction:.0%}, {progress.documents:,} documents"
+            log.info("preparing the data: %s, %s tokens", done, f"{progress.tokens:,}")
+            self.write(message=f"preparing the data: {done}")
+
+
+@contextlib.contextmanager
+def claimed(run_dir: Path) -> Iterator[StateFile]:
+    """Hold a run's folder for this process, and record in state.json how the block ends.
+
+    Raises ClusterError if another process holds it, ConfigError if it cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_locked(run_dir))
+            state = StateFile(run_dir)
+            state.write()
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir={run_dir} cannot be written: {error.strerror}; choose another folder"
+            ) from None
+        with _ending(state):
+            yield state
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path) -> Iterator[None]:
+    """The system drops the lock when the process ends, however it ends."""
+    with (run_dir / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ClusterError(
+                f"{file.read() or 'another process'} is training in {run_dir}; "
+                "wait for its end, stop it, or choose another run.dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _ending(state: StateFile) -> Iterator[None]:
+    def end(**changes: Any) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+            state.write(**changes)
+
+    try:
+        yield
+    except GptMoeError as error:
+        end(state="failed", message=str(error))
+        raise
+    except (KeyboardInterrupt, SystemExit):  # by the latter Ray ends a process that is told to
+        end(state="interrupted", message=GO_ON)
+        raise
+    except BaseException as error:
+        end(state="failed", message=f"unexpected {type(error).__name__}: {error}")
+        raise
+    end(state="finished")
+
+
+def replace_json(path: Path, plain: dict[str, Any]) -> None:
+    """Write a JSON file in one rename: readers see the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(plain, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,7 +1,7 @@
 """What runs on each Ray Train worker: join the mesh, build this rank's part, loop."""
 
-import logging
 import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -14,10 +14,12 @@ import torch.distributed as dist
 from cluster.coordinator_actor import join as join_coordinator
 from cluster.messages import ExpertRange, Shard
 from cluster.reporter import Reporter
-from gptmoe import checkpoint, data, metrics
+from gptmoe import checkpoint
 from gptmoe.checkpoint import Checkpoint
+from gptmoe.data import Samples, Split, open_samples
 from gptmoe.evaluate import Evaluation, evaluate
 from gptmoe.loaded import named_dtype
+from gptmoe.metrics import Recorder
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel import mesh as meshes
 from gptmoe.parallel.apply import build
@@ -31,50 +33,61 @@ from .plan import RunPlan
 from .recorders import make_recorders
 from .zero import ZeroUpdater
 
-log = logging.getLogger(__name__)
-
 
 def work(settings: dict[str, Any]) -> None:
     """What Ray Train calls on every worker; `settings` holds plan, run_name and threads."""
-    plan, threads = settings["plan"], settings["threads"]
-    torch.set_num_threads(threads)
-    context = ray.train.get_context()
-    layout = plan.config.parallel.layout()
-    mesh = meshes.join(layout, context.get_world_rank(), timedelta(minutes=10))
-    device = ray.train.torch.get_device()
-    worker = Worker.start(plan, mesh, device, settings["run_name"])
+    plan: RunPlan = settings["plan"]
+    run_name: str = settings["run_name"]
+    torch.set_num_threads(settings["threads"])
+    rank = ray.train.get_context().get_world_rank()
+    mesh = meshes.join(plan.config.parallel.layout(), rank, timedelta(minutes=10))
+    worker = Worker.start(
+        plan,
+        mesh,
+        ray.train.torch.get_device(),
+        recorders=make_recorders(plan.run_dir, run_name, plan.done) if rank == 0 else [],
+        heartbeat=_register(plan, mesh, run_name).heartbeat,
+        saved=lambda step: ray.train.report({"step": step}),
+    )
     worker.run()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """One rank of a run."""
+    """One rank of a run. It knows ranks, but not Ray."""
 
     plan: RunPlan
     mesh: Mesh
     model: GPT
     updater: Updater
     trainer: Trainer
-    validation: data.Samples | None
+    validation: Samples | None
     characters_per_token: list[int]
-    recorders: list[metrics.Recorder]
-    reporter: Reporter
-    done: int
-    """Steps that the checkpoint had taken."""
+    recorders: Sequence[Recorder]
+    heartbeat: Callable[..., None]
+    saved: Callable[[int], None]
 
     @classmethod
-    def start(cls, plan: RunPlan, mesh: Mesh, device: torch.device, run_name: str) -> "Worker":
-        """Build this rank's part and load what there is to load."""
-        config = plan.config
-        tokenizer = load_tokenizer(plan.tokenizer_path)
-        model, updater, done = build_or_load(plan, mesh, device)
-        samples = data.open_samples(plan.data_folder, "train", config.data.seq_len, config.run.seed)
-        manifest = data.Manifest.load(plan.data_folder)
-        has_validation = manifest.splits["validation"].documents > 0
+    def start(
+        cls,
+        plan: RunPlan,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        recorders: Sequence[Recorder],
+        heartbeat: Callable[..., None],
+        saved: Callable[[int], None],
+    ) -> "Worker":
+        """Build this rank's part and load what there is to load.
+
+        `heartbeat(step)` is called after each step, with last=True at the end; `saved(step)` after
+        each checkpoint.
+        """
+        model, updater = build_or_load(plan, mesh, device)
         trainer = Trainer(
             model=model,
             updater=updater,
-            samples=samples,
+            samples=_samples(plan, "train"),
             settings=_step_settings(plan, mesh),
             sum_over_ranks=mesh.sum,
         )
@@ -84,41 +97,37 @@ class Worker:
             model=model,
             updater=updater,
             trainer=trainer,
-            validation=data.open_samples(
-                plan.data_folder, "validation", config.data.seq_len, config.run.seed
-            )
-            if has_validation
-            else None,
-            characters_per_token=tokenizer.characters_per_token(),
-            recorders=make_recorders(plan.run_dir, run_name, done) if mesh.rank == 0 else [],
-            reporter=_register(plan, mesh, run_name),
-            done=done,
+            validation=_samples(plan, "validation") if plan.has_validation else None,
+            characters_per_token=load_tokenizer(plan.tokenizer_path).characters_per_token(),
+            recorders=recorders,
+            heartbeat=heartbeat,
+            saved=saved,
         )
 
     def run(self) -> None:
         """Take the steps that are left; the last one is validated and saved."""
         self.model.train()
-        self.reporter.heartbeat(self.done)
+        self.heartbeat(self.plan.done)
         run_steps(
             self.trainer,
-            done=self.done,
+            done=self.plan.done,
             max_steps=self.plan.max_steps,
             recorders=self.recorders,
             after_step=self.after_step,
         )
-        self.reporter.heartbeat(self.plan.max_steps, last=True)
+        self.heartbeat(self.plan.max_steps, last=True)
         for recorder in self.recorders:
             recorder.close()
 
     def after_step(self, step: int) -> None:
         """Heartbeat, validate, save: each when it is due."""
-        self.reporter.heartbeat(step)
+        self.heartbeat(step)
         config, last = self.plan.config, step == self.plan.max_steps
         if last or _due(step, config.train.validate_every_steps) or self._epoch_ends(step):
             self.validate(step)
         if last or _due(step, config.checkpoint.every_steps):
             self.save(step)
-            ray.train.report({"step": step})
+            self.saved(step)
 
     def validate(self, step: int) -> None:
         """Validation loss over all ranks' shares."""
@@ -169,8 +178,8 @@ class Worker:
         return step * size // count > (step - 1) * size // count
 
 
-def build_or_load(plan: RunPlan, mesh: Mesh, device: torch.device) -> tuple[GPT, Updater, int]:
-    """This rank's model and updater, and the number of steps already taken."""
+def build_or_load(plan: RunPlan, mesh: Mesh, device: torch.device) -> tuple[GPT, Updater]:
+    """This rank's model and updater, with the state that they begin from."""
     start = plan.resume_from or plan.weights_from
     config = plan.config
     model = build(
@@ -185,10 +194,9 @@ def build_or_load(plan: RunPlan, mesh: Mesh, device: torch.device) -> tuple[GPT,
         load_weights(model, stored, mesh)
     updater_type = ZeroUpdater if config.parallel.zero else PlainUpdater
     updater = updater_type(model, mesh, config.optimizer)
-    if stored is None or plan.resume_from is None:
-        return model, updater, 0
-    updater.load_state(lambda name, box: stored.read(name, box, "optimizer"))
-    return model, updater, int(stored.progress["step"])
+    if stored is not None and plan.resume_from is not None:
+        updater.load_state(lambda name, box: stored.read(name, box, "optimizer"))
+    return model, updater
 
 
 @torch.no_grad()
@@ -211,6 +219,11 @@ def _register(plan: RunPlan, mesh: Mesh, run_name: str) -> Reporter:
     return join_coordinator(
         run_name, group[0], worker=f"train-{mesh.rank}", rank=mesh.rank, shard=shard
     )
+
+
+def _samples(plan: RunPlan, split: Split) -> Samples:
+    config = plan.config
+    return open_samples(plan.data_folder, split, config.data.seq_len, config.run.seed)
 
 
 def _step_settings(plan: RunPlan, mesh: Mesh) -> StepSettings:
