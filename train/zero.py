@@ -17,6 +17,8 @@ from typing import Any
 import deepspeed.comm
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.timer import NoopTimer
 
@@ -74,7 +76,7 @@ class ZeroUpdater:
 
 
 def _zero_optimizer(owned: Sequence[Owned], mesh: Mesh, spec: OptimizerSpec) -> Any:
-    _connect(mesh)
+    _connect(mesh, owned[0].parameter.device)
     # For it None is the group of everybody; in a mesh it is the group of nobody else.
     alone = dist.new_group([mesh.rank], use_local_synchronization=True)
     group_name = "experts" if mesh.expert_group else ""
@@ -115,8 +117,10 @@ def _groups(
                 yield group | mark
 
 
-def _connect(mesh: Mesh) -> None:
-    """Let DeepSpeed talk through the process groups that are there."""
+def _connect(mesh: Mesh, device: torch.device) -> None:
+    """Let DeepSpeed use the device and the process groups that are there."""
+    if device.type == "cpu":  # on a machine with GPUs it would put its buffers on one
+        set_accelerator(CPU_Accelerator())
     if not dist.is_initialized():
         assert mesh.layout.world == 1
         store = dist.HashStore()  # type: ignore[attr-defined]

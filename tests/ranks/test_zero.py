@@ -1,0 +1,309 @@
+"""ZeRO 1 against the plain updater in one process: numbers, norm, state, resume, in each layout."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gptmoe.checkpoint import Box, Checkpoint, open_checkpoint, save
+from gptmoe.data import Batch
+from gptmoe.model.spec import ModelSpec, RouterSpec
+from gptmoe.parallel import mesh as meshes
+from gptmoe.parallel.apply import build
+from gptmoe.parallel.layout import Layout
+from gptmoe.parallel.mesh import Mesh
+from gptmoe.parallel.optimizer import OptimizerSpec
+from gptmoe.parallel.ownership import owned_parameters, weight_pieces
+from gptmoe.parallel.updater import PlainUpdater
+from tests.ranks.pool import RankPool
+from train.loop import StepSettings, Trainer
+from train.schedule import ScheduleSpec
+from train.zero import ZeroUpdater
+
+MOE = ModelSpec(
+    num_layers=4,
+    d_model=20,
+    num_heads=4,
+    d_ff=52,  # no size divides evenly over four ranks with its neighbours: fragments cut rows
+    vocab_size=67,
+    max_seq_len=16,
+    num_experts=(4, 8),
+    router=RouterSpec(group_sequences=2),
+    init_std=0.1,
+)
+DENSE = ModelSpec(
+    num_layers=2, d_model=20, num_heads=4, d_ff=52, vocab_size=67, max_seq_len=16, init_std=0.1
+)
+SGD = OptimizerSpec(kind="sgd", max_grad_norm=0.5)  # below every norm here: clipping is active
+ADAMW = OptimizerSpec(max_grad_norm=0.5)
+RATE = {"sgd": 0.1, "adamw": 3e-3}
+STEPS = 6
+
+LIMIT_S, WAIT = 240.0, timedelta(seconds=120)
+"""A rank's first step imports for seconds, of which a busy machine makes many, while peers wait."""
+
+ONE = Layout(dp=1)
+LAYOUTS = {
+    "one": (ONE, MOE),
+    "dense dp2": (Layout(dp=2), DENSE),
+    "dp2": (Layout(dp=2), MOE),
+    "dp4": (Layout(dp=4), MOE),
+    "dp2 ep2": (Layout(dp=2, ep=2), MOE),
+    "dp4 ep2": (Layout(dp=4, ep=2), MOE),
+    "dp4 ep4": (Layout(dp=4, ep=4), MOE),
+}
+each_layout = pytest.mark.parametrize(("layout", "spec"), LAYOUTS.values(), ids=LAYOUTS)
+
+
+class RandomSamples:
+    """Sequences of random tokens, a function of the sample index."""
+
+    num_samples = 1000
+
+    def batch(self, first: int, count: int) -> Batch:
+        rows = [
+            np.random.default_rng(index).integers(0, 67, 17)
+            for index in range(first, first + count)
+        ]
+        token_BS = np.stack(rows)
+        all_BT = np.ones((count, 16), bool)
+        return Batch(token_BS[:, :-1], token_BS[:, 1:], all_BT, all_BT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Steps first..last of a training of 16 sequences a step, from and to a checkpoint."""
+
+    layout: Layout
+    spec: ModelSpec
+    optimizer: OptimizerSpec
+    updater: Callable[..., PlainUpdater | ZeroUpdater] = ZeroUpdater
+    first: int = 1
+    last: int = STEPS
+    source: Path | None = None
+    target: Path | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What each step showed."""
+
+    loss: list[float]
+    norm: list[float]
+
+
+def train(rank: int, run: Run) -> Seen:
+    """One rank of a run; the test's own process may be the only one."""
+    mesh = meshes.join(run.layout, rank)
+    model = build(run.spec, mesh, torch.device("cpu"), seed=5)
+    stored = open_checkpoint(run.source) if run.source else None
+    if stored:
+        with torch.no_grad():
+            for owned in owned_parameters(model, mesh.layout, rank):
+                owned.parameter.copy_(stored.read(owned.name, owned.box))
+    updater = run.updater(model, mesh, run.optimizer)
+    if stored:
+        updater.load_state(lambda name, box: stored.read(name, box, "optimizer"))
+    trainer = Trainer(
+        model=model,
+        updater=updater,
+        samples=RandomSamples(),
+        settings=settings(run, rank),
+        sum_over_ranks=mesh.sum,
+    )
+    steps = [trainer.step(step) for step in range(run.first, run.last + 1)]
+    if run.target:
+        groups = {
+            "weights": weight_pieces(owned_parameters(model, mesh.layout, rank)),
+            "optimizer": updater.state_pieces(),
+        }
+        write(run.target, mesh, groups)
+    return Seen([step["loss"] for step in steps], [step["grad_norm"] for step in steps])
+
+
+def settings(run: Run, rank: int) -> StepSettings:
+    share = 16 // run.layout.dp
+    return StepSettings(
+        seed=0,
+        seq_len=16,
+        batch_sequences=16,
+        microbatch_size=2,
+        first_sequence=rank * share,
+        num_sequences=share,
+        schedule=ScheduleSpec(
+            kind="constant",
+            learning_rate=RATE[run.optimizer.kind],
+            min_learning_rate=0.0,
+            warmup_steps=0,
+            horizon_steps=STEPS,
+        ),
+    )
+
+
+def write(target: Path, mesh: Mesh, groups: dict[str, list]) -> None:
+    save(
+        target,
+        rank=mesh.rank,
+        world=mesh.layout.world,
+        barrier=mesh.barrier,
+        groups=groups,
+        config={},
+        progress={},
+    )
+
+
+def on_ranks(pool: RankPool, run: Run) -> Seen:
+    """The run on a process for each rank; all ranks see the same."""
+    seen = pool.run(run.layout.world, train, run, limit_s=LIMIT_S, group_timeout=WAIT)
+    assert all(other == seen[0] for other in seen)
+    return seen[0]
+
+
+def assert_same(one: Checkpoint, other: Checkpoint, group: str) -> None:
+    """Not a bit differs."""
+    assert set(one.names(group)) == set(other.names(group)) != set()
+    for name in one.names(group):
+        assert torch.equal(one.read(name, None, group), other.read(name, None, group)), name
+
+
+@each_layout
+def test_sgd_takes_the_steps_of_one_process(
+    pool: RankPool, tmp_path: Path, layout: Layout, spec: ModelSpec
+) -> None:
+    plain = Run(
+        layout=ONE, spec=spec, optimizer=SGD, updater=PlainUpdater, target=tmp_path / "plain"
+    )
+    expected = train(0, plain)
+    assert min(expected.norm) > SGD.max_grad_norm
+    found = on_ranks(pool, Run(layout=layout, spec=spec, optimizer=SGD, target=tmp_path / "zero"))
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert found.norm == pytest.approx(expected.norm, rel=1e-6)
+    one, other = open_checkpoint(tmp_path / "plain"), open_checkpoint(tmp_path / "zero")
+    for name in one.names():
+        difference = (one.read(name) - other.read(name)).norm()
+        assert difference <= 1e-5 * one.read(name).norm(), name
+
+
+@each_layout
+def test_adamw_has_the_losses_of_one_process(
+    pool: RankPool, layout: Layout, spec: ModelSpec
+) -> None:
+    plain = Run(layout=ONE, spec=spec, optimizer=ADAMW, updater=PlainUpdater)
+    found = on_ranks(pool, Run(layout=layout, spec=spec, optimizer=ADAMW))
+    assert found.loss == pytest.approx(train(0, plain).loss, rel=1e-5)
+
+
+def test_two_ranks_have_the_plain_updaters_bits(pool: RankPool) -> None:
+    """A sum of two has one order, and these sizes leave no tail that is computed apart."""
+    optimizer = OptimizerSpec(max_grad_norm=0.0)  # a norm is a sum of many
+    spec = replace(MOE, d_model=32, d_ff=64, vocab_size=96)
+    zero = Run(layout=Layout(dp=2, ep=2), spec=spec, optimizer=optimizer)
+    plain = replace(zero, updater=PlainUpdater)
+    assert on_ranks(pool, zero).loss == on_ranks(pool, plain).loss
+
+
+def norm_of_ones(rank: int, layout: Layout, spec: ModelSpec) -> float:
+    mesh = meshes.join(layout, rank)
+    model = build(spec, mesh, torch.device("cpu"), seed=5)
+    updater = ZeroUpdater(model, mesh, SGD)
+    for owned in owned_parameters(model, layout, rank):
+        copies = layout.dp // layout.ep if owned.is_expert else layout.dp
+        owned.parameter.grad = torch.full_like(owned.parameter, 1 / copies)
+    return updater.step(0.0)
+
+
+@each_layout
+def test_norm_of_ones_counts_each_parameter_once(
+    pool: RankPool, layout: Layout, spec: ModelSpec
+) -> None:
+    whole = build(spec, meshes.single(), torch.device("meta"), seed=None)
+    count = sum(parameter.numel() for parameter in whole.parameters())
+    for norm in pool.run(layout.world, norm_of_ones, layout, spec):
+        assert norm == pytest.approx(math.sqrt(count), rel=1e-6)
+
+
+def step_with_gradients_on_one_rank(rank: int, layout: Layout) -> float:
+    mesh = meshes.join(layout, rank)
+    model = build(MOE, mesh, torch.device("cpu"), seed=5)
+    updater = ZeroUpdater(model, mesh, SGD)
+    if rank == 1:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    return updater.step(0.1)
+
+
+def test_ranks_without_gradients_take_part(pool: RankPool) -> None:
+    norms = pool.run(4, step_with_gradients_on_one_rank, Layout(dp=4, ep=2))
+    assert norms[0] > 1
+    assert norms == [norms[0]] * 4
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(dp=2, ep=2), Layout(dp=4, ep=2), Layout(dp=4), Layout(dp=4, ep=4)], ids=str
+)
+def test_state_passes_to_one_plain_process_and_back_without_a_difference(
+    pool: RankPool, tmp_path: Path, layout: Layout
+) -> None:
+    here, there, back = tmp_path / "zero", tmp_path / "plain", tmp_path / "back"
+    zero = Run(layout=layout, spec=MOE, optimizer=ADAMW, last=2, target=here)
+    on_ranks(pool, zero)
+    plain = Run(layout=ONE, spec=MOE, optimizer=ADAMW, updater=PlainUpdater, last=0)
+    train(0, replace(plain, source=here, target=there))
+    on_ranks(
+        pool,
+        Run(layout=layout, spec=MOE, optimizer=ADAMW, last=0, source=there, target=back),
+    )
+    for group in ("weights", "optimizer"):
+        assert_same(open_checkpoint(here), open_checkpoint(there), group)
+        assert_same(open_checkpoint(here), open_checkpoint(back), group)
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), Layout(dp=4, ep=2)], ids=str)
+def test_a_resumed_run_repeats_the_bits(pool: RankPool, tmp_path: Path, layout: Layout) -> None:
+    def part(first: int, last: int, source: str | None, target: str) -> Seen:
+        run = Run(
+            layout=layout, spec=MOE, optimizer=ADAMW, first=first, last=last,
+            source=tmp_path / source if source else None, target=tmp_path / target,
+        )  # fmt: skip
+        return on_ranks(pool, run)
+
+    straight = part(1, 6, None, "straight")
+    first, second = part(1, 3, None, "half"), part(4, 6, "half", "resumed")
+    assert first.loss + second.loss == straight.loss
+    assert first.norm + second.norm == straight.norm
+    for group in ("weights", "optimizer"):
+        assert_same(
+            open_checkpoint(tmp_path / "straight"), open_checkpoint(tmp_path / "resumed"), group
+        )
+
+
+def test_a_run_goes_on_in_another_layout(pool: RankPool, tmp_path: Path) -> None:
+    def part(layout: Layout, **given: object) -> Seen:
+        return on_ranks(pool, Run(layout=layout, spec=MOE, optimizer=ADAMW, **given))
+
+    straight = part(Layout(dp=2, ep=2))
+    part(Layout(dp=2, ep=2), last=3, target=tmp_path / "half")
+    second = part(Layout(dp=4, ep=4), first=4, source=tmp_path / "half")
+    assert second.loss == pytest.approx(straight.loss[3:], rel=1e-5)
+
+
+def pieces_of(rank: int, layout: Layout) -> list[tuple[str, Box]]:
+    mesh = meshes.join(layout, rank)
+    model = build(MOE, mesh, torch.device("cpu"), seed=5)
+    updater = ZeroUpdater(model, mesh, ADAMW)
+    updater.step(0.1)
+    return [(piece.name, piece.box) for piece in updater.state_pieces()]
+
+
+def test_each_rank_writes_its_own_share(pool: RankPool) -> None:
+    """Nobody gathers: with four ranks each writes a quarter of the moments, padding aside."""
+    shares = [
+        sum(box.volume for name, box in pieces if name.startswith("exp_avg/"))
+        for pieces in pool.run(4, pieces_of, Layout(dp=4, ep=2))
+    ]
+    assert max(shares) < 1.02 * sum(shares) / 4
