@@ -1,17 +1,17 @@
 """The command: arguments to a ServeConfig, endpoints to whoever asked, signals to an exit code."""
 
 import argparse
+import contextlib
 import json
 import logging
-import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from gptmoe.config import load
 from gptmoe.errors import ConfigError, GptMoeError
@@ -22,25 +22,44 @@ from .launch import Endpoints, running
 _ASKED_TO_STOP = 0
 _REFUSED = 2
 _INTERRUPTED = 130
+_LOOK_EVERY_S = 0.5
+
+
+class Sigterm:
+    """Handles SIGTERM: ends what the main thread does now, and remembers, should that be lost."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        raise SystemExit(signal.SIGTERM)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Serve until a signal: 0 after SIGTERM, 130 after Ctrl-C; 2 and a sentence on bad input."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, _terminate)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    sigterm, out = Sigterm(), sys.stdout
+    signal.signal(signal.SIGTERM, sigterm)
     try:
-        with running(read_config(options)) as endpoints, announced(endpoints, options):
-            threading.Event().wait()
+        with (
+            contextlib.redirect_stdout(sys.stderr),  # what Ray prints; ours is for the endpoints
+            running(read_config(options)) as endpoints,
+            announced(endpoints, options, out),
+        ):
+            while not sigterm.received:
+                time.sleep(_LOOK_EVERY_S)
     except GptMoeError as error:
         sys.stderr.write(f"error: {error}\n")
         return _REFUSED
     except KeyboardInterrupt:
         return _INTERRUPTED
-    except SystemExit:  # by SIGTERM: our handler raises it, and so does Ray's while Ray starts
-        return _ASKED_TO_STOP
-    raise AssertionError("only a signal ends the wait")
+    except SystemExit as exit:
+        if exit.code != signal.SIGTERM:  # what Sigterm raises, and Ray's own while Ray starts
+            raise
+    return _ASKED_TO_STOP
 
 
 def read_config(options: argparse.Namespace) -> ServeConfig:
@@ -56,25 +75,30 @@ def read_config(options: argparse.Namespace) -> ServeConfig:
     return load(ServeConfig, Path(files[0]) if files else None, overrides)
 
 
-@contextmanager
-def announced(endpoints: Endpoints, options: argparse.Namespace) -> Iterator[None]:
-    """Say where the model answers: to people, as a JSON line, into a file that goes at the end."""
-    facts = json.dumps(asdict(endpoints), ensure_ascii=False)
-    sys.stdout.write(facts + "\n" if options.json else _for_people(endpoints))
-    sys.stdout.flush()
-    if options.state_file is None:
-        yield
-        return
-    part = options.state_file.with_name(options.state_file.name + ".part")
+@contextlib.contextmanager
+def announced(endpoints: Endpoints, options: argparse.Namespace, out: TextIO) -> Iterator[None]:
+    """Say where the model answers: into a file that goes at the end, then to people or as JSON."""
+    facts = json.dumps(asdict(endpoints), ensure_ascii=False) + "\n"
+    file: Path | None = options.state_file
     try:
-        part.write_text(facts + "\n", encoding="utf-8")
-        os.replace(part, options.state_file)
-    except OSError as error:
-        raise ConfigError(f"--state-file {options.state_file} cannot be written: {error}") from None
-    try:
+        if file:
+            _write(file, facts)
+        out.write(facts if options.json else _for_people(endpoints))
+        out.flush()
         yield
     finally:
-        options.state_file.unlink(missing_ok=True)
+        if file:
+            file.unlink(missing_ok=True)
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all: somebody is waiting for it."""
+    part = file.with_name(file.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        raise ConfigError(f"--state-file {file} cannot be written: {error}") from None
 
 
 def _for_people(endpoints: Endpoints) -> str:
@@ -97,7 +121,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the endpoints as one JSON line")
     parser.add_argument("--state-file", type=Path, metavar="PATH", help="keep them here as JSON")
     return parser
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise SystemExit

@@ -23,7 +23,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 from cluster import env, local
 from cluster.client import Client, GenerationError
 from gptmoe.checkpoint import open_checkpoint
-from gptmoe.errors import ClusterError
+from gptmoe.errors import ClusterError, ConfigError
 
 from . import app
 from .config import ServeConfig
@@ -59,23 +59,29 @@ def running(config: ServeConfig) -> Iterator[Endpoints]:
     ).path  # a replica verifies all of it
     config = dataclasses.replace(config, checkpoint=checkpoint.resolve())
     joins = bool(config.address) or env.inside_job()
+    config = choose_ports(config, check=not joins)
     workers = config.replicas.min if joins else config.replicas.max
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with local.session(workers=workers, address=config.address or None) as cluster:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own, set by now, aborts after 3 s
         threads = config.threads or cluster.threads
-        config = dataclasses.replace(
-            config,
-            threads=threads,
-            http_port=config.http_port or free_port(config.host),
-            grpc_port=config.grpc_port or free_port(""),
-        )
+        config = dataclasses.replace(config, threads=threads)
         config = start_proxies(config, cluster)
         try:
             deploy(config, num_cpus=cluster.cpus_per_worker if cluster.local else threads)
             yield endpoints(config, cluster)
         finally:
             remove(config.name, cluster)
+
+
+def choose_ports(config: ServeConfig, *, check: bool) -> ServeConfig:
+    """Put free ports in place of 0; with `check`, ConfigError if a port is in use here."""
+    http_port, grpc_port = config.http_port, config.grpc_port
+    if check or not http_port:
+        http_port = free_port(config.host, http_port)
+    if check or not grpc_port:
+        grpc_port = free_port("", grpc_port)
+    return dataclasses.replace(config, http_port=http_port, grpc_port=grpc_port)
 
 
 def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
@@ -91,7 +97,7 @@ def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
         return config
     details = ServeSubmissionClient(cluster.dashboard_url).get_serve_details()
     http, grpc = details["http_options"], details["grpc_options"]
-    if SERVICER not in grpc["grpc_servicer_functions"]:
+    if SERVICER not in grpc.get("grpc_servicer_functions", ()):
         raise ClusterError(
             f"Ray Serve runs on the cluster {cluster.address} already, without this gRPC service; "
             "shut it down there (serve shutdown), or serve on another cluster"
@@ -145,12 +151,17 @@ def remove(name: str, cluster: local.Session) -> None:
         ray.serve.shutdown()
 
 
-def free_port(host: str) -> int:
-    """A TCP port that is free now; Ray Serve wants a number."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port(host: str, port: int) -> int:
+    """The port if it is free here, some free one for 0. Raises ConfigError if it is in use."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, port), family=family) as probe:
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host or 'any address'}, port {port} ({error.strerror}); "
+            "choose another port, or 0 for a free one"
+        ) from None
 
 
 def last_line(message: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ import pytest
 
 from gptmoe.errors import ConfigError
 from serve.command import announced, main
-from serve.launch import Endpoints, free_port, last_line
+from serve.config import ServeConfig
+from serve.launch import Endpoints, choose_ports, free_port, last_line
 
 ENDPOINTS = Endpoints(
     name="gptmoe",
@@ -61,7 +63,7 @@ def options(**given: Any) -> Any:
 
 
 def test_people_read_where_the_model_answers(capsys: pytest.CaptureFixture[str]) -> None:
-    with announced(ENDPOINTS, options()):
+    with announced(ENDPOINTS, options(), sys.stdout):
         assert "gRPC       127.0.0.1:9000\n" in capsys.readouterr().out
 
 
@@ -69,7 +71,7 @@ def test_programs_read_one_line_of_json_or_a_file_that_goes_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "state.json"
-    with announced(ENDPOINTS, options(json=True, state_file=file)):
+    with announced(ENDPOINTS, options(json=True, state_file=file), sys.stdout):
         line = capsys.readouterr().out
         assert json.loads(line)["grpc"] == "127.0.0.1:9000"
         assert file.read_text() == line
@@ -79,13 +81,29 @@ def test_programs_read_one_line_of_json_or_a_file_that_goes_at_the_end(
 def test_a_state_file_that_cannot_be_written(tmp_path: Path) -> None:
     file = tmp_path / "missing" / "state.json"
     with pytest.raises(ConfigError, match=r"--state-file .* cannot be written"):  # noqa: SIM117
-        with announced(ENDPOINTS, options(state_file=file)):
+        with announced(ENDPOINTS, options(state_file=file), sys.stdout):
             pytest.fail("must not get here")
 
 
-def test_a_free_port_is_free() -> None:
+def test_ports_are_free_or_named() -> None:
     with socket.socket() as server:
-        server.bind(("127.0.0.1", free_port("127.0.0.1")))
+        server.bind(("127.0.0.1", free_port("127.0.0.1", 0)))
+        server.listen()
+        port = server.getsockname()[1]
+        for host in ("", "127.0.0.1"):
+            with pytest.raises(ConfigError, match=f"port {port} .*choose another port, or 0"):
+                free_port(host, port)
+
+
+def test_ports_in_use_stop_the_command_unless_it_joins_a_cluster() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        config = ServeConfig(checkpoint=Path("a"), http_port=port, grpc_port=0)
+        with pytest.raises(ConfigError, match=f"port {port} "):
+            choose_ports(config, check=True)
+        chosen = choose_ports(config, check=False)
+        assert chosen.http_port == port
+        assert chosen.grpc_port > 0
 
 
 def test_the_reason_of_a_failed_deployment_is_its_last_line() -> None:

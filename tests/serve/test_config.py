@@ -14,7 +14,7 @@ FILE = Path(__file__).parents[2] / "configs" / "serve" / "local.toml"
 
 
 def options(*arguments: str) -> argparse.Namespace:
-    return _parser().parse_args(arguments)
+    return _parser().parse_intermixed_args(arguments)
 
 
 def test_the_shipped_file_holds_the_defaults(tmp_path: Path) -> None:
