@@ -77,9 +77,9 @@ def test_an_application_comes_and_goes_on_a_running_cluster(
     address: str, small_checkpoint: Path
 ) -> None:
     words = ["--checkpoint", str(small_checkpoint), "--address", address, "threads=1"]
-    ports = ["http_port=0", "grpc_port=0"]
-    with serving(*words, *ports, "name=poems") as (process, endpoints):
-        assert replicas(address) == ["ServeReplica:poems:Generator"]
+    more = ["http_port=0", "grpc_port=0", "name=poems", "replicas.initial=2", "replicas.max=2"]
+    with serving(*words, *more) as (process, endpoints):
+        assert replicas(address) == ["ServeReplica:poems:Generator"] * 2
         with Client(endpoints["grpc"], timeout_s=30) as client:
             assert client.model().name == "poems"
         process.send_signal(signal.SIGTERM)
