@@ -7,6 +7,8 @@ from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
+_NAME = "within"
+
 
 def within(timeout_s: float | None, call: Callable[[], T]) -> T:
     """What `call` returns or raises; TimeoutError if it takes longer. Ctrl-C ends the wait."""
@@ -18,7 +20,7 @@ def within(timeout_s: float | None, call: Callable[[], T]) -> T:
         except BaseException as error:  # noqa: BLE001  raised again by the thread that waits
             answers.put((False, error))
 
-    threading.Thread(target=answer, daemon=True).start()
+    threading.Thread(target=answer, name=_NAME, daemon=True).start()
     try:
         good, result = answers.get(timeout=timeout_s)
     except queue.Empty:
@@ -26,3 +28,8 @@ def within(timeout_s: float | None, call: Callable[[], T]) -> T:
     if good:
         return cast(T, result)
     raise result
+
+
+def left_behind() -> bool:
+    """Whether a call is still under way that nobody waits for."""
+    return any(thread.name == _NAME for thread in threading.enumerate())

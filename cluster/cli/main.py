@@ -1,18 +1,20 @@
 """The console script `gptmoe`: all commands, and how their errors end."""
 
+import contextlib
 import logging
+import os
 import sys
 
 import typer
 
 from cluster import env
+from cluster.patience import left_behind
 from gptmoe.errors import GptMoeError
 
 from . import answering, corpora, demo, models, operating, serving, training
 from .output import examples
 
 BAD_INPUT = 2
-INTERRUPTED = 130
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -24,6 +26,7 @@ app = typer.Typer(
 
 @app.callback(
     epilog=examples(
+        "gptmoe demo                                          the whole path, in minutes",
         "gptmoe pretrain configs/train/tiny.toml              train a tiny model",
         "gptmoe generate 春风 --checkpoint runs/tiny           ask it",
         "gptmoe serve --checkpoint runs/tiny                  serve it over gRPC and HTTP",
@@ -51,10 +54,19 @@ def main() -> None:
         _fail(str(error))
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    finally:
+        _leave_threads()
 
 
 def _fail(message: str) -> None:
     sys.stderr.write(f"error: {message}\n")
     sys.exit(BAD_INPUT)
+
+
+def _leave_threads() -> None:
+    """End at once if a thread is inside a foreign library: Python's own farewell would abort."""
+    ended = sys.exception()
+    if left_behind() and isinstance(ended, SystemExit):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(ended.code if isinstance(ended.code, int) else 0)

@@ -131,11 +131,15 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     slow.write_text("春风又绿江南岸，明月何时照我还。\n\n" * 100_000)
     words = ["tokenizer", "train", "--input", str(slow), "--vocab-size", "400", "--output", "x"]
     with subprocess.Popen(
-        [*CLI, *words], cwd=tmp_path, env=env.child_environment(starts_cluster=False)
+        [*CLI, *words],
+        cwd=tmp_path,
+        env=env.child_environment(starts_cluster=False),
+        stderr=subprocess.PIPE,
     ) as process:
-        time.sleep(2.0)
+        time.sleep(3.0)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 130
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, b"")
     assert not (tmp_path / "x").exists()
 
 
