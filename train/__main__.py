@@ -17,6 +17,7 @@ env.prepare()  # before anything imports ray or deepspeed
 
 from gptmoe import config as configs  # noqa: E402
 from gptmoe.errors import GptMoeError  # noqa: E402
+from gptmoe.metrics import cut_after  # noqa: E402
 
 from .config import TrainConfig  # noqa: E402
 from .launch import launch  # noqa: E402
@@ -55,6 +56,8 @@ def train(kind: Kind, config: TrainConfig, state: StateFile, address: str | None
     log.info("%s", plan.in_words())
     if plan.done < plan.max_steps:
         launch(plan, state, address)
+    else:
+        cut_after(plan.run_dir / "metrics.jsonl", plan.done)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -13,6 +13,7 @@ from gptmoe.data import Samples
 from gptmoe.errors import ConfigError
 from gptmoe.metrics import Recorder
 from gptmoe.model.loss import weighted_loss
+from gptmoe.model.moe import MoE
 from gptmoe.model.routing import Statistics
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel.updater import Updater
@@ -110,6 +111,10 @@ class Trainer:
         layers = [
             report.reduce(statistics, self.sum_over_ranks) for statistics in totals.statistics
         ]
+        for layer, statistics in zip(self.model.spec.moe_layers, layers, strict=True):
+            moe = self.model.layers[layer].ffn
+            assert isinstance(moe, MoE)
+            moe.router.update(statistics)
         values: dict[str, report.Value] = {"loss": lm_loss + aux + z, "lm_loss": lm_loss}
         if layers:
             values |= {"aux_loss": aux, "z_loss": z, **report.expert_load(layers)}

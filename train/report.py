@@ -24,7 +24,7 @@ def reduce(statistics: Statistics, sum_over_ranks: Callable[[Tensor], Tensor]) -
 
 def expert_load(layers: Sequence[Statistics]) -> dict[str, Value]:
     """How evenly the experts were used, over the MoE layers of one step."""
-    ratios = [float(s.load_E.max() / s.load_E.mean().clamp(min=1e-9)) for s in layers]
+    ratios = [float(s.load_E.max() / s.load_E.double().mean().clamp(min=1e-9)) for s in layers]
     tokens = float(sum(s.tokens for s in layers))
     same_size = len({len(s.load_E) for s in layers}) == 1
     values: dict[str, Value] = {

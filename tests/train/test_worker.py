@@ -1,0 +1,117 @@
+"""A whole run in one process: when it validates and saves, and what a failed save leaves."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import gptmoe
+from gptmoe import data
+from gptmoe.checkpoint import open_checkpoint
+from gptmoe.errors import CheckpointError
+from gptmoe.evaluate import evaluate
+from gptmoe.metrics import read
+from tests.train.alone import run_alone
+from tests.train.conftest import Configure
+from train.plan import make_plan
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def validated(run_dir: Path) -> list[int]:
+    return [record["step"] for record in read(run_dir / "metrics.jsonl") if "val_loss" in record]
+
+
+def test_validation_and_saving_are_done_when_due_and_at_the_end(configure: Configure) -> None:
+    config = configure(
+        "train.max_steps=7",
+        "train.validate_every_steps=3",
+        "train.validation_samples=8",
+        "checkpoint.every_steps=2",
+        "checkpoint.keep=2",
+    )
+    run_alone(make_plan("pretrain", config))
+    assert validated(config.run.dir) == [3, 6, 7]
+    assert checkpoints(config.run.dir) == ["step-00000006", "step-00000007"]
+    stored = open_checkpoint(config.run.dir)
+    assert stored.progress == {"step": 7, "samples": 7 * 16}
+    assert stored.config["kind"] == "pretrain"
+
+
+def test_each_epoch_ends_with_a_validation(configure: Configure, pairs: Path) -> None:
+    config = configure(
+        f"data.path={pairs}", "train.epochs=2", "train.max_steps=100",
+        "train.validate_every_steps=0", "checkpoint.every_steps=0",
+    )  # fmt: skip
+    plan = make_plan("finetune", config)
+    num_samples = data.open_samples(plan.data_folder, "train", 16, 0).num_samples
+    run_alone(plan)
+    assert validated(config.run.dir) == [-(-num_samples // 16), -(-2 * num_samples // 16)]
+    assert checkpoints(config.run.dir) == [f"step-{plan.max_steps:08d}"]
+
+
+def test_the_recorded_validation_is_that_of_the_saved_model(
+    configure: Configure, prepared: Path
+) -> None:
+    config = configure("train.max_steps=2", "train.validation_samples=0")
+    records = run_alone(make_plan("pretrain", config))
+    model = gptmoe.load(config.run.dir)
+    result = evaluate(
+        model.network,
+        data.open_samples(prepared, "validation", 16, 0),
+        model.tokenizer.characters_per_token(),
+        batch_size=4,
+    )
+    found = next(record for record in records if "val_loss" in record)
+    assert found["val_loss"] == pytest.approx(result.loss, rel=1e-6)
+    assert found["val_perplexity"] == pytest.approx(result.perplexity, rel=1e-5)
+    assert found["bits_per_char"] == pytest.approx(result.bits_per_char, rel=1e-6)
+
+
+def losses(records: list[dict[str, float]]) -> list[tuple[float, float]]:
+    return [(r["step"], r["loss"]) for r in records if "loss" in r]
+
+
+def test_a_run_in_two_parts_is_the_run_in_one(configure: Configure, tmp_path: Path) -> None:
+    parts = ("model.dropout=0.1", "schedule.horizon_steps=6")
+    whole = run_alone(
+        make_plan("pretrain", configure(*parts, "train.max_steps=5", f"run.dir={tmp_path / 'a'}"))
+    )
+    run_alone(make_plan("pretrain", configure(*parts, "train.max_steps=3")))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 9.9}\n{"step": 5, "lo')  # what a kill may leave
+    second = make_plan("pretrain", configure(*parts, "train.max_steps=5"))
+    assert losses(run_alone(second)) == losses(whole)
+    assert open_checkpoint(tmp_path / "run").progress == {"step": 5, "samples": 80}
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Nothing can be written beyond this size, as on a disk that has no more room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_disk_without_room_keeps_the_earlier_checkpoint(configure: Configure) -> None:
+    config = configure("train.max_steps=4")
+    plan = make_plan("pretrain", config)
+    with (
+        file_size_limit(200_000),
+        pytest.raises(
+            CheckpointError,
+            match=r"step-00000004 was not saved: File too large; earlier ones are untouched",
+        ),
+    ):
+        run_alone(plan)
+    assert checkpoints(config.run.dir) == ["step-00000002"]
+    assert open_checkpoint(config.run.dir).progress["step"] == 2
+    assert losses(run_alone(make_plan("pretrain", config)))[-1][0] == 4
