@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 
 SERVICER = "serve.proxy.add_generation"
 _POLL_S = 0.2
-_ANSWER_WITHIN_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +108,13 @@ def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
 
 def deploy(config: ServeConfig, num_cpus: float) -> None:
     """Deploy the application and wait until it runs. Raises ClusterError if it does not."""
-    target = ray.serve.RunTarget(app.build(config, num_cpus), name=config.name, route_prefix="/")
+    target = ray.serve.RunTarget(
+        app.build(config, num_cpus),
+        name=config.name,
+        route_prefix="/",
+        # `gptmoe scale` sets the number of replicas where autoscaling does not.
+        external_scaler_enabled=config.replicas.min == config.replicas.max,
+    )
     ray.serve.run_many(
         [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
     )
@@ -133,7 +138,7 @@ def endpoints(config: ServeConfig, cluster: local.Session) -> Endpoints:
     node = "127.0.0.1" if cluster.local else ray.util.get_node_ip_address()
     host = node if config.host in ("0.0.0.0", "::") else config.host
     target = f"{node}:{config.grpc_port}"
-    _await_answer(target, config.name)
+    await_answer(target, config.name)
     return Endpoints(
         name=config.name,
         grpc=target,
@@ -176,8 +181,9 @@ def _application(name: str) -> ApplicationStatusOverview:
     return ray.serve.status().applications[name]
 
 
-def _await_answer(target: str, name: str) -> None:
-    deadline_s = time.monotonic() + _ANSWER_WITHIN_S
+def await_answer(target: str, name: str, within_s: float = 30.0) -> None:
+    """Wait until the application answers over gRPC; ClusterError if it does not in time."""
+    deadline_s = time.monotonic() + within_s
     with Client(target, application=name, timeout_s=5.0) as client:
         while True:
             try:
