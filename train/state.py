@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import logging
@@ -11,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from cluster import env
 from gptmoe.data import Progress
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 
 GO_ON = "start the same command again to go on from the last checkpoint"
 LOCK = ".lock"
+WRITER_LOCK = ".lock-writer"
+_ORPHANS_LIVE_S = 60.0
 _SAY_EVERY_S = 2.0
 
 
@@ -63,12 +66,15 @@ class StateFile:
 def claimed(run_dir: Path) -> Iterator[StateFile]:
     """Hold a run's folder for this process, and record in state.json how the block ends.
 
-    Raises ClusterError if another process holds it, ConfigError if it cannot be written.
+    Waits for workers that outlive a killed process by seconds. Raises ClusterError if another
+    process holds the folder, ConfigError if it cannot be written.
     """
     with contextlib.ExitStack() as held:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_locked(run_dir))
+            held.enter_context(_locked(run_dir / LOCK, wait_s=0.0))
+            with _locked(run_dir / WRITER_LOCK, wait_s=_ORPHANS_LIVE_S):
+                pass
             state = StateFile(run_dir)
             state.write()
         except OSError as error:
@@ -80,21 +86,41 @@ def claimed(run_dir: Path) -> Iterator[StateFile]:
 
 
 @contextlib.contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
+def writing(run_dir: Path) -> Iterator[None]:
+    """Held by the worker that writes metrics and commits checkpoints, as long as it lives."""
+    with _locked(run_dir / WRITER_LOCK, wait_s=0.0):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait_s: float) -> Iterator[None]:
     """The system drops the lock when the process ends, however it ends."""
-    with (run_dir / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ClusterError(
-                f"{file.read() or 'another process'} is training in {run_dir}; "
-                "wait for its end, stop it, or choose another run.dir"
-            ) from None
+    with path.open("a+", encoding="utf-8") as file:
+        deadline_s = time.monotonic() + wait_s
+        while not _take(file):
+            if time.monotonic() >= deadline_s:
+                file.seek(0)
+                raise ClusterError(
+                    f"{file.read() or 'another process'} is training in {path.parent}; "
+                    "wait for its end, stop it, or choose another run.dir"
+                )
+            time.sleep(0.1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _take(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        log.warning("%s: this file system has no locks; start no second run there", file.name)
+    return True
 
 
 @contextlib.contextmanager

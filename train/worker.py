@@ -1,5 +1,6 @@
 """What runs on each Ray Train worker: join the mesh, build this rank's part, loop."""
 
+import contextlib
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from gptmoe.text import load_tokenizer
 from .loop import StepSettings, Trainer, run_steps
 from .plan import RunPlan
 from .recorders import make_recorders
+from .state import writing
 from .zero import ZeroUpdater
 
 
@@ -41,15 +43,20 @@ def work(settings: dict[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
     rank = ray.train.get_context().get_world_rank()
     mesh = meshes.join(plan.config.parallel.layout(), rank, timedelta(minutes=10))
-    worker = Worker.start(
-        plan,
-        mesh,
-        ray.train.torch.get_device(),
-        recorders=make_recorders(plan.run_dir, run_name, plan.done) if rank == 0 else [],
-        heartbeat=_register(plan, mesh, run_name).heartbeat,
-        saved=lambda step: ray.train.report({"step": step}),
-    )
-    worker.run()
+    with contextlib.ExitStack() as held:
+        recorders: list[Recorder] = []
+        if rank == 0:
+            held.enter_context(writing(plan.run_dir))
+            recorders = make_recorders(plan.run_dir, run_name, plan.done)
+        worker = Worker.start(
+            plan,
+            mesh,
+            ray.train.torch.get_device(),
+            recorders=recorders,
+            heartbeat=_register(plan, mesh, run_name).heartbeat,
+            saved=lambda step: ray.train.report({"step": step}),
+        )
+        worker.run()
 
 
 @dataclass(frozen=True, kw_only=True)

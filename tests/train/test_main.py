@@ -154,7 +154,7 @@ def test_a_run_that_cannot_start_says_why_in_its_folder_too(
     said = assert_one_sentence(capsys.readouterr().err, message)
     state = json.loads((run / "state.json").read_text(encoding="utf-8"))
     assert (state["state"], state["message"]) == ("failed", said)
-    assert sorted(path.name for path in run.iterdir()) == [".lock", "state.json"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", ".lock-writer", "state.json"]
 
 
 def assert_one_sentence(stderr: str, message: str) -> str:
@@ -240,7 +240,11 @@ def test_an_interrupt_while_data_is_prepared(
         "interrupted: start the same command again to go on from the last checkpoint"
     )
     assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "interrupted"
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "state.json"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        ".lock",
+        ".lock-writer",
+        "state.json",
+    ]
 
 
 def test_a_finished_run_shows_what_it_was(trained: Path, configure: Configure) -> None:

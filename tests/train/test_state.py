@@ -1,11 +1,11 @@
 """A run's folder: claimed by one process, and saying how that process ended."""
 
+import errno
 import json
 import logging
 import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ with claimed(Path(sys.argv[1])) as state:
 
 
 def test_a_folder_has_one_run_at_a_time_even_after_a_kill(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)]
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
@@ -120,6 +120,44 @@ def test_a_folder_has_one_run_at_a_time_even_after_a_kill(tmp_path: Path) -> Non
         holder.kill()
     with claimed(tmp_path):
         assert state_of(tmp_path)["pid"] == os.getpid()
+
+
+ORPHAN = """
+import sys, time
+from pathlib import Path
+from train.state import writing
+with writing(Path(sys.argv[1])):
+    print("writing", flush=True)
+    time.sleep(1)
+"""
+
+
+def test_a_run_waits_for_workers_that_outlive_their_starter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", ORPHAN, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as orphan:
+        assert orphan.stdout is not None
+        assert orphan.stdout.readline() == "writing\n"
+        monkeypatch.setattr("train.state._ORPHANS_LIVE_S", 0.1)
+        refused = pytest.raises(ClusterError, match=f"process {orphan.pid} on .* is training in")
+        with refused, claimed(tmp_path):
+            pass
+        monkeypatch.setattr("train.state._ORPHANS_LIVE_S", 60.0)
+        with claimed(tmp_path):
+            assert orphan.wait(timeout=10) == 0
+
+
+def test_a_file_system_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with claimed(tmp_path):
+        assert state_of(tmp_path)["state"] == "preparing"
+    assert "this file system has no locks; start no second run there" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["file", "file/inside"])
