@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from gptmoe.errors import ConfigError
+from gptmoe.errors import ClusterError, ConfigError
 from serve.command import announced, main
 from serve.config import ServeConfig
-from serve.launch import Endpoints, choose_ports, free_port, last_line
+from serve.launch import Endpoints, await_answer, choose_ports, free_port, last_line
 
 ENDPOINTS = Endpoints(
     name="gptmoe",
@@ -104,6 +104,12 @@ def test_ports_in_use_stop_the_command_unless_it_joins_a_cluster() -> None:
         chosen = choose_ports(config, check=False)
         assert chosen.http_port == port
         assert chosen.grpc_port > 0
+
+
+def test_a_port_that_does_not_answer_is_not_waited_for_without_end() -> None:
+    target = f"127.0.0.1:{free_port('127.0.0.1', 0)}"
+    with pytest.raises(ClusterError, match=f"gRPC at {target} does not answer: UNAVAILABLE"):
+        await_answer(target, "gptmoe", within_s=0.1)
 
 
 def test_the_reason_of_a_failed_deployment_is_its_last_line() -> None:
