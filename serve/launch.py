@@ -5,7 +5,6 @@ with running(config) as endpoints:
 """
 
 import dataclasses
-import logging
 import re
 import signal
 import socket
@@ -27,8 +26,6 @@ from gptmoe.errors import ClusterError, ConfigError
 
 from . import app
 from .config import ServeConfig
-
-log = logging.getLogger(__name__)
 
 SERVICER = "serve.proxy.add_generation"
 _POLL_S = 0.2
