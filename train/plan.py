@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,13 @@ class RunPlan:
 
     @property
     def run_name(self) -> str:
-        """The run's name on a cluster: its folder's name, and 6 digits that stand for its path."""
+        """The run's name on a cluster: its folder's name, and 6 digits that stand for its path.
+
+        ASCII, since Ray's names must be.
+        """
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.run_dir.name).strip("-") or "run"
         path = os.fsencode(os.path.realpath(self.run_dir))
-        return f"{self.run_dir.name}-{hashlib.sha256(path).hexdigest()[:6]}"
+        return f"{name}-{hashlib.sha256(path).hexdigest()[:6]}"
 
     def in_words(self) -> str:
         """One line for a log."""
