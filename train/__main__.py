@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GptMoeError as error:
         sys.stderr.write(f"failed: {error}\n")
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # the latter while Ray starts: its answer to SIGTERM
         sys.stderr.write(f"interrupted: {GO_ON}\n")
         return 130
     return 0

@@ -134,7 +134,7 @@ def _ending(state: StateFile) -> Iterator[None]:
     except GptMoeError as error:
         end(state="failed", message=str(error))
         raise
-    except (KeyboardInterrupt, SystemExit):  # by the latter Ray ends a process that is told to
+    except (KeyboardInterrupt, SystemExit):
         end(state="interrupted", message=GO_ON)
         raise
     except BaseException as error:
