@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 import ray.exceptions
 import ray.train
 from ray.train.torch import TorchConfig
@@ -17,6 +18,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from cluster import env
 from cluster.coordinator_actor import coordinating
 from cluster.local import Session, session
+from cluster.resources import missing
 from gptmoe.errors import ClusterError, GptMoeError
 
 from .plan import RunPlan
@@ -38,11 +40,21 @@ def launch(plan: RunPlan, state: StateFile, address: str | None) -> None:
             cluster_address=cluster.address,
             dashboard_url=cluster.dashboard_url,
         )
+        if not cluster.local:
+            say_if_busy(cluster, layout.world)
         with coordinating(plan.run_name, plan.run_dir):
             try:
                 make_trainer(plan, cluster).fit()
             except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
                 raise first_cause(error) from error
+
+
+def say_if_busy(cluster: Session, workers: int) -> None:
+    """A warning if training will have to wait for others to leave: Ray itself waits in silence."""
+    needed = {"CPU": workers * cluster.cpus_per_worker, "GPU": workers * cluster.gpus_per_worker}
+    lack = missing({name: float(n) for name, n in needed.items() if n}, ray.available_resources())
+    if lack:
+        log.warning("the cluster is busy, it lacks %s now: training waits until it is free", lack)
 
 
 class SteadyTrainer(TorchTrainer):
@@ -99,6 +111,8 @@ def _what_failed(failures: Mapping[int, BaseException], error: BaseException) ->
     for rank, failure in failures.items():
         if isinstance(failure, _DEAD):  # what others raised is what they saw of it
             return f"the process of worker {rank} was killed or its node was lost"
+        if isinstance(failure, OSError) and failure.strerror:
+            return f"worker {rank}: {failure.strerror}"
     log.error("%s", error)  # a bug, ours or Ray's: with its traceback
     if failures:
         rank, failure = next(iter(failures.items()))

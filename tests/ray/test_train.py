@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,6 +32,7 @@ from gptmoe.parallel.updater import MOMENTS
 from tests.ranks.pool import RankPool
 from tests.train.alone import run_alone, run_rank
 from train.config import TrainConfig
+from train.launch import say_if_busy
 from train.plan import RunPlan, make_plan
 from train.recorders import RayRecorder
 
@@ -321,17 +322,47 @@ def test_finetuning_learns_the_answers_until_a_worker_cannot_save(finetuned: Pat
     assert model.generate("1加2等于几？", max_new_tokens=4, temperature=0)
 
 
-def test_numbers_reach_prometheus() -> None:
-    with local.session(workers=1):
-        RayRecorder("tiny-1f2e3d").record(7, loss=2.5, expert_load=[1, 2])
-        node: Mapping[str, Any] = ray.nodes()[0]
-        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        deadline_s = time.monotonic() + 60
-        while not (found := re.findall(r"ray_gptmoe_train_(?:loss|step)\{.*", scrape(url))):
-            assert time.monotonic() < deadline_s
-            time.sleep(0.5)
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[local.Session]:
+    with local.session(workers=1) as session:
+        yield session
+
+
+def test_numbers_reach_prometheus(cluster: local.Session) -> None:
+    RayRecorder("tiny-1f2e3d").record(7, loss=2.5, expert_load=[1, 2])
+    node: Mapping[str, Any] = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline_s = time.monotonic() + 60
+    while not (found := re.findall(r"ray_gptmoe_train_(?:loss|step)\{.*", scrape(url))):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.5)
     assert all('run="tiny-1f2e3d"' in line for line in found)
     assert sorted(line.rpartition(" ")[2] for line in found) == ["2.5", "7.0"]
+
+
+class Idler:
+    """Somebody else's work."""
+
+    def is_there(self) -> bool:
+        return True
+
+
+def test_a_busy_cluster_is_named_before_the_wait(
+    cluster: local.Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    say_if_busy(cluster, workers=1)
+    assert caplog.messages == []
+    cpus = ray.cluster_resources()["CPU"]
+    idler: Any = ray.remote(Idler).options(num_cpus=cpus).remote()
+    assert ray.get(idler.is_there.remote(), timeout=60)
+    deadline_s = time.monotonic() + 60
+    while not caplog.messages:  # the cluster learns of it within a second
+        say_if_busy(cluster, workers=1)
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    assert caplog.messages[0] == (
+        "the cluster is busy, it lacks 1 of 1 CPU now: training waits until it is free"
+    )
 
 
 def scrape(url: str) -> str:

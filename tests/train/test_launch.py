@@ -1,0 +1,82 @@
+"""What a failed job becomes for the user: our own error, or what happened in one sentence."""
+
+import errno
+import logging
+
+import pytest
+import ray.exceptions
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from gptmoe.errors import CheckpointError, ClusterError, GptMoeError
+from train.launch import first_cause
+
+SAVING = CheckpointError("checkpoint a was not saved: No space left on device")
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def died() -> WorkerHealthCheckFailedError:
+    return WorkerHealthCheckFailedError(
+        "A worker health check failed.\nWorker info: ...", ray.exceptions.ActorDiedError()
+    )
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [{0: SAVING}, {0: RuntimeError("connection reset"), 1: caused(RuntimeError("x"), SAVING)}],
+    ids=["itself", "as a cause"],
+)
+def test_an_error_of_ours_comes_through(failures: dict[int, Exception]) -> None:
+    assert first_cause(WorkerGroupError("...", failures)) is SAVING
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (
+            WorkerGroupError("...", {0: RuntimeError("connection reset by peer"), 1: died()}),
+            "the process of worker 1 was killed or its node was lost",
+        ),
+        (
+            WorkerGroupError("...", {0: OSError(errno.ENOSPC, "No space left on device")}),
+            "worker 0: No space left on device",
+        ),
+    ],
+    ids=["killed", "disk full"],
+)
+def test_what_the_world_does_is_one_sentence(
+    error: Exception, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert_sentence(first_cause(error), what)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("error", "what"),
+    [
+        (
+            WorkerGroupError("Traceback: line 7", {2: KeyError("a\nb")}),
+            "worker 2 failed: KeyError: 'a\\nb'",
+        ),
+        (ControllerError(ValueError("a port is taken\nmore")), "ValueError: a port is taken"),
+        (ray.exceptions.RayError("the cluster is gone\nmore"), "RayError: the cluster is gone"),
+    ],
+    ids=["worker", "controller", "ray"],
+)
+def test_a_bug_is_a_sentence_and_its_details_are_logged(
+    error: Exception, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        assert_sentence(first_cause(error), what)
+    assert caplog.messages == [str(error)]
+
+
+def assert_sentence(error: GptMoeError, what: str) -> None:
+    assert isinstance(error, ClusterError)
+    assert str(error) == (
+        f"training stopped, {what}; start the same command again to go on from the last checkpoint"
+    )
