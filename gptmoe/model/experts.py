@@ -79,13 +79,12 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         grad_RO = gradients[0].contiguous()
         x_RI, weight_EOI = ctx.saved_tensors
-        grad_x = torch.empty_like(x_RI)
-        grad_weight = torch.zeros_like(weight_EOI)
-        grad_bias = weight_EOI.new_zeros(weight_EOI.shape[:2])
-        for expert, start, end in _spans(ctx.rows):
-            grad = grad_RO[start:end]
-            torch.mm(grad, weight_EOI[expert], out=grad_x[start:end])
-            torch.mm(grad.t(), x_RI[start:end], out=grad_weight[expert])
+        grad_x, grad_weight = torch.empty_like(x_RI), torch.empty_like(weight_EOI)
+        grad_bias = weight_EOI.new_empty(weight_EOI.shape[:2])
+        parts = (torch.split(tensor, ctx.rows) for tensor in (grad_RO, x_RI, grad_x))
+        for expert, (grad, x, out) in enumerate(zip(*parts, strict=True)):  # no rows: zeros
+            torch.mm(grad, weight_EOI[expert], out=out)
+            torch.mm(grad.t(), x, out=grad_weight[expert])
             torch.sum(grad, 0, out=grad_bias[expert])
         return grad_x, grad_weight, grad_bias, None
 
