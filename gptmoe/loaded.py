@@ -11,7 +11,8 @@ from gptmoe import config as configs
 from gptmoe.checkpoint import Checkpoint, open_checkpoint
 from gptmoe.errors import CheckpointError, ConfigError, RequestError
 from gptmoe.generate.engine import Engine
-from gptmoe.generate.executor import LocalExecutor, head
+from gptmoe.generate.executor import LocalExecutor
+from gptmoe.generate.packed import pack
 from gptmoe.generate.request import SamplingParams, make_request
 from gptmoe.generate.scheduler import EngineConfig, Span
 from gptmoe.model.spec import ModelSpec
@@ -24,12 +25,18 @@ KEPT_WIDE = ("norm", "router")
 
 
 def load(
-    path: str | Path, dtype: str = "float32", device: str = "cpu", *, verify: bool = True
+    path: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    *,
+    verify: bool = True,
+    packed: bool = True,
 ) -> "LoadedModel":
     """Open a checkpoint (or the newest of a run folder) for generation and evaluation.
 
-    `dtype` is float32, bfloat16 or float64. Raises CheckpointError naming a missing or corrupt
-    part.
+    `dtype` is float32, bfloat16 or float64. `packed` rearranges the weights for the CPU's kernels,
+    where it can (generate/packed.py); without it, weights of this dtype stay memory-mapped. Raises
+    CheckpointError naming a missing or corrupt part.
     """
     checkpoint = open_checkpoint(Path(path), verify=verify)
     spec = spec_of(checkpoint)
@@ -40,6 +47,8 @@ def load(
             f"only {spec.vocab_size}; they do not belong together"
         )
     network = read_network(checkpoint, spec, named_dtype(dtype), torch.device(device))
+    if packed:
+        pack(network)
     return LoadedModel(network, tokenizer, checkpoint.config, checkpoint.path)
 
 
@@ -103,17 +112,17 @@ class LoadedModel:
                 f"token_ids must have 1 to {self.spec.max_seq_len} tokens a row; found {length}",
                 "token_ids",
             )
-        executor = LocalExecutor(self.network, len(tokens_BT), length)
+        executor = LocalExecutor(self.network, len(tokens_BT))
         spans = [Span(str(row), row, 0, length, samples=True) for row in range(len(tokens_BT))]
         hidden_TD = executor.hidden(spans, 0, {str(row): ids for row, ids in enumerate(tokens_BT)})
-        return head(self.network, hidden_TD).view(len(tokens_BT), length, -1)
+        return executor.logits(hidden_TD).view(len(tokens_BT), length, -1)
 
     def engine(self, config: EngineConfig | None = None) -> Engine:
         """A fresh engine with its own KV cache."""
         config = config or EngineConfig()
         limit = self.spec.max_seq_len
         return Engine(
-            LocalExecutor(self.network, config.max_batch_size, limit), self.tokenizer, limit, config
+            LocalExecutor(self.network, config.max_batch_size), self.tokenizer, limit, config
         )
 
     @overload

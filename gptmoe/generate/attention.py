@@ -1,12 +1,12 @@
 """Attention through the cache whose bits depend on nothing but the sequence itself.
 
-The same sum in another order gives other bits, so the order is fixed: keys are read in whole
-blocks, masked ones weigh exactly zero, query rows are padded to the smallest product whose rows do
-not depend on their number, and in float32 the weighted sum of values runs over blocks of one size.
-So a token's result is the same alone or in any batch, in one prefill, in chunks, or decoding (shown
-by tests on the CPU).
+The same sum in another order gives other bits, so the order is fixed: a product reads a whole
+segment of the cache, masked keys weigh exactly zero, query rows are padded to multiples of the
+smallest product whose rows do not depend on their number, and sums over segments run in order. So a
+token's result is the same alone or in any batch, in one prefill, in chunks, or decoding (shown by
+tests on the CPU).
 
-Letters: S slots, N query rows, H heads, K head width, C keys read.
+Letters: S slots, N query rows, H heads, K head width, C keys read, T tokens of the step.
 """
 
 import math
@@ -14,102 +14,178 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gptmoe.model.experts import MIN_ROWS
 from gptmoe.model.layers import wide
 
-from .cache import BLOCK_TOKENS, KVCache
+from .cache import KVCache, Segment
 from .scheduler import Span
 
 
 @dataclass(frozen=True, slots=True)
-class _Decoding:
-    """The decoding spans as one block of slots first .. end-1; idle ones between run in vain."""
+class _Store:
+    """Tokens of the step whose keys and values go to one segment."""
 
-    first: int
-    end: int
+    segment: Segment
+    rows: Tensor | slice
     slot_N: Tensor
-    start_N: Tensor
-    position_S: Tensor
-    keys: int
+    offset_N: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Readers:
+    """Rows of the step that read the same segments: one chunk, or all decoding sequences.
+
+    A chunk is N rows of one slot. Decoding is one row of each slot in slots.start .. slots.stop;
+    where idle slots lie between, which run in vain, `place_N` has each row's place in that block.
+    """
+
+    rows: slice
+    slots: slice
+    num_segments: int
+    bias_SHNC: Tensor
+    """0 where a key is seen, -inf where not; S, H or N may be 1."""
+    decoding: bool
+    place_N: Tensor | None = None
+
+    def queries(self, q_THK: Tensor) -> Tensor:
+        """These rows' queries as [S, H, N, K]."""
+        q_NHK = q_THK[self.rows]
+        if not self.decoding:
+            return q_NHK.transpose(0, 1).unsqueeze(0)
+        if self.place_N is None:
+            return q_NHK.unsqueeze(2)
+        q_SHK = q_NHK.new_zeros(self.slots.stop - self.slots.start, *q_NHK.shape[1:])
+        return q_SHK.index_copy_(0, self.place_N, q_NHK).unsqueeze(2)
+
+    def answers(self, out_SHNK: Tensor) -> Tensor:
+        """The reverse of `queries`."""
+        if not self.decoding:
+            return out_SHNK[0].transpose(0, 1)
+        out_SHK = out_SHNK.squeeze(2)
+        return out_SHK if self.place_N is None else out_SHK[self.place_N]
 
 
 class CachedAttend:
-    """An `Attend` for one step: tokens are flat [1, T], span after span, decoding ones first."""
+    """An `Attend` for one step: tokens are flat [1, T], span after span, decoding ones first.
+
+    Rows beyond the spans are padding: they repeat the last token, and its result.
+    """
 
     def __init__(self, cache: KVCache, spans: Sequence[Span], num_decoding: int) -> None:
         self.cache = cache
-        self.chunks = spans[num_decoding:]
-        self.decoding = (
-            _decoding_block(spans[:num_decoding], cache.keys[0].device) if num_decoding else None
-        )
+        self.count = sum(span.count for span in spans)
+        end = max(span.start + span.count for span in spans)
+        self.stores = _stores(cache.segments[: cache.reserve(end)], spans)
+        self.readers = [_decoding(cache, spans[:num_decoding])] if num_decoding else []
+        row = num_decoding
+        for span in spans[num_decoding:]:
+            self.readers.append(_chunk(cache, span, row))
+            row += span.count
 
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
-        """Store the new keys and values, then attend. Rows beyond the spans (padding) give zero."""
-        q, k, v = q_BTHK[0], k_BTHK[0], v_BTHK[0]
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        out = torch.zeros_like(q)
-        row = 0
-        if self.decoding is not None:
-            row = len(self.decoding.slot_N)
-            out[:row] = _decode(self.decoding, keys, values, q[:row], k[:row], v[:row])
-        for span in self.chunks:
-            rows = slice(row, row + span.count)
-            out[rows] = _prefill(span, keys, values, q[rows], k[rows], v[rows])
-            row += span.count
-        return out.unsqueeze(0)
+        """Store the new keys and values, then attend."""
+        q_THK, k_THK, v_THK = q_BTHK[0], k_BTHK[0], v_BTHK[0]
+        for store in self.stores:
+            keys, values = store.segment.keys[layer], store.segment.values[layer]
+            keys[store.slot_N, :, store.offset_N] = k_THK[store.rows]
+            values[store.slot_N, :, store.offset_N] = v_THK[store.rows]
+        parts = [self._read(layer, readers, q_THK) for readers in self.readers]
+        padding = len(q_THK) - self.count
+        if padding:
+            parts.append(parts[-1][-1:].expand(padding, -1, -1))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
+
+    def _read(self, layer: int, readers: _Readers, q_THK: Tensor) -> Tensor:
+        segments = self.cache.segments[: readers.num_segments]
+        keys = [segment.keys[layer, readers.slots] for segment in segments]
+        values = [segment.values[layer, readers.slots] for segment in segments]
+        return readers.answers(attend(readers.queries(q_THK), keys, values, readers.bias_SHNC))
 
 
-def _decoding_block(spans: Sequence[Span], device: torch.device) -> _Decoding:
-    slots = torch.tensor([span.slot for span in spans], device=device)
-    starts = torch.tensor([span.start for span in spans], device=device)
-    first, end = int(slots.min()), int(slots.max()) + 1
-    position_S = torch.zeros(end - first, dtype=torch.long, device=device)
-    position_S[slots - first] = starts
-    return _Decoding(first, end, slots, starts, position_S, _whole_blocks(int(starts.max()) + 1))
-
-
-def _decode(
-    block: _Decoding, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor
+def attend(
+    q_SHNK: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], bias_SHNC: Tensor
 ) -> Tensor:
-    """One new token for each of several sequences, [N, H, K]."""
-    keys[block.slot_N, :, block.start_N] = k
-    values[block.slot_N, :, block.start_N] = v
-    seen_keys, seen_values = (x[block.first : block.end, :, : block.keys] for x in (keys, values))
-    q_SHK = q.new_zeros(block.end - block.first, *q.shape[1:])
-    q_SHK[block.slot_N - block.first] = q
-    q_SHNK = q_SHK.unsqueeze(2).expand(-1, -1, MIN_ROWS.get(q.dtype, 1), -1)
-    visible = torch.arange(block.keys, device=q.device) <= block.position_S.view(-1, 1, 1, 1)
-    return _attend(q_SHNK, seen_keys, seen_values, visible)[block.slot_N - block.first, :, 0]
+    """softmax(q k^T / sqrt(K) + bias) v, [S, H, N, K]; the softmax in at least float32.
+
+    `keys` and `values` are [S, H, C, K] each, one after the other. `bias` may have extra rows N.
+    """
+    slots, heads, rows, width = q_SHNK.shape
+    multiple = MIN_ROWS.get(q_SHNK.dtype, 1)
+    if rows == 1:
+        q_SHNK = q_SHNK.expand(-1, -1, multiple, -1)
+    elif rows % multiple:
+        q_SHNK = F.pad(q_SHNK, (0, 0, 0, -rows % multiple))
+    q_BNK = q_SHNK.flatten(0, 1)
+    parts = [torch.bmm(q_BNK, k.flatten(0, 1).transpose(1, 2)) for k in keys]
+    scores_BNC = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    scores_SHNC = torch.add(bias_SHNC, scores_BNC.unflatten(0, (slots, heads)), alpha=width**-0.5)
+    weight_BNC = scores_SHNC.softmax(-1).to(q_SHNK.dtype).flatten(0, 1)
+    weights = weight_BNC.split([k.shape[2] for k in keys], -1)
+    out_BNK = torch.bmm(weights[0], values[0].flatten(0, 1))
+    for weight, v in zip(weights[1:], values[1:], strict=True):
+        out_BNK = torch.baddbmm(out_BNK, weight, v.flatten(0, 1))
+    return out_BNK.unflatten(0, (slots, heads))[:, :, :rows]
 
 
-def _prefill(span: Span, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Several new tokens of one sequence, [N, H, K]."""
-    end = span.start + span.count
-    keys[span.slot, :, span.start : end] = k.transpose(0, 1)
-    values[span.slot, :, span.start : end] = v.transpose(0, 1)
-    length = _whole_blocks(end)
-    padding = max(0, MIN_ROWS.get(q.dtype, 1) - span.count)
-    q_HNK = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, padding)).transpose(0, 1)
-    position_N = torch.arange(span.start, end + padding, device=q.device)
-    visible = torch.arange(length, device=q.device) <= position_N.unsqueeze(-1)
-    out_HNK = _attend(q_HNK, keys[span.slot, :, :length], values[span.slot, :, :length], visible)
-    return out_HNK.transpose(0, 1)[: span.count]
+def _stores(segments: Sequence[Segment], spans: Sequence[Span]) -> list[_Store]:
+    """Where each token of the step goes, segment by segment."""
+    places = [(span.slot, position) for span in spans for position in range(span.start, _end(span))]
+    stores = []
+    for segment in segments:
+        inside = range(segment.first, segment.first + segment.size)
+        rows = [row for row, (_, position) in enumerate(places) if position in inside]
+        if rows:
+            device = segment.keys.device
+            slots = torch.tensor([places[row][0] for row in rows], device=device)
+            offsets = torch.tensor([places[row][1] - segment.first for row in rows], device=device)
+            whole = len(rows) == len(places)
+            which = slice(0, len(places)) if whole else torch.tensor(rows, device=device)
+            stores.append(_Store(segment, which, slots, offsets))
+    return stores
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v over the visible keys, [..., N, K]; softmax in float32."""
-    scores = (q @ k.transpose(-1, -2)).to(wide(q.dtype)) / math.sqrt(q.shape[-1])
-    weight = scores.masked_fill(~visible, -math.inf).softmax(-1).to(q.dtype)
-    if q.dtype == torch.bfloat16:
-        return weight @ v  # this kernel's order does not depend on the number of keys
-    blocks = zip(weight.split(BLOCK_TOKENS, -1), v.split(BLOCK_TOKENS, -2), strict=True)
-    total: Tensor = sum(
-        (w @ block for w, block in blocks), torch.zeros((), dtype=q.dtype, device=q.device)
+def _decoding(cache: KVCache, spans: Sequence[Span]) -> _Readers:
+    slots = [span.slot for span in spans]
+    first, end = min(slots), max(slots) + 1
+    place_N = [slot - first for slot in slots]
+    positions = [0] * (end - first)
+    for place, span in zip(place_N, spans, strict=True):
+        positions[place] = span.start
+    num_segments = cache.reserve(max(positions) + 1)
+    position_S111 = torch.tensor(positions, device=cache.device).view(-1, 1, 1, 1)
+    dense = place_N == list(range(end - first))
+    return _Readers(
+        rows=slice(0, len(spans)),
+        slots=slice(first, end),
+        num_segments=num_segments,
+        bias_SHNC=_bias(cache, num_segments, position_S111),
+        decoding=True,
+        place_N=None if dense else torch.tensor(place_N, device=cache.device),
     )
-    return total
 
 
-def _whole_blocks(tokens: int) -> int:
-    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+def _chunk(cache: KVCache, span: Span, row: int) -> _Readers:
+    num_segments = cache.reserve(_end(span))
+    rows = span.count + -span.count % MIN_ROWS.get(cache.dtype, 1)
+    position_N1 = torch.arange(span.start, span.start + rows, device=cache.device).unsqueeze(-1)
+    return _Readers(
+        rows=slice(row, row + span.count),
+        slots=slice(span.slot, span.slot + 1),
+        num_segments=num_segments,
+        bias_SHNC=_bias(cache, num_segments, position_N1[None, None]),
+        decoding=False,
+    )
+
+
+def _bias(cache: KVCache, num_segments: int, position: Tensor) -> Tensor:
+    last = cache.segments[num_segments - 1]
+    key_C = torch.arange(last.first + last.size, device=cache.device)
+    bias = torch.zeros((), dtype=wide(cache.dtype), device=cache.device)
+    return torch.where(key_C <= position, bias, -math.inf)
+
+
+def _end(span: Span) -> int:
+    return span.start + span.count

@@ -1,7 +1,9 @@
 """Keys and values of past tokens, one slot a sequence.
 
-Letters: L layers, S slots, H heads, C capacity in tokens, K head width.
+Letters: L layers, S slots, H heads, C tokens of a segment, K head width.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,36 +11,59 @@ from torch import Tensor
 
 from gptmoe.model.spec import ModelSpec
 
-BLOCK_TOKENS = 128
-"""Attention reads keys in whole blocks of this many tokens."""
+FIRST_SEGMENT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Keys and values of positions first .. first + size - 1 of every slot, [L, S, H, C, K]."""
+
+    first: int
+    size: int
+    keys: Tensor
+    values: Tensor
 
 
 class KVCache:
-    """Zeroed memory of [S, H, C, K] for keys and values of each layer; on a CPU touched when used.
+    """Memory for `slots` sequences, in segments that double: 0-127, 128-255, 256-511, 512-1023, ...
 
-    Rows beyond a sequence's length hold stale but finite numbers: attention gives them a weight of
-    exactly 0.
+    A segment exists once a sequence has reached it, and is read whole: its products have one shape
+    and dense operands, however long the sequences are. Positions beyond a sequence's length hold
+    stale but finite numbers: attention gives them a weight of exactly 0.
     """
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        slots: int,
-        max_seq_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, spec: ModelSpec, slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        capacity = -(-max_seq_len // BLOCK_TOKENS) * BLOCK_TOKENS
-        shape = (slots, spec.num_heads, capacity, spec.head_dim)
-        self.keys = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
-        self.values = [_zeros(shape, dtype, device) for _ in range(spec.num_layers)]
+        self.spec = spec
+        self.slots = slots
+        self.dtype = dtype
+        self.device = device
+        self.segments: list[Segment] = []
+
+    def reserve(self, tokens: int) -> int:
+        """Make room for sequences of this many tokens; how many segments hold them."""
+        ends = segment_ends(self.spec.max_seq_len)
+        count = 1 + next(index for index, end in enumerate(ends) if end >= tokens)
+        while len(self.segments) < count:
+            first = self.segments[-1].first + self.segments[-1].size if self.segments else 0
+            size = ends[len(self.segments)] - first
+            self.segments.append(Segment(first, size, self._zeros(size), self._zeros(size)))
+        return count
+
+    def _zeros(self, size: int) -> Tensor:
+        shape = (self.spec.num_layers, self.slots, self.spec.num_heads, size, self.spec.head_dim)
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        # numpy asks the system for zero pages, which cost nothing until written; torch writes all.
+        raw = np.zeros(int(np.prod(shape)) * self.dtype.itemsize, dtype=np.uint8)
+        return torch.from_numpy(raw).view(self.dtype).view(shape)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy asks the system for zero pages, which cost nothing until they are written; torch writes
-    # them all.
-    size = torch.empty((), dtype=dtype).element_size()
-    raw = np.zeros(int(np.prod(shape)) * size, dtype=np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+def segment_ends(max_seq_len: int) -> list[int]:
+    """Where the segments of a model's context end; the last is cut to what is needed."""
+    ends = [FIRST_SEGMENT]
+    while ends[-1] < max_seq_len:
+        ends.append(2 * ends[-1])
+    ends[-1] = -(-max_seq_len // FIRST_SEGMENT) * FIRST_SEGMENT
+    return ends

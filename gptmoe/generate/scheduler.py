@@ -49,7 +49,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one engine step runs: decoding spans, then chunks of prompts in order of arrival."""
+    """What one engine step runs: decoding spans by slot, then chunks of prompts by arrival."""
 
     spans: tuple[Span, ...]
     num_decoding: int
@@ -62,6 +62,7 @@ def plan_step(running: Sequence[Progress], token_budget: int) -> StepPlan:
     leaves goes to prompts, first come first served, in chunks.
     """
     decoding = [_span(p, 1) for p in running if p.known - p.computed == 1]
+    decoding.sort(key=lambda span: span.slot)
     left = token_budget - len(decoding)
     chunks = []
     for progress in running:

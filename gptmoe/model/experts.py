@@ -12,6 +12,9 @@ from torch import Tensor, nn
 MIN_ROWS = {torch.float32: 4, torch.bfloat16: 2}
 """Rows in the smallest product whose result does not depend on the number of rows (CPU kernels)."""
 
+FEW_ROWS = 64
+"""Below this the rows must be a multiple of that: threads get a few each and must not get less."""
+
 
 class Experts(nn.Module):
     """Experts `first` to `first + count - 1` of a layer: two linear layers around GELU each."""
@@ -71,7 +74,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.save_for_backward(x_RI, weight_EOI)
         ctx.rows = rows
         y_RO = x_RI.new_empty(len(x_RI), weight_EOI.shape[1])
-        for expert, start, end in _spans(rows):
+        for expert, start, end in expert_spans(rows):
             _linear_into(y_RO[start:end], x_RI[start:end], weight_EOI[expert], bias_EO[expert])
         return y_RO
 
@@ -91,14 +94,14 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
     """Write x W^T + b to `out`; few rows are padded: a row's bits never depend on the others."""
-    missing = MIN_ROWS.get(x.dtype, 1) - len(x)
-    if missing > 0:
+    missing = -len(x) % MIN_ROWS.get(x.dtype, 1) if len(x) < FEW_ROWS else 0
+    if missing:
         out.copy_(F.linear(F.pad(x, (0, 0, 0, missing)), weight, bias)[: len(x)])
     else:
         torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _spans(rows_per_expert: list[int]) -> list[tuple[int, int, int]]:
+def expert_spans(rows_per_expert: list[int]) -> list[tuple[int, int, int]]:
     """(expert, first row, last row + 1) of the experts that have rows."""
     spans, start = [], 0
     for expert, count in enumerate(rows_per_expert):

@@ -23,6 +23,18 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+    """x W^T + b in the type of x, W [out, in]; `gelu` applies GELU (tanh form, as in GPT-2).
+
+    A weight packed for serving (gptmoe/generate/packed.py) goes to the kernel of its layout.
+    """
+    if weight.is_mkldnn:
+        then, form = ("gelu", "tanh") if gelu else ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], form)
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.gelu(y, approximate="tanh") if gelu else y
+
+
 class Linear(nn.Module):
     """y = x W^T + b with W [out, in]."""
 
@@ -31,8 +43,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        return linear(x, self.weight, self.bias, gelu=gelu)
 
 
 class LayerNorm(nn.Module):
@@ -46,6 +58,9 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = wide(x.dtype)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        if not weight.requires_grad and x.device.type == "cpu":
+            # This kernel widens narrow rows itself, three times faster; its gradients are narrow.
+            return F.layer_norm(x, weight.shape, weight, bias, eps=1e-5)
         return F.layer_norm(x.to(dtype), weight.shape, weight, bias, eps=1e-5).to(x.dtype)
 
 
@@ -69,7 +84,7 @@ class FeedForward(nn.Module):
         self.down = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(self.up(x, gelu=True))
 
 
 class Attention(nn.Module):

@@ -4,6 +4,7 @@ Letters: T tokens, D model width, E experts, G groups, R rows (copies of tokens 
 expert).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,7 +55,12 @@ class Routing:
     weight_R: Tensor
     num_experts: int
     losses: dict[str, Tensor]
-    statistics: Statistics
+    count: Callable[[], Statistics]
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counted when asked for: generation does not ask."""
+        return self.count()
 
 
 class Router(Protocol):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Attend, Attention, Embedding, FeedForward, LayerNorm, attend_causally
+from .layers import Attend, Attention, Embedding, FeedForward, LayerNorm, attend_causally, linear
 from .moe import MoE
 from .routing import Groups, Routing
 from .spec import ModelSpec
@@ -52,8 +52,7 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, groups: Groups, attend: Attend
     ) -> tuple[Tensor, Routing | None]:
-        attended = self.attention(self.norm_attention(x_BTD), self.layer, attend)
-        x_BTD = x_BTD + F.dropout(attended, self.dropout, self.training)
+        x_BTD = x_BTD + self._drop(self.attention(self.norm_attention(x_BTD), self.layer, attend))
         h_BTD = self.norm_ffn(x_BTD)
         routing = None
         if isinstance(self.ffn, MoE):
@@ -61,7 +60,10 @@ class Block(nn.Module):
             out_BTD = out_TD.view_as(h_BTD)
         else:
             out_BTD = self.ffn(h_BTD)
-        return x_BTD + F.dropout(out_BTD, self.dropout, self.training), routing
+        return x_BTD + self._drop(out_BTD), routing
+
+    def _drop(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout) if self.training and self.dropout else x_BTD
 
 
 class GPT(nn.Module):
@@ -79,6 +81,7 @@ class GPT(nn.Module):
         self.embed = Embeddings(spec)
         self.layers = nn.ModuleList(Block(spec, layer) for layer in range(spec.num_layers))
         self.norm = LayerNorm(spec.d_model)
+        self.packed_head: Tensor | None = None  # see gptmoe/generate/packed.py
 
     def forward(
         self,
@@ -108,7 +111,8 @@ class GPT(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Scores over the vocabulary, [B, T, V], with the tied token table."""
-        return F.linear(hidden_BTD, self.embed.tokens.weight.to(hidden_BTD.dtype))
+        table_VD = self.embed.tokens.weight if self.packed_head is None else self.packed_head
+        return linear(hidden_BTD, table_VD)
 
     def _groups(self, token_BT: Tensor, valid_BT: Tensor | None) -> Groups:
         """In training groups of `group_sequences` sequences, else one: nothing is dropped."""

@@ -24,7 +24,7 @@ def make_routing(rows: list[Row]) -> Routing:
         weight_R=torch.linspace(1, 2, len(rows), dtype=torch.float64),
         num_experts=NUM_EXPERTS,
         losses={},
-        statistics=Statistics(nothing, nothing, nothing, nothing),
+        count=lambda: Statistics(nothing, nothing, nothing, nothing),
     )
 
 

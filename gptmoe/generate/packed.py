@@ -1,0 +1,80 @@
+"""Weights in the layout that the CPU's matrix kernels read: the same products, twice as fast.
+
+A packed product also gives each row the same bits whatever the number of rows (from MIN_ROWS on)
+and of threads, which plain float32 products on several threads do not.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from gptmoe.model.experts import MIN_ROWS, Experts, expert_spans
+from gptmoe.model.layers import Linear, linear
+from gptmoe.model.moe import MoE
+from gptmoe.model.switch import SwitchRouter
+from gptmoe.model.transformer import GPT
+
+
+def pack(network: GPT) -> bool:
+    """Pack the weights of a network for inference in place; False if this machine cannot.
+
+    Each plain weight is given up as its packed copy is made; only the token table, which is read by
+    rows too, is kept beside the copy that serves as the head. A packed network cannot be trained.
+    """
+    dtype, table = network.compute_dtype, network.embed.tokens.weight
+    if not _can_pack(dtype, table.device):
+        return False
+    network.packed_head = _packed(table, dtype)
+    for module in list(network.modules()):
+        if isinstance(module, Linear):
+            module.weight = nn.Parameter(_packed(module.weight, dtype), requires_grad=False)
+        elif isinstance(module, SwitchRouter):  # computes in float32
+            weight = _packed(module.weight, torch.float32)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        elif isinstance(module, MoE):
+            module.experts = PackedExperts(module.experts, dtype)
+    return True
+
+
+class PackedExperts(Experts):
+    """Experts for inference, each with packed weights of its own."""
+
+    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.first = experts.first
+        self.up = [_packed(weight, dtype) for weight in experts.up_weight.detach()]
+        del experts.up_weight
+        self.down = [_packed(weight, dtype) for weight in experts.down_weight.detach()]
+        del experts.down_weight
+        self.up_bias = experts.up_bias
+        self.down_bias = experts.down_bias
+
+    @property
+    def count(self) -> int:
+        """Number of experts held here."""
+        return len(self.up)
+
+    def forward(self, rows_RD: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """See Experts.forward."""
+        parts = [
+            self._one(expert, rows_RD[start:end])
+            for expert, start, end in expert_spans(rows_per_expert)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else rows_RD
+
+    def _one(self, expert: int, x_RD: Tensor) -> Tensor:
+        rows = len(x_RD)
+        missing = MIN_ROWS[x_RD.dtype] - rows
+        if missing > 0:
+            x_RD = torch.cat((x_RD, x_RD[-1:].expand(missing, -1)))
+        hidden_RF = linear(x_RD, self.up[expert], self.up_bias[expert], gelu=True)
+        return linear(hidden_RF, self.down[expert], self.down_bias[expert])[:rows]
+
+
+def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cpu" or dtype not in MIN_ROWS or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)
