@@ -47,6 +47,9 @@ def launch(plan: RunPlan, state: StateFile, address: str | None) -> None:
                 make_trainer(plan, cluster).fit()
             except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
                 raise first_cause(error) from error
+            except KeyboardInterrupt:
+                state.end("interrupted", GO_ON)  # now: a job that is stopped has only 3 s to live
+                raise
 
 
 def say_if_busy(cluster: Session, workers: int) -> None:

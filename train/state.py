@@ -27,11 +27,14 @@ _ORPHANS_LIVE_S = 60.0
 _SAY_EVERY_S = 2.0
 
 
+Name = Literal["preparing", "running", "finished", "failed", "interrupted"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """One moment of a run."""
 
-    state: Literal["preparing", "running", "finished", "failed", "interrupted"]
+    state: Name
     message: str = ""
     max_steps: int = 0
     cluster_address: str = ""
@@ -52,6 +55,11 @@ class StateFile:
         """Change some of the state; the others stay."""
         self._now = dataclasses.replace(self._now, **changes)
         replace_json(self._run_dir / "state.json", asdict(self._now))
+
+    def end(self, state: Name, message: str = "") -> None:
+        """Write how it ended, if that can be written: a full disk must not hide what went wrong."""
+        with contextlib.suppress(OSError):
+            self.write(state=state, message=message)
 
     def preparing(self, progress: Progress) -> None:
         """Say how far the preparation of the data is, every few seconds."""
@@ -125,22 +133,18 @@ def _take(file: TextIO) -> bool:
 
 @contextlib.contextmanager
 def _ending(state: StateFile) -> Iterator[None]:
-    def end(**changes: Any) -> None:
-        with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
-            state.write(**changes)
-
     try:
         yield
     except GptMoeError as error:
-        end(state="failed", message=str(error))
+        state.end("failed", str(error))
         raise
     except (KeyboardInterrupt, SystemExit):
-        end(state="interrupted", message=GO_ON)
+        state.end("interrupted", GO_ON)
         raise
     except BaseException as error:
-        end(state="failed", message=f"unexpected {type(error).__name__}: {error}")
+        state.end("failed", f"unexpected {type(error).__name__}: {error}")
         raise
-    end(state="finished")
+    state.end("finished")
 
 
 def replace_json(path: Path, plain: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import gptmoe
-from cluster import env, local, topology_file
+from cluster import env, local, runs, topology_file
 from gptmoe import metrics
 from gptmoe.checkpoint import latest, open_checkpoint
 from gptmoe.config import load
@@ -75,18 +75,26 @@ class Command:
         """AssertionError with what it said if it ends, or takes too long."""
         deadline_s = time.monotonic() + WITHIN_S
         while not is_so():
-            if self._process.poll() is not None or time.monotonic() > deadline_s:
+            if not self.is_running() or time.monotonic() > deadline_s:
                 raise AssertionError(self.end(signal.SIGKILL).stderr)
             time.sleep(0.1)
 
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        """SIGKILL goes to the whole process group, others to the process."""
+        if number == signal.SIGKILL:
+            os.killpg(self._process.pid, number)
+        else:
+            self._process.send_signal(number)
+
     def end(self, number: signal.Signals | None = None) -> Ended:
-        """Wait for its end, after a signal: SIGKILL to the whole group, others to the process."""
+        """Wait for its end, after a signal if one is given."""
         began_s = time.monotonic()
         try:
-            if number == signal.SIGKILL:
-                os.killpg(self._process.pid, number)
-            elif number is not None:
-                self._process.send_signal(number)
+            if number is not None:
+                self.send(number)
             code = self._process.wait(timeout=WITHIN_S)
         except BaseException:
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -233,7 +241,10 @@ def stopped(run_dir: Path, killed: Ended) -> Ended:
     command.wait_until(lambda: path.stat().st_ino != before)  # cut, by replacing it
     start = newest_step(run_dir)
     command.wait_until(lambda: newest_step(run_dir) > start + 4)
-    return command.end(signal.SIGTERM)
+    command.send(signal.SIGTERM)
+    command.wait_until(lambda: runs.read_state(run_dir).state == "interrupted")
+    assert command.is_running()  # it says so at once: a job that is stopped has 3 s to live
+    return command.end()
 
 
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
@@ -242,8 +253,8 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
     assert stopped.code == 130
     assert stopped.last_line.startswith("interrupted: start the same command again")
     assert stopped.seconds < 60
-    state = json.loads((run_dir / "state.json").read_text(encoding="utf-8"))
-    assert (state["state"], state["max_steps"]) == ("interrupted", 100000)
+    state = runs.read_state(run_dir)
+    assert (state.state, state.max_steps) == ("interrupted", 100000)
 
     records = metrics.read(run_dir / "metrics.jsonl")
     last = int(records[-1]["step"])
