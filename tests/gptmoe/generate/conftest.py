@@ -1,0 +1,49 @@
+"""Small models with random weights that talk with the bundled tokenizer."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptmoe.loaded import KEPT_WIDE, LoadedModel
+from gptmoe.model.initialize import initialize
+from gptmoe.model.spec import ModelSpec
+from gptmoe.model.transformer import GPT
+from gptmoe.text import Tokenizer, load_tokenizer
+
+ROOT = Path(__file__).parents[3]
+Make = Callable[[torch.dtype, bool], LoadedModel]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(ROOT / "configs" / "corpus")
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer: Tokenizer) -> Make:
+    """A model by dtype and whether it has experts; init_std is large so that its texts differ."""
+
+    @cache
+    def make(dtype: torch.dtype, has_experts: bool) -> LoadedModel:
+        spec = ModelSpec(
+            num_layers=3,
+            d_model=96,
+            num_heads=3,
+            d_ff=384,
+            vocab_size=tokenizer.vocab_size + 64,
+            max_seq_len=320,
+            num_experts=(8,) if has_experts else (),
+            init_std=0.25,
+        )
+        network = GPT(spec, compute_dtype=dtype)
+        initialize(network, seed=3)
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(False)
+            if not any(part in name for part in KEPT_WIDE):
+                parameter.data = parameter.data.to(dtype)
+        return LoadedModel(network.eval(), tokenizer, {}, Path())
+
+    return make

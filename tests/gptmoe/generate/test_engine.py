@@ -1,0 +1,169 @@
+"""The engine's accounting, over an executor that always counts on: token n is followed by n + 1."""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gptmoe.errors import Overloaded, RequestError
+from gptmoe.generate.engine import Delta, Engine
+from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.scheduler import EngineConfig, StepPlan
+from gptmoe.text import Tokenizer
+
+FIRST = 400
+"""Counting starts where the tokenizer has words."""
+
+
+class Counting:
+    """A model that says n + 1 after n, and 0 after the last; a slot must serve one request."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
+        assert len({span.slot for span in plan.spans}) == len(plan.spans)
+        sampled = [span for span in plan.spans if span.samples]
+        logits_SV = torch.zeros(len(sampled), self.vocab_size + 7)
+        logits_SV[:, self.vocab_size :] = 9.0  # padding of the vocabulary must never be chosen
+        for row, span in enumerate(sampled):
+            logits_SV[row, (tokens[span.request_id][-1] + 1) % self.vocab_size] = 5.0
+        return logits_SV
+
+
+def request(name: str, prompt: Sequence[int] = (FIRST,), **sampling: object) -> Request:
+    keys = {"temperature": 0.0, "max_new_tokens": 3, **sampling}
+    return Request(name, tuple(prompt), SamplingParams(**keys))  # type: ignore[arg-type]
+
+
+def engine(tokenizer: Tokenizer, max_seq_len: int = 64, **config: int) -> Engine:
+    return Engine(Counting(tokenizer.vocab_size), tokenizer, max_seq_len, EngineConfig(**config))
+
+
+def run_out(running: Engine) -> list[Delta]:
+    deltas = []
+    while running.has_work:
+        deltas += running.step()
+    return deltas
+
+
+def test_a_request_from_start_to_end(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    running.add(request("a"))
+    deltas = run_out(running)
+    assert [delta.token_ids for delta in deltas] == [(FIRST + 1,), (FIRST + 2,), (FIRST + 3,)]
+    assert [delta.finish_reason for delta in deltas] == ["", "", "length"]
+    text = "".join(delta.text for delta in deltas)
+    assert text == tokenizer.decode([FIRST + 1, FIRST + 2, FIRST + 3])
+    assert deltas[0].prompt_tokens == 1
+    assert not running.has_work
+
+
+@pytest.mark.parametrize("special", ["end_id", "sep_id"])
+def test_end_tokens_stop_without_text(tokenizer: Tokenizer, special: str) -> None:
+    end = getattr(tokenizer, special)
+    for ignore_end, reasons in ((False, ["stop"]), (True, ["", "", "length"])):
+        running = engine(tokenizer)
+        running.add(request("a", [(end - 1) % tokenizer.vocab_size], ignore_end=ignore_end))
+        deltas = run_out(running)
+        assert [delta.finish_reason for delta in deltas] == reasons
+        if not ignore_end:
+            assert deltas[0].text == ""
+
+
+def test_a_stop_string_ends_the_text_before_it(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    stop = tokenizer.decode([FIRST + 2])
+    running.add(request("a", stop=(stop,), max_new_tokens=9))
+    deltas = run_out(running)
+    assert deltas[-1].finish_reason == "stop"
+    assert stop not in "".join(delta.text for delta in deltas)
+
+
+def test_the_context_ends_the_text(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer, max_seq_len=5)
+    running.add(request("a", [FIRST] * 3, max_new_tokens=50))
+    assert [delta.finish_reason for delta in run_out(running)] == ["", "length"]
+
+
+def test_a_full_queue_is_refused_with_a_time(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer, max_batch_size=1, max_queue=2)
+    for name in "abc":
+        running.add(request(name))
+    with pytest.raises(Overloaded, match="the queue of 2 requests is full") as caught:
+        running.add(request("d"))
+    assert caught.value.retry_after_s > 0
+    assert {delta.request_id for delta in run_out(running)} == set("abc")
+
+
+def test_an_id_in_use_is_refused(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    running.add(request("a"))
+    with pytest.raises(RequestError, match="request_id 'a' is already running; use a new one"):
+        running.add(request("a"))
+    running.step()
+    with pytest.raises(RequestError, match="already running"):
+        running.add(request("a"))
+
+
+def test_abort_frees_the_slot_at_once(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer, max_batch_size=1)
+    running.add(request("a", max_new_tokens=40))
+    running.add(request("b"))
+    running.step()
+    assert (running.num_running, running.num_waiting) == (1, 1)
+    assert running.abort("a")
+    assert not running.abort("a")
+    assert {delta.request_id for delta in running.step()} == {"b"}
+
+
+def test_a_waiting_request_can_be_aborted(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer, max_batch_size=1)
+    running.add(request("a"))
+    running.add(request("b"))
+    assert running.abort("b")
+    assert {delta.request_id for delta in run_out(running)} == {"a"}
+
+
+def test_logprobs_only_where_asked_for(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    running.add(request("a", logprobs=True))
+    running.add(request("b"))
+    for delta in run_out(running):
+        assert len(delta.logprobs) == (delta.request_id == "a")
+
+
+actions = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 9), st.integers(1, 6)),
+        st.tuples(st.just("abort"), st.integers(0, 30), st.just(0)),
+        st.tuples(st.just("step"), st.just(0), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@given(actions, st.integers(1, 4), st.integers(1, 9))
+def test_every_request_ends_and_no_slot_is_lost(
+    tokenizer: Tokenizer, actions: list[tuple[str, int, int]], slots: int, budget: int
+) -> None:
+    running = engine(tokenizer, max_batch_size=slots, max_queue=1000, token_budget=budget)
+    wanted: dict[str, int] = {}
+    deltas: list[Delta] = []
+    for index, (action, first, second) in enumerate(actions):
+        if action == "add":
+            running.add(request(str(index), [FIRST] * first, max_new_tokens=second))
+            wanted[str(index)] = second
+        elif action == "abort" and running.abort(str(first)):
+            wanted.pop(str(first))
+        else:
+            deltas += running.step()
+    deltas += run_out(running)
+    for name, count in wanted.items():
+        mine = [delta for delta in deltas if delta.request_id == name]
+        assert [d.token_ids[0] for d in mine] == list(range(FIRST + 1, FIRST + 1 + count))
+        assert [d.finish_reason for d in mine] == [""] * (count - 1) + ["length"]
+    assert sorted(running.free_slots) == list(range(slots))

@@ -1,0 +1,98 @@
+"""Sampling against plain loops in Python's floats."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from gptmoe.generate.request import SamplingParams
+from gptmoe.generate.sampling import candidates, choose, log_probability, penalize, uniform
+
+SCORES = [2.0, -1.0, 0.5, 3.0, 1.0, -4.0, 2.5, 0.0]
+
+
+def reference(scores: list[float], params: SamplingParams, history: list[int]) -> dict[int, float]:
+    """The distribution that the parameters ask for, by token."""
+    if params.repetition_penalty != 1:
+        for token in set(history):
+            score, penalty = scores[token], params.repetition_penalty
+            scores = [
+                *scores[:token],
+                score / penalty if score > 0 else score * penalty,
+                *scores[token + 1 :],
+            ]
+    ranked = sorted(range(len(scores)), key=lambda token: -scores[token])
+    ranked = ranked[: params.top_k or len(scores)]
+    weights = {token: math.exp(scores[token] / params.temperature) for token in ranked}
+    total, before, kept = sum(weights.values()), 0.0, {}
+    for token in ranked:
+        if before < params.top_p or not kept:
+            kept[token] = weights[token] / total
+        before += weights[token] / total
+    return {token: value / sum(kept.values()) for token, value in kept.items()}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.5),
+        SamplingParams(temperature=3.0, top_k=3),
+        SamplingParams(top_p=0.7),
+        SamplingParams(top_p=1e-9),
+        SamplingParams(top_k=5, top_p=0.8, temperature=1.5, repetition_penalty=1.8),
+        SamplingParams(top_k=100),
+    ],
+    ids=str,
+)
+def test_the_drawn_tokens_follow_the_distribution(params: SamplingParams) -> None:
+    history, draws = [3, 3, 5], 4000
+    expected = reference(SCORES, params, history)
+    scores = torch.tensor(SCORES)
+    counts: Counter[int] = Counter()
+    for seed in range(draws):
+        seeded = SamplingParams(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            repetition_penalty=params.repetition_penalty,
+            seed=seed,
+        )
+        counts[choose(scores, seeded, history)] += 1
+    assert set(counts) <= set(expected)
+    chi_square = sum(
+        (counts[t] - draws * p) ** 2 / (draws * p) for t, p in expected.items() if draws * p > 5
+    )
+    assert chi_square < 35  # 7 degrees of freedom: one in 10,000 beyond 30
+
+
+def test_greedy_takes_the_first_of_the_best() -> None:
+    assert choose(torch.tensor([1.0, 5.0, 5.0]), SamplingParams(temperature=0), [0]) == 1
+
+
+def test_candidates_come_likeliest_first() -> None:
+    probability_N, token_N = candidates(torch.tensor(SCORES), SamplingParams(top_k=3))
+    assert token_N.tolist() == [3, 6, 0]
+    weights = [math.exp(3.0), math.exp(2.5), math.exp(2.0)]
+    assert probability_N.tolist() == pytest.approx([w / sum(weights) for w in weights])
+
+
+def test_the_penalty_touches_only_what_was_seen() -> None:
+    penalized = penalize(torch.tensor(SCORES), 2.0, [0, 1, 0])
+    assert penalized.tolist() == [1.0, -2.0, *SCORES[2:]]
+
+
+def test_the_noise_is_a_function_of_seed_and_position() -> None:
+    numbers = [uniform(seed, position) for seed in range(-20, 20) for position in range(50)]
+    assert numbers == [uniform(seed, position) for seed in range(-20, 20) for position in range(50)]
+    assert len(set(numbers)) == len(numbers)
+    assert all(0 <= number < 1 for number in numbers)
+    assert sum(numbers) / len(numbers) == pytest.approx(0.5, abs=0.03)
+
+
+def test_log_probability_is_the_models_own() -> None:
+    total = sum(math.exp(score) for score in SCORES)
+    assert log_probability(torch.tensor(SCORES), 4) == pytest.approx(
+        math.log(math.exp(1.0) / total)
+    )
