@@ -33,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s | %(message)s"
     )
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    _listen()
     try:
         config = configs.load(TrainConfig, options.config, options.overrides)
         with claimed(config.run.dir) as state:
@@ -58,6 +57,14 @@ def train(kind: Kind, config: TrainConfig, state: StateFile, address: str | None
         launch(plan, state, address)
     else:
         cut_after(plan.run_dir / "metrics.jsonl", plan.done)
+
+
+def _listen() -> None:
+    """Let signals interrupt; the end of a terminal only without `nohup`, which has it ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

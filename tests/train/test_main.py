@@ -224,27 +224,33 @@ def test_a_second_run_in_the_same_folder_is_refused(
         assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "running"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_while_data_is_prepared(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
 ) -> None:
     text = tmp_path / "long.txt"
-    text.write_text(
-        "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。\n\n" * 20_000, encoding="utf-8"
-    )
-    monkeypatch.setattr(
-        "train.state.StateFile.preparing", lambda *_: os.kill(os.getpid(), signal.SIGTERM)
-    )
+    text.write_text("春眠不觉晓，处处闻啼鸟。\n\n" * 9000, encoding="utf-8")
+    monkeypatch.setattr("train.state.StateFile.preparing", lambda *_: os.kill(os.getpid(), number))
     words = [f"run.dir={tmp_path / 'run'}", f"data.path={text}", "data.workers=0"]
     assert main(["pretrain", str(TINY), *words]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
         "interrupted: start the same command again to go on from the last checkpoint"
     )
     assert json.loads((tmp_path / "run" / "state.json").read_text())["state"] == "interrupted"
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         ".lock",
         ".lock-writer",
         "state.json",
     ]
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert main(["pretrain", str(tmp_path / "none.toml")]) == 2
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_finished_run_shows_what_it_was(trained: Path, configure: Configure) -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 import gptmoe
 from gptmoe import data
@@ -87,6 +88,17 @@ def test_a_run_in_two_parts_is_the_run_in_one(configure: Configure, tmp_path: Pa
     second = make_plan("pretrain", configure(*parts, "train.max_steps=5"))
     assert losses(run_alone(second)) == losses(whole)
     assert open_checkpoint(tmp_path / "run").progress == {"step": 5, "samples": 80}
+
+
+def test_narrow_products_learn_alike_and_save_wide_weights(configure: Configure) -> None:
+    parts = ("train.max_steps=3", "checkpoint.every_steps=0", "train.validation_samples=8")
+    wide = losses(run_alone(make_plan("pretrain", configure(*parts))))
+    config = configure(*parts, "train.dtype=bfloat16", f"run.dir={configure().run.dir}-narrow")
+    narrow = losses(run_alone(make_plan("pretrain", config)))
+    assert narrow != wide
+    assert dict(narrow) == pytest.approx(dict(wide), rel=1e-2)
+    stored = open_checkpoint(config.run.dir)
+    assert {stored.dtype(name) for name in stored.names()} == {torch.float32}
 
 
 @contextmanager
