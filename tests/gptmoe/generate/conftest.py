@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptmoe.generate.packed import pack
 from gptmoe.loaded import KEPT_WIDE, LoadedModel
 from gptmoe.model.initialize import initialize
 from gptmoe.model.spec import ModelSpec
@@ -14,7 +15,7 @@ from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[3]
-Make = Callable[[torch.dtype, bool], LoadedModel]
+Make = Callable[[torch.dtype, bool, bool], LoadedModel]
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +25,10 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer: Tokenizer) -> Make:
-    """A model by dtype and whether it has experts; init_std is large so that its texts differ."""
+    """A model by dtype, with experts or dense, packed or plain; its texts differ much."""
 
     @cache
-    def make(dtype: torch.dtype, has_experts: bool) -> LoadedModel:
+    def make(dtype: torch.dtype, has_experts: bool, packed: bool) -> LoadedModel:
         spec = ModelSpec(
             num_layers=3,
             d_model=96,
@@ -44,6 +45,8 @@ def make_model(tokenizer: Tokenizer) -> Make:
             parameter.requires_grad_(False)
             if not any(part in name for part in KEPT_WIDE):
                 parameter.data = parameter.data.to(dtype)
+        if packed:
+            pack(network)
         return LoadedModel(network.eval(), tokenizer, {}, Path())
 
     return make

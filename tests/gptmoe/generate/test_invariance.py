@@ -18,23 +18,25 @@ from .conftest import Make
 LENGTHS = (1, 2, 5, 37, 63, 64, 65, 128, 129, 255, 257)
 """Prompts around the borders of what attention reads at once."""
 NEW_TOKENS = 6
-CASES = {
-    "float32-dense": (torch.float32, False, 1),
-    "float32-moe": (torch.float32, True, 1),
-    "float32-moe-2threads": (torch.float32, True, 2),
-    "bfloat16-dense": (torch.bfloat16, False, 1),
-    "bfloat16-moe": (torch.bfloat16, True, 1),
-    "bfloat16-moe-2threads": (torch.bfloat16, True, 2),
+CASES = {  # dtype, has experts, packed, threads
+    "float32-dense": (torch.float32, False, False, 1),
+    "float32-moe": (torch.float32, True, False, 1),
+    "float32-moe-2threads": (torch.float32, True, False, 2),
+    "float32-moe-packed-2threads": (torch.float32, True, True, 2),
+    "bfloat16-dense": (torch.bfloat16, False, False, 1),
+    "bfloat16-moe-2threads": (torch.bfloat16, True, False, 2),
+    "bfloat16-moe-packed": (torch.bfloat16, True, True, 1),
+    "bfloat16-moe-packed-2threads": (torch.bfloat16, True, True, 2),
 }
 each_case = pytest.mark.parametrize("model", CASES.values(), indirect=True, ids=CASES.keys())
 
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest, make_model: Make) -> Iterator[LoadedModel]:
-    dtype, experts, threads = request.param
+    dtype, experts, packed, threads = request.param
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    yield make_model(dtype, experts)
+    yield make_model(dtype, experts, packed)
     torch.set_num_threads(before)
 
 
@@ -96,7 +98,7 @@ def test_decoding_gives_the_logits_of_one_pass(model: LoadedModel) -> None:
 
 @pytest.mark.parametrize("has_experts", [False, True])
 def test_training_s_forward_pass_agrees(make_model: Make, has_experts: bool) -> None:
-    model = make_model(torch.float32, has_experts)
+    model = make_model(torch.float32, has_experts, False)
     tokens_BT = torch.randint(model.tokenizer.vocab_size, (2, 150))
     with torch.no_grad():
         hidden_BTD = model.network(tokens_BT).hidden_BTD

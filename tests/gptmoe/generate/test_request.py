@@ -12,6 +12,16 @@ from gptmoe.generate.request import Request, SamplingParams, make_request
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("temperature", "warm", "temperature must be a number; found 'warm'"),
+        ("top_p", None, "top_p must be a number; found None"),
+        ("repetition_penalty", True, "repetition_penalty must be a number; found True"),
+        ("top_k", 2.5, "top_k must be a whole number; found 2.5"),
+        ("seed", "7", "seed must be a whole number; found '7'"),
+        ("max_new_tokens", True, "max_new_tokens must be a whole number; found True"),
+        ("ignore_end", 1, "ignore_end must be true or false; found 1"),
+        ("logprobs", "yes", "logprobs must be true or false; found 'yes'"),
+        ("stop", "。", "stop must be a tuple of strings; found '。'"),
+        ("stop", (1,), "stop must be a tuple of strings; found (1,)"),
         ("temperature", -0.1, "temperature must be between 0 (greedy) and 100; found -0.1"),
         ("temperature", math.nan, "temperature must be between 0 (greedy) and 100; found nan"),
         ("temperature", math.inf, "temperature must be between 0 (greedy) and 100; found inf"),
@@ -47,6 +57,7 @@ ROOM = "to leave room for one more in the context of 8"
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
+        (7, "prompt must be a text; found 7"),
         ("", "prompt must be at least one character; found an empty text"),
         ("\ud800", "prompt is not valid Unicode text; send UTF-8 without lone surrogates"),
         ("字" * 8, f"prompt must be at most 7 tokens, {ROOM}; found 8 tokens"),

@@ -1,5 +1,7 @@
 """Who runs how many tokens in the next step."""
 
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,12 +53,42 @@ def test_budget_order_and_what_samples(pairs: list[tuple[int, int]], budget: int
         assert chunks  # the oldest prompt always gets on
 
 
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(0, 20), st.randoms())
+def test_nobody_starves_and_the_budget_is_kept(
+    prompts: list[int], spare: int, random: Random
+) -> None:
+    """Each step every sequence in line gets on, or an older prompt fills the budget."""
+    budget = len(prompts) + spare
+    slots = random.sample(range(20), len(prompts))
+    known, computed = dict(enumerate(prompts)), dict.fromkeys(range(len(prompts)), 0)
+    for _ in range(sum(prompts) + 10):
+        running = [Progress(str(i), slots[i], known[i], computed[i]) for i in known]
+        plan = plan_step(running, budget)
+        assert sum(span.count for span in plan.spans) <= budget
+        decoding = [span.slot for span in plan.spans[: plan.num_decoding]]
+        assert decoding == sorted(p.slot for p in running if p.known - p.computed == 1)
+        prompts_left = [p.request_id for p in running if p.known - p.computed > 1]
+        chunks = [span.request_id for span in plan.spans[plan.num_decoding :]]
+        assert chunks == prompts_left[: len(chunks)]
+        assert bool(chunks) == bool(prompts_left)
+        if len(chunks) < len(prompts_left):
+            assert sum(span.count for span in plan.spans) == budget
+        for span in plan.spans:
+            computed[int(span.request_id)] += span.count
+            known[int(span.request_id)] += span.samples
+    assert all(known[i] - computed[i] == 1 for i in known)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"max_batch_size": 0}, "engine.max_batch_size=0 must be at least 1"),
         ({"max_queue": -1}, "engine.max_queue=-1 must be at least 0"),
-        ({"token_budget": 0}, "engine.token_budget=0 must be at least 1"),
+        (
+            {"token_budget": 7, "max_batch_size": 8},
+            "engine.token_budget=7 must be at least engine.max_batch_size=8: "
+            "every sequence runs a token a step",
+        ),
     ],
 )
 def test_bad_bounds(keys: dict[str, int], message: str) -> None:
