@@ -1,7 +1,6 @@
 """What a training run is: the tables of a file in configs/train/, checked and resolved.
 
-`resolved` fills what presets and the tokenizer decide; the resolved config is saved with each
-checkpoint.
+`resolved` fills in what presets and the tokenizer decide; each checkpoint stores the result.
 """
 
 import dataclasses

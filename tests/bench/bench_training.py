@@ -1,0 +1,143 @@
+"""Speed of a training step: our MoE against transformers' Mixtral, and against our own dense model.
+
+    python tests/bench/bench_training.py [--rounds 9] [--json FILE]
+
+12 layers x 512, vocabulary 8,192, 8 experts top-1, 8 sequences of 512 tokens, fp32, fused AdamW,
+two threads. Mixtral's experts have three matrices, so its 1,365 columns are the work of our 2,048.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from gptmoe.model.loss import weighted_loss
+from gptmoe.model.spec import ModelSpec
+from gptmoe.model.transformer import GPT, Output
+from gptmoe.parallel.apply import build
+from gptmoe.parallel.mesh import single
+from gptmoe.parallel.optimizer import OptimizerSpec
+from gptmoe.parallel.updater import PlainUpdater
+from tests.bench.side_by_side import Comparison, compare, table, write_json
+
+LAYERS, D_MODEL, HEADS, VOCABULARY, EXPERTS = 12, 512, 8, 8192, 8
+SEQUENCES, LENGTH = 8, 512
+LEARNING_RATE = 1e-4
+THREADS = 2
+
+
+def our_step(num_experts: tuple[int, ...], interval: int) -> Callable[[], None]:
+    """One optimizer step of ours: forward, loss, backward, clip, AdamW."""
+    spec = ModelSpec(
+        num_layers=LAYERS,
+        d_model=D_MODEL,
+        num_heads=HEADS,
+        d_ff=4 * D_MODEL,
+        vocab_size=VOCABULARY,
+        max_seq_len=LENGTH,
+        num_experts=num_experts,
+        expert_interval=interval,
+        init_std=0.02,
+    )
+    model = build(spec, single(), torch.device("cpu"))
+    updater = PlainUpdater(model, single(), OptimizerSpec())
+    token_BS = make_tokens()
+    label_BT, weight_BT = token_BS[:, 1:], torch.ones(SEQUENCES, LENGTH, dtype=torch.bool)
+
+    def step() -> None:
+        output: Output = model(token_BS[:, :-1])
+        loss = our_loss(model, output, label_BT, weight_BT)
+        torch.autograd.backward(loss)
+        updater.step(LEARNING_RATE)
+
+    return step
+
+
+def our_loss(model: GPT, output: Output, label_BT: Tensor, weight_BT: Tensor) -> Tensor:
+    loss = weighted_loss(model.logits(output.hidden_BTD), label_BT, weight_BT) / weight_BT.sum()
+    coefficient = model.spec.router.aux_loss_coef
+    return loss + sum(coefficient * routing.losses["aux_loss"] for routing in output.routings)
+
+
+def mixtral_step(experts: str, intermediate_size: int) -> Callable[[], None]:
+    """One optimizer step of transformers' Mixtral with one of its implementations of experts."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=D_MODEL,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=1,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=True,
+        output_router_logits=True,
+        router_aux_loss_coef=0.01,
+    )
+    torch.manual_seed(0)
+    model: Any = MixtralForCausalLM(config)
+    model.set_experts_implementation(experts)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    token_BS = make_tokens()
+    token_BT, label_BT = token_BS[:, :-1].contiguous(), token_BS[:, 1:].contiguous()
+
+    def step() -> None:
+        loss = model(token_BT, labels=label_BT, shift_labels=label_BT, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def make_tokens() -> Tensor:
+    """Random tokens, one more in a sequence than is trained on."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
+
+
+def against_mixtral(rounds: int) -> Comparison:
+    """Experts on every layer."""
+    return compare(
+        "MoE on every layer against transformers' Mixtral",
+        ours=("ours, 8 experts top-1, capacity 1.25", our_step((EXPERTS,) * LAYERS, interval=1)),
+        peer=("Mixtral, 8 experts top-1", mixtral_step("eager", 1365)),
+        goal=1.2,
+        rounds=rounds,
+    )
+
+
+def against_dense(rounds: int) -> Comparison:
+    """Experts on every second layer."""
+    return compare(
+        "MoE on every second layer against our dense model",
+        ours=("ours, 8 experts top-1", our_step((EXPERTS,) * (LAYERS // 2), interval=2)),
+        peer=("ours, dense", our_step((), interval=2)),
+        goal=0.9,
+        rounds=rounds,
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write all rounds to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    comparisons = [against_mixtral(arguments.rounds), against_dense(arguments.rounds)]
+    print(table(comparisons, work=SEQUENCES * LENGTH, unit="tokens/s"))
+    if arguments.json:
+        write_json(arguments.json, comparisons)
+
+
+if __name__ == "__main__":
+    main()
