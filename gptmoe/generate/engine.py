@@ -24,7 +24,7 @@ class Delta:
     text: str
     """New text: whole characters, certain not to be part of a stop string."""
     finish_reason: str
-    """"" while running; then "stop" (end token or stop string), "length" or "abort"."""
+    """"" while running; then "stop" (end token or stop string) or "length"."""
     prompt_tokens: int
     logprobs: tuple[float, ...] = ()
     """Of each token, where the request asks for them."""
@@ -82,11 +82,21 @@ class Engine:
         return len(self.running)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises Overloaded for a full queue, RequestError for an id in use."""
+        """Queue a request.
+
+        Raises RequestError for an id in use or a prompt that does not fit the context, Overloaded
+        for a full queue.
+        """
         known = request.request_id in self.running
         if known or any(r.request_id == request.request_id for r in self.waiting):
             raise RequestError(
                 f"request_id {request.request_id!r} is already running; use a new one", "request_id"
+            )
+        if not 0 < len(request.prompt_ids) < self.max_seq_len:
+            raise RequestError(
+                f"prompt must be 1 to {self.max_seq_len - 1} tokens; "
+                f"found {len(request.prompt_ids)}",
+                "prompt",
             )
         if len(self.waiting) >= self.config.max_queue + len(self.free_slots):
             raise Overloaded(

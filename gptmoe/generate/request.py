@@ -1,12 +1,13 @@
 """What one request asks for, checked where it enters. No torch."""
 
-import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gptmoe.errors import RequestError
 
 MAX_STOP_STRINGS = 16
+MAX_CHARACTERS_A_TOKEN = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,27 +33,35 @@ class SamplingParams:
     """Report each token's log-probability under the model, before penalty and temperature."""
 
     def __post_init__(self) -> None:
-        _check(
-            0 <= self.temperature <= 100,
-            "temperature",
-            self.temperature,
-            "between 0 (greedy) and 100",
-        )
-        _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 = all tokens)")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        penalty = self.repetition_penalty
-        _check(
-            0 < penalty <= 100, "repetition_penalty", penalty, "above 0 and at most 100 (1 = off)"
-        )
-        _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit whole number")
-        _check(
-            len(self.stop) <= MAX_STOP_STRINGS,
-            "stop",
-            f"{len(self.stop)} strings",
-            f"at most {MAX_STOP_STRINGS}",
-        )
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            self._check_type(name, numbers.Real, "a number")
+        for name in ("top_k", "seed", "max_new_tokens"):
+            self._check_type(name, numbers.Integral, "a whole number")
+        for name in ("ignore_end", "logprobs"):
+            self._check_type(name, bool, "true or false")
+        strings = isinstance(self.stop, tuple) and all(isinstance(s, str) for s in self.stop)
+        _check(strings, "stop", repr(self.stop), "a tuple of strings")
+        for name, good, wanted in (
+            ("temperature", 0 <= self.temperature <= 100, "between 0 (greedy) and 100"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 = all tokens)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            (
+                "repetition_penalty",
+                0 < self.repetition_penalty <= 100,
+                "above 0 and at most 100 (1 = off)",
+            ),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("seed", -(2**63) <= self.seed < 2**63, "a 64-bit whole number"),
+        ):
+            _check(good, name, getattr(self, name), wanted)
+        count = len(self.stop)
+        _check(count <= MAX_STOP_STRINGS, "stop", f"{count} strings", f"at most {MAX_STOP_STRINGS}")
         _check(all(self.stop), "stop", "an empty string", "strings of at least one character")
+
+    def _check_type(self, name: str, kind: type, wanted: str) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        _check(good, name, repr(value), wanted)
 
     @property
     def greedy(self) -> bool:
@@ -77,24 +86,17 @@ def make_request(
     sampling: SamplingParams,
 ) -> Request:
     """Tokenize and check a prompt. Raises RequestError for an empty, malformed or too long one."""
-    _check(
-        isinstance(prompt, str) and prompt != "",
-        "prompt",
-        "an empty text",
-        "at least one character",
-    )
+    _check(isinstance(prompt, str), "prompt", repr(prompt), "a text")
+    _check(prompt != "", "prompt", "an empty text", "at least one character")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise RequestError(
             "prompt is not valid Unicode text; send UTF-8 without lone surrogates", "prompt"
         ) from None
-    _check(
-        len(prompt) <= 64 * max_seq_len,
-        "prompt",
-        f"{len(prompt)} characters",
-        _shorter(max_seq_len),
-    )
+    # No text is that long in so few tokens: a book is refused before it is encoded.
+    shorter = len(prompt) <= MAX_CHARACTERS_A_TOKEN * max_seq_len
+    _check(shorter, "prompt", f"{len(prompt)} characters", _shorter(max_seq_len))
     ids = tuple(encode(prompt))
     _check(len(ids) < max_seq_len, "prompt", f"{len(ids)} tokens", _shorter(max_seq_len))
     return Request(request_id, ids, sampling)
@@ -106,7 +108,5 @@ def _shorter(max_seq_len: int) -> str:
 
 
 def _check(good: bool, field: str, found: object, wanted: str) -> None:
-    if isinstance(found, float) and math.isnan(found):
-        good = False
     if not good:
         raise RequestError(f"{field} must be {wanted}; found {found}", field)

@@ -15,12 +15,18 @@ class EngineConfig:
     max_queue: int = 64
     """Requests that may wait for a slot; one more is refused."""
     token_budget: int = 512
-    """Tokens of one step: decoding sequences first, then chunks of prompts."""
+    """Tokens of one step: decoding sequences first, then chunks of prompts. At least
+    max_batch_size, so that a prompt gets on in every step, however many sequences decode."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_batch_size", 1), ("max_queue", 0), ("token_budget", 1)):
+        for name, least in (("max_batch_size", 1), ("max_queue", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"engine.{name}={getattr(self, name)} must be at least {least}")
+        if self.token_budget < self.max_batch_size:
+            raise ConfigError(
+                f"engine.token_budget={self.token_budget} must be at least "
+                f"engine.max_batch_size={self.max_batch_size}: every sequence runs a token a step"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +64,9 @@ class StepPlan:
 def plan_step(running: Sequence[Progress], token_budget: int) -> StepPlan:
     """Plan the next step over sequences in order of arrival.
 
-    Every sequence that only lacks its newest token decodes, whatever the budget; what the budget
-    leaves goes to prompts, first come first served, in chunks.
+    Every sequence that only lacks its newest token decodes; what the budget leaves goes to prompts,
+    first come first served, in chunks. A budget of at least as many tokens as there are sequences
+    is kept, and the oldest prompt always gets on.
     """
     decoding = [_span(p, 1) for p in running if p.known - p.computed == 1]
     decoding.sort(key=lambda span: span.slot)

@@ -109,6 +109,16 @@ def test_an_id_in_use_is_refused(tokenizer: Tokenizer) -> None:
         running.add(request("a"))
 
 
+@pytest.mark.parametrize("tokens", [0, 64])
+def test_a_prompt_that_does_not_fit_the_context_is_refused(
+    tokenizer: Tokenizer, tokens: int
+) -> None:
+    running = engine(tokenizer, max_seq_len=64)
+    with pytest.raises(RequestError, match=f"^prompt must be 1 to 63 tokens; found {tokens}$"):
+        running.add(request("a", [FIRST] * tokens))
+    assert not running.has_work
+
+
 def test_abort_frees_the_slot_at_once(tokenizer: Tokenizer) -> None:
     running = engine(tokenizer, max_batch_size=1)
     running.add(request("a", max_new_tokens=40))
@@ -146,11 +156,11 @@ actions = st.lists(
 )
 
 
-@given(actions, st.integers(1, 4), st.integers(1, 9))
+@given(actions, st.integers(1, 4), st.integers(0, 8))
 def test_every_request_ends_and_no_slot_is_lost(
     tokenizer: Tokenizer, actions: list[tuple[str, int, int]], slots: int, budget: int
 ) -> None:
-    running = engine(tokenizer, max_batch_size=slots, max_queue=1000, token_budget=budget)
+    running = engine(tokenizer, max_batch_size=slots, max_queue=1000, token_budget=slots + budget)
     wanted: dict[str, int] = {}
     deltas: list[Delta] = []
     for index, (action, first, second) in enumerate(actions):

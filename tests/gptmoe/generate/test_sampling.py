@@ -73,9 +73,49 @@ def test_greedy_takes_the_first_of_the_best() -> None:
 
 def test_candidates_come_likeliest_first() -> None:
     probability_N, token_N = candidates(torch.tensor(SCORES), SamplingParams(top_k=3))
+    assert token_N is not None
     assert token_N.tolist() == [3, 6, 0]
     weights = [math.exp(3.0), math.exp(2.5), math.exp(2.0)]
     assert probability_N.tolist() == pytest.approx([w / sum(weights) for w in weights])
+
+
+def test_all_tokens_may_be_drawn_in_order_where_nothing_is_cut_off() -> None:
+    probability_V, token_N = candidates(torch.tensor(SCORES), SamplingParams(temperature=0.7))
+    assert token_N is None
+    weights = [math.exp(score / 0.7) for score in SCORES]
+    assert probability_V.tolist() == pytest.approx([w / sum(weights) for w in weights])
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.95, 0.99999])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+def test_the_nucleus_of_a_large_vocabulary(top_p: float, temperature: float) -> None:
+    """However many tokens it takes, they are those of a full sort."""
+    generator = torch.Generator().manual_seed(0)
+    scores_V = torch.randn(5000, generator=generator, dtype=torch.float64) * 3
+    probability_V = (scores_V / temperature).softmax(0)
+    sorted_V, order_V = probability_V.sort(descending=True)
+    wanted = int((sorted_V.cumsum(0) < top_p).sum()) + 1
+    params = SamplingParams(top_p=top_p, temperature=temperature)
+    probability_N, token_N = candidates(scores_V.float(), params)
+    assert token_N is not None
+    assert abs(len(token_N) - wanted) <= wanted // 1000  # sums of float32
+    assert token_N.tolist() == order_V[: len(token_N)].tolist()
+    assert probability_N.double().tolist() == pytest.approx(
+        sorted_V[: len(token_N)].tolist(), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-38, 1e-3])
+def test_a_low_temperature_is_nearly_greedy(temperature: float) -> None:
+    for top_k in (0, 3):
+        params = SamplingParams(temperature=temperature, top_k=top_k)
+        assert choose(torch.tensor(SCORES) * 1e4, params, [0]) == SCORES.index(max(SCORES))
+
+
+def test_a_token_of_no_probability_is_never_drawn() -> None:
+    scores = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
+    drawn = {choose(scores, SamplingParams(seed=seed), [0]) for seed in range(200)}
+    assert drawn == {1, 3}
 
 
 def test_the_penalty_touches_only_what_was_seen() -> None:

@@ -1,0 +1,99 @@
+"""Packed weights: the same model, faster; and where it cannot be."""
+
+import pytest
+import torch
+
+from gptmoe.generate.packed import PackedExperts, pack
+from gptmoe.model.initialize import initialize
+from gptmoe.model.moe import MoE
+from gptmoe.model.spec import ModelSpec
+from gptmoe.model.transformer import GPT
+
+SPEC = ModelSpec(
+    num_layers=2,
+    d_model=32,
+    num_heads=2,
+    d_ff=64,
+    vocab_size=50,
+    max_seq_len=64,
+    num_experts=(4,),
+    init_std=0.3,
+)
+
+
+def make_network(dtype: torch.dtype) -> GPT:
+    network = GPT(SPEC, compute_dtype=dtype)
+    initialize(network, seed=0)
+    return network.eval()
+
+
+@torch.inference_mode()
+def logits(network: GPT) -> torch.Tensor:
+    token_BT = torch.arange(24).view(2, 12)
+    return network.logits(network(token_BT).hidden_BTD)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_packed_network_computes_the_same(dtype: torch.dtype, close: float) -> None:
+    plain, packed = make_network(dtype), make_network(dtype)
+    assert pack(packed)
+    expected = logits(plain)
+    scale = float(expected.abs().max())
+    assert torch.allclose(logits(packed), expected, rtol=0, atol=close * scale)
+
+
+def test_names_stay_and_plain_weights_go() -> None:
+    network = make_network(torch.float32)
+    names = [name for name, _ in network.named_parameters()]
+    moe = network.layers[1].ffn
+    assert isinstance(moe, MoE)
+    plain = moe.experts
+    assert pack(network)
+    packed = network.layers[1].ffn.experts
+    assert isinstance(packed, PackedExperts)
+    assert packed.count == 4
+    assert not hasattr(plain, "up_weight")
+    assert not hasattr(plain, "down_weight")
+    gone = {"layers.1.ffn.experts.up_weight", "layers.1.ffn.experts.down_weight"}
+    assert [name for name, _ in network.named_parameters()] == [n for n in names if n not in gone]
+    assert all(
+        parameter.is_mkldnn
+        for name, parameter in network.named_parameters()
+        if name.endswith(("qkv.weight", "out.weight", "up.weight", "down.weight", "router.weight"))
+    )
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0, 0], [0, 5, 0, 0], [1, 0, 3, 9]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_with_few_rows_and_none(dtype: torch.dtype, counts: list[int]) -> None:
+    network = make_network(dtype)
+    moe = network.layers[1].ffn
+    assert isinstance(moe, MoE)
+    experts = moe.experts.to(dtype).requires_grad_(False)
+    rows_RD = torch.randn(sum(counts), SPEC.d_model).to(dtype)
+    expected = experts(rows_RD, counts)
+    found = PackedExperts(experts, dtype)(rows_RD, counts)
+    assert found.dtype == dtype
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_and_threads_change_no_bit(dtype: torch.dtype) -> None:
+    network = make_network(dtype)
+    pack(network)
+    qkv = network.layers[0].attention.qkv
+    x = torch.randn(200, SPEC.d_model).to(dtype)
+    with torch.inference_mode():
+        expected = qkv(x)
+        threads = torch.get_num_threads()
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            for rows in (2, 3, 4, 5, 6, 7, 9, 33, 64, 65, 127, 200):
+                assert torch.equal(qkv(x[:rows]), expected[:rows])
+        torch.set_num_threads(threads)
+
+
+def test_float64_is_not_packed() -> None:
+    network = make_network(torch.float64)
+    assert not pack(network)
+    assert not network.layers[0].attention.qkv.weight.is_mkldnn
