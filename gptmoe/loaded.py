@@ -1,6 +1,7 @@
 """A checkpoint in one process, `gptmoe.load(folder)`: the core that trained it and serves it."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,13 +14,15 @@ from gptmoe.errors import CheckpointError, ConfigError, RequestError
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor
 from gptmoe.generate.packed import pack
-from gptmoe.generate.request import SamplingParams, make_request
+from gptmoe.generate.request import Request, SamplingParams, make_request
 from gptmoe.generate.scheduler import EngineConfig, Span
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+LOGITS_TOKENS = 1024
+"""`LoadedModel.logits` runs about as many tokens at once."""
 KEPT_WIDE = ("norm", "router")
 """Parts of parameter names that keep float32 in a narrower model: they compute in it."""
 
@@ -46,7 +49,7 @@ def load(
             f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
             f"only {spec.vocab_size}; they do not belong together"
         )
-    network = read_network(checkpoint, spec, named_dtype(dtype), torch.device(device))
+    network = read_network(checkpoint, spec, named_dtype(dtype), named_device(device))
     if packed:
         pack(network)
     return LoadedModel(network, tokenizer, checkpoint.config, checkpoint.path)
@@ -59,11 +62,21 @@ def named_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def named_device(name: str) -> torch.device:
+    """cpu, or cuda:NUMBER (cuda = cuda:0) where there is one."""
+    count = torch.cuda.device_count()
+    known = {"cpu": "cpu", **({"cuda": "cuda:0"} if count else {})}
+    known |= {f"cuda:{index}": f"cuda:{index}" for index in range(count)}
+    if name not in known:
+        raise ConfigError(f"device={name!r} is not here; use one of {', '.join(known)}")
+    return torch.device(known[name])
+
+
 def spec_of(checkpoint: Checkpoint) -> ModelSpec:
     """The model's spec as stored in the checkpoint."""
     try:
-        return configs.build(ModelSpec, checkpoint.config["model"], "model.")
-    except (KeyError, ConfigError) as error:
+        return configs.build(ModelSpec, checkpoint.config.get("model", {}), "model.")
+    except ConfigError as error:
         raise CheckpointError(
             f"{checkpoint.path}: config.json describes no model of ours: {error}"
         ) from None
@@ -104,18 +117,46 @@ class LoadedModel:
 
     @torch.inference_mode()
     def logits(self, token_ids_BT: Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Scores of the next token after each position, [B, T, V]: generation's path, same bits."""
-        tokens_BT = torch.as_tensor(token_ids_BT).tolist()
-        length = len(tokens_BT[0])
-        if not 0 < length <= self.spec.max_seq_len:
+        """Scores of the next token after each position, [B, T, V]: generation's path, same bits.
+
+        Raises RequestError for rows of different lengths, a row that is empty or longer than the
+        context, or ids outside the vocabulary.
+        """
+        given = token_ids_BT.tolist() if isinstance(token_ids_BT, Tensor) else token_ids_BT
+        try:
+            rows = [list(map(int, row)) for row in given]
+        except (TypeError, ValueError):
+            raise RequestError("token_ids must be rows of token ids", "token_ids") from None
+        self._check_rows(rows)
+        length = len(rows[0])
+        at_once = max(1, LOGITS_TOKENS // length)
+        executor = LocalExecutor(self.network, min(at_once, len(rows)))
+        parts = []
+        for first in range(0, len(rows), at_once):
+            some = {str(slot): row for slot, row in enumerate(rows[first : first + at_once])}
+            spans = [Span(name, int(name), 0, length, samples=True) for name in some]
+            hidden_TD = executor.hidden(spans, 0, some)
+            parts.append(executor.logits(hidden_TD).unflatten(0, (len(some), length)))
+        return torch.cat(parts)
+
+    def _check_rows(self, rows: Sequence[Sequence[int]]) -> None:
+        lengths = sorted({len(row) for row in rows}) or [0]
+        if len(lengths) > 1:
             raise RequestError(
-                f"token_ids must have 1 to {self.spec.max_seq_len} tokens a row; found {length}",
+                f"token_ids must have rows of one length; found {lengths[0]} and {lengths[-1]}",
                 "token_ids",
             )
-        executor = LocalExecutor(self.network, len(tokens_BT))
-        spans = [Span(str(row), row, 0, length, samples=True) for row in range(len(tokens_BT))]
-        hidden_TD = executor.hidden(spans, 0, {str(row): ids for row, ids in enumerate(tokens_BT)})
-        return executor.logits(hidden_TD).view(len(tokens_BT), length, -1)
+        if not 0 < lengths[0] <= self.spec.max_seq_len:
+            raise RequestError(
+                f"token_ids must have 1 to {self.spec.max_seq_len} tokens a row; "
+                f"found {lengths[0]}",
+                "token_ids",
+            )
+        wrong = [token for row in rows for token in row if not 0 <= token < self.spec.vocab_size]
+        if wrong:
+            raise RequestError(
+                f"token_ids must be 0 to {self.spec.vocab_size - 1}; found {wrong[0]}", "token_ids"
+            )
 
     def engine(self, config: EngineConfig | None = None) -> Engine:
         """A fresh engine with its own KV cache."""
@@ -149,24 +190,28 @@ class LoadedModel:
         return texts[0] if isinstance(text, str) else texts
 
     def stream(self, text: str, **sampling: Any) -> Iterator[str]:
-        """Continue a text, piece by piece, in whole characters."""
+        """Continue a text, piece by piece, in whole characters. Keywords as in `generate`."""
         engine = self.engine(EngineConfig(max_batch_size=1))
-        engine.add(self._request("0", text, sampling))
-        while engine.has_work:
-            for delta in engine.step():
-                if delta.text:
-                    yield delta.text
+        engine.add(self._request("0", text, sampling))  # here, so that errors do not wait
 
-    def _request(self, request_id: str, prompt: str, sampling: dict[str, Any]) -> Any:
-        known = SamplingParams.__dataclass_fields__
+        def pieces() -> Iterator[str]:
+            while engine.has_work:
+                for delta in engine.step():
+                    if delta.text:
+                        yield delta.text
+
+        return pieces()
+
+    def _request(self, request_id: str, prompt: str, sampling: Mapping[str, Any]) -> Request:
+        known = [field.name for field in fields(SamplingParams)]
         for name in sampling:
             if name not in known:
                 raise RequestError(
                     f"unknown sampling parameter {name}; known: {', '.join(known)}", name
                 )
-        if isinstance(sampling.get("stop"), str):
-            sampling = {**sampling, "stop": (sampling["stop"],)}
-        params = SamplingParams(**{**sampling, "stop": tuple(sampling.get("stop", ()))})
+        stop = sampling.get("stop", ())
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        params = SamplingParams(**{**sampling, "stop": stop})
         return make_request(
             self.tokenizer.encode, self.spec.max_seq_len, request_id, prompt, params
         )
