@@ -105,13 +105,18 @@ def _locked(path: Path, wait_s: float) -> Iterator[None]:
     """The system drops the lock when the process ends, however it ends."""
     with path.open("a+", encoding="utf-8") as file:
         deadline_s = time.monotonic() + wait_s
+        said = False
         while not _take(file):
+            file.seek(0)
+            holder = file.read() or "another process"
             if time.monotonic() >= deadline_s:
-                file.seek(0)
                 raise ClusterError(
-                    f"{file.read() or 'another process'} is training in {path.parent}; "
+                    f"{holder} is training in {path.parent}; "
                     "wait for its end, stop it, or choose another run.dir"
                 )
+            if not said:
+                log.info("waits for %s, left from an earlier start, to end", holder)
+                said = True
             time.sleep(0.1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

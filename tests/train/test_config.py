@@ -10,7 +10,8 @@ from gptmoe.config import build, load, to_dict
 from gptmoe.errors import ConfigError, LayoutError
 from gptmoe.model.presets import preset
 from gptmoe.model.spec import ModelSpec, RouterSpec
-from train.config import ModelConfig, TrainConfig
+from train.config import TrainConfig
+from train.model_config import ModelConfig
 
 TINY = Path(__file__).parents[2] / "configs" / "train" / "tiny.toml"
 

@@ -133,8 +133,9 @@ with writing(Path(sys.argv[1])):
 
 
 def test_a_run_waits_for_workers_that_outlive_their_starter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     command = [sys.executable, "-c", ORPHAN, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as orphan:
         assert orphan.stdout is not None
@@ -144,8 +145,12 @@ def test_a_run_waits_for_workers_that_outlive_their_starter(
         with refused, claimed(tmp_path):
             pass
         monkeypatch.setattr("train.state._ORPHANS_LIVE_S", 60.0)
+        caplog.clear()
         with claimed(tmp_path):
             assert orphan.wait(timeout=10) == 0
+    assert [message.partition(" on ")[0] for message in caplog.messages] == [
+        f"waits for process {orphan.pid}"
+    ]
 
 
 def test_a_file_system_without_locks_is_a_warning(
