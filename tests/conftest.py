@@ -1,5 +1,6 @@
 """What all tests share: the folder of a test says its tier, and how many threads torch may use."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,15 @@ def tier_of(path: Path) -> str:
         return "static"
     folder = path.relative_to(TESTS).parts[0]
     return folder if folder in TIERS else "unit"
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the processes that tests start, also where a shell started us with `&`.
+
+    Such a shell has its children ignore SIGINT, and they hand that on to theirs.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

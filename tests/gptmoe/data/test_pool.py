@@ -91,12 +91,16 @@ def test_an_interrupt_ends_all_processes_and_only_the_caller_reports_it(tmp_path
         text=True,
         start_new_session=True,
     )
-    with process:
+    try:
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(0.5)
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
     assert errors.count("Traceback") == 1
     assert errors.rstrip().endswith("KeyboardInterrupt")
     deadline = time.monotonic() + 10  # multiprocessing's own helper needs a moment
