@@ -84,6 +84,11 @@ def model(run: Path) -> gptmoe.LoadedModel:
     return gptmoe.load(run)
 
 
+def make_tokens(model: gptmoe.LoadedModel, rows: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.spec.vocab_size, (rows, length), generator=generator)
+
+
 def test_what_a_loaded_model_knows(
     model: gptmoe.LoadedModel, run: Path, spec: ModelSpec, tokenizer: Tokenizer
 ) -> None:
@@ -96,7 +101,7 @@ def test_what_a_loaded_model_knows(
 
 
 def test_logits_are_those_of_training(model: gptmoe.LoadedModel, network: GPT) -> None:
-    tokens_BT = torch.randint(model.spec.vocab_size, (3, 64))
+    tokens_BT = make_tokens(model, 3, 64)
     with torch.no_grad():
         expected = network.logits(network(tokens_BT).hidden_BTD)
     found = model.logits(tokens_BT)
@@ -108,7 +113,7 @@ def test_logits_are_those_of_training(model: gptmoe.LoadedModel, network: GPT) -
 def test_logits_come_in_parts_where_there_are_many(
     model: gptmoe.LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens_BT = torch.randint(model.spec.vocab_size, (5, 9))
+    tokens_BT = make_tokens(model, 5, 9)
     expected = model.logits(tokens_BT)
     monkeypatch.setattr("gptmoe.loaded.LOGITS_TOKENS", 20)
     assert torch.equal(model.logits(tokens_BT), expected)
@@ -132,7 +137,7 @@ def test_other_types_are_near(
     assert str(block.attention.qkv.weight.dtype) == f"torch.{dtype}"
     is_packed = packed and dtype != "float64"
     assert block.attention.qkv.weight.is_mkldnn == is_packed
-    tokens_BT = torch.randint(model.spec.vocab_size, (2, 12))
+    tokens_BT = make_tokens(model, 2, 12)
     expected = model.logits(tokens_BT)
     scale = float(expected.abs().max())
     assert torch.allclose(other.logits(tokens_BT).float(), expected, rtol=0, atol=close * scale)

@@ -27,6 +27,10 @@ def make_network(dtype: torch.dtype) -> GPT:
     return network.eval()
 
 
+def make_rows(count: int) -> torch.Tensor:
+    return torch.randn(count, SPEC.d_model, generator=torch.Generator().manual_seed(0))
+
+
 @torch.inference_mode()
 def logits(network: GPT) -> torch.Tensor:
     token_BT = torch.arange(24).view(2, 12)
@@ -70,11 +74,12 @@ def test_experts_with_few_rows_and_none(dtype: torch.dtype, counts: list[int]) -
     moe = network.layers[1].ffn
     assert isinstance(moe, MoE)
     experts = moe.experts.to(dtype).requires_grad_(False)
-    rows_RD = torch.randn(sum(counts), SPEC.d_model).to(dtype)
+    rows_RD = make_rows(sum(counts)).to(dtype)
     expected = experts(rows_RD, counts)
     found = PackedExperts(experts, dtype)(rows_RD, counts)
     assert found.dtype == dtype
-    assert torch.allclose(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 3e-2)
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(found, expected, rtol=close, atol=close * 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,7 +87,7 @@ def test_rows_and_threads_change_no_bit(dtype: torch.dtype) -> None:
     network = make_network(dtype)
     pack(network)
     qkv = network.layers[0].attention.qkv
-    x = torch.randn(200, SPEC.d_model).to(dtype)
+    x = make_rows(200).to(dtype)
     with torch.inference_mode():
         expected = qkv(x)
         threads = torch.get_num_threads()
