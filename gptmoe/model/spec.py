@@ -21,7 +21,7 @@ class RouterSpec:
     z_loss_coef: float = 0.0
     """Weight of the router z-loss (arXiv 2202.08906, eq. 5); 0 = off."""
     group_sequences: int = 8
-    """Consecutive sequences of the global batch that share capacity and balance loss."""
+    """Consecutive sequences of the global batch (not of a rank) that share capacity and loss."""
 
     def __post_init__(self) -> None:
         _at_least("router.capacity_factor", self.capacity_factor, 0.01)
