@@ -17,7 +17,7 @@ from rich.console import Console
 
 from cluster import env, follow
 from cluster.child import Child
-from cluster.client import Client
+from cluster.client import Client, Sampling
 from gptmoe import metrics
 from gptmoe.errors import ClusterError
 
@@ -64,8 +64,9 @@ class DemoRun:
         self._say("5. One request, streamed over gRPC", words)
         self.console.print(f"  {prompt}", end="", style="bold")
         began_s, first_s, text, tokens = time.perf_counter(), 0.0, "", 0
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=0.7, top_k=5, seed=1)
         with Client(target) as client:
-            for chunk in client.stream(prompt, max_new_tokens=max_new_tokens, top_k=5, seed=1):
+            for chunk in client.stream(prompt, **sampling):
                 first_s = first_s or time.perf_counter() - began_s
                 text, tokens = text + chunk.text, tokens + len(chunk.token_ids)
                 self.console.print(chunk.text, end="", style="bold green")

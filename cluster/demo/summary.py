@@ -138,7 +138,7 @@ def _how_to(summary: Summary) -> list[RenderableType]:
     return [Text("\n" + "\n".join(lines))]
 
 
-def sparkline(values: Sequence[float], width: int = 40, floor: float | None = None) -> str:
+def sparkline(values: Sequence[float], width: int = 20, floor: float | None = None) -> str:
     """Values as at most `width` bars, each the mean of its part; the lowest bar is `floor`."""
     if not values:
         return ""
