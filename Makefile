@@ -29,8 +29,7 @@ check: .venv/.installed-dev  ## style, types, who imports whom, generated code
 	@$(BIN)/python .ci/tiers.py static
 
 bench: .venv/.installed-dev  ## speed and memory; wants the machine for itself
-	@$(BIN)/python tests/bench/bench_decode.py
-	@$(BIN)/python tests/bench/bench_training.py
+	@$(BIN)/python .ci/tiers.py bench
 
 format: .venv/.installed-dev  ## bring the code into shape
 	@$(BIN)/ruff check --fix-only --quiet .
