@@ -3,6 +3,7 @@
     Begin -> Begun        a new group of workers opens the next epoch; the old owners are forgotten
     Register -> Accepted  a worker of the live epoch owns a shard
     Heartbeat -> Accepted its step and counters move on
+    Failure -> Accepted   workers of the live epoch are lost; kept for people to read
     TopologyRequest -> Topology
     anything else         Refusal, and the state stays as it was
 
@@ -19,6 +20,7 @@ from .messages import (
     Accepted,
     Begin,
     Begun,
+    Failure,
     Heartbeat,
     Message,
     Owner,
@@ -27,6 +29,8 @@ from .messages import (
     Topology,
     TopologyRequest,
 )
+
+FAILURES_KEPT = 20
 
 
 @dataclass(slots=True)
@@ -49,6 +53,7 @@ class Coordinator:
         self._clock = clock
         self._epoch_of_group: dict[str, int] = {}
         self._workers: dict[str, _Worker] = {}
+        self._failures: list[Failure] = []
 
     def handle(self, message: Message) -> Message:
         """Apply one message and answer it."""
@@ -62,6 +67,8 @@ class Coordinator:
                     f"epoch {message.epoch} of worker {message.worker} is over, "
                     f"epoch {self.epoch} is live; the worker must stop"
                 )
+            case Failure():
+                return self._failure(message)
             case Register():
                 return self._register(message)
             case Heartbeat():
@@ -84,7 +91,15 @@ class Coordinator:
             for worker in self._workers.values()
         )
         by_rank = tuple(sorted(owners, key=lambda owner: owner.rank))
-        return Topology(epoch=self.epoch, run=self.run, owners=by_rank)
+        failures = tuple(self._failures)
+        return Topology(epoch=self.epoch, run=self.run, owners=by_rank, failures=failures)
+
+    def _failure(self, message: Failure) -> Message:
+        if message.epoch > self.epoch:
+            return self._refuse(f"epoch {message.epoch} has not begun, epoch {self.epoch} is live")
+        if message not in self._failures:
+            self._failures = [*self._failures, message][-FAILURES_KEPT:]
+        return Accepted(epoch=self.epoch)
 
     def _begin(self, message: Begin) -> Message:
         if not message.group:

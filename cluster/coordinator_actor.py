@@ -20,7 +20,7 @@ from gptmoe.errors import ClusterError
 
 from . import topology_file, wire
 from .coordinator import Coordinator
-from .messages import Message, Shard
+from .messages import Failure, Message, Shard, Topology, TopologyRequest
 from .reporter import Reporter
 
 log = logging.getLogger(__name__)
@@ -38,12 +38,12 @@ class CoordinatorActor:
         self._coordinator = Coordinator(run, time.monotonic)
         self._folder = Path(folder) if folder else None
         self._write_at_s = 0.0
-        self._written_owners: tuple[str, ...] = ()
+        self._written: tuple[str, ...] = ()
 
     def handle(self, data: bytes) -> bytes:
-        """Answer one control message; write topology.json if owners changed, else every 2 s."""
+        """Answer one control message; write topology.json if it changed much, else every 2 s."""
         answer = self._coordinator.handle_bytes(data)
-        changed = self._owners() != self._written_owners
+        changed = self._facts() != self._written
         if changed or time.monotonic() >= self._write_at_s:
             self.flush()
         return answer
@@ -51,12 +51,14 @@ class CoordinatorActor:
     def flush(self) -> None:
         """Write topology.json now."""
         self._write_at_s = time.monotonic() + _WRITE_EVERY_S
-        self._written_owners = self._owners()
+        self._written = self._facts()
         if self._folder is not None:
             topology_file.write(self._folder, self._coordinator.topology())
 
-    def _owners(self) -> tuple[str, ...]:
-        return tuple(owner.worker for owner in self._coordinator.topology().owners)
+    def _facts(self) -> tuple[str, ...]:
+        topology = self._coordinator.topology()
+        failures = (failure.reason for failure in topology.failures)
+        return (str(topology.epoch), *(owner.worker for owner in topology.owners), *failures)
 
 
 class ActorChannel:
@@ -123,6 +125,17 @@ def channel(run: str) -> ActorChannel:
         raise ClusterError(
             f"run {run} has no coordinator on this cluster; it may have ended"
         ) from None
+
+
+def report_failure(run: str, reason: str) -> None:
+    """Tell the coordinator of `run` why its workers are about to start again, if it is there."""
+    try:
+        line = channel(run)
+        topology = line.ask(TopologyRequest())
+        if isinstance(topology, Topology):
+            line.ask(Failure(epoch=topology.epoch, reason=reason))
+    except ClusterError as error:
+        log.warning("failure not told to the coordinator run=%s error=%s", run, error)
 
 
 def runs() -> list[str]:

@@ -32,13 +32,16 @@ def draw_run(run: RunStatus) -> RenderableType:
         parts.append(Text(f"dashboard {run.dashboard_url}"))
     if run.topology:
         parts.append(draw_topology(run.topology, running=running))
+        for failure in run.topology.failures:
+            parts.append(Text(f"epoch {failure.epoch} ended: {failure.reason}", style="yellow"))
     return Group(*parts)
 
 
 def draw_topology(topology: Topology, *, running: bool) -> Table:
     """One line a worker: what it owns, how far it is, when it was last heard of."""
-    columns = ("worker", "node", "pid", "stage", "layers", "layer: experts", "step", "heard of")
-    table = Table(*columns, box=None, title=f"epoch {topology.epoch}", title_justify="left")
+    columns = ("worker", "node", "pid", "stage", "layers", "slice", "layer: experts", "step")
+    title = f"epoch {topology.epoch}"
+    table = Table(*columns, "heard of", box=None, title=title, title_justify="left")
     for owner in topology.owners:
         shard, age_s = owner.shard, owner.heartbeat_age_s
         table.add_row(
@@ -46,12 +49,22 @@ def draw_topology(topology: Topology, *, running: bool) -> Table:
             owner.node,
             str(owner.pid),
             str(shard.stage),
-            f"{shard.first_layer}-{shard.end_layer - 1}",
+            describe_layers(shard.layers),
+            f"{shard.slice + 1}/{shard.slices}",
             describe_experts(shard.experts),
             str(owner.step),
             Text(f"{age_s:.0f} s ago", style="red" if running and age_s > SILENT_S else ""),
         )
     return table
+
+
+def describe_layers(layers: Sequence[int]) -> str:
+    """Numbers in ascending order as ranges: `0-1, 4-5`."""
+    spans = []
+    for _, group in groupby(enumerate(layers), lambda pair: pair[1] - pair[0]):
+        numbers = [layer for _, layer in group]
+        spans.append(f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}")
+    return ", ".join(spans)
 
 
 def draw_cluster(cluster: ClusterStatus) -> RenderableType:

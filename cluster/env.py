@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # else the dashboard's Train tab stays empty
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",  # a frozen process; Ray's default is 600
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in the driver and in its workers
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a notice about its next default
     "GRPC_VERBOSITY": "ERROR",

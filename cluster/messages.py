@@ -31,11 +31,12 @@ class ExpertRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """What one worker owns: layers [first_layer, end_layer), and experts of its MoE layers."""
+    """What one worker owns: a slice of its stage's layers, and experts of the MoE layers."""
 
     stage: int = 0
-    first_layer: int = 0
-    end_layer: int = 0
+    layers: tuple[int, ...] = ()
+    slice: int = 0
+    slices: int = 1
     experts: tuple[ExpertRange, ...] = ()
 
 
@@ -64,6 +65,14 @@ class Heartbeat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Workers of an epoch failed, and all start again; answered with Accepted."""
+
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TopologyRequest:
     """Asks for the topology of the live epoch."""
 
@@ -84,11 +93,12 @@ class Owner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """The owners of the live epoch, in rank order."""
+    """The owners of the live epoch, in rank order, and why earlier ones ended."""
 
     epoch: int
     run: str
     owners: tuple[Owner, ...] = ()
+    failures: tuple[Failure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,5 +116,7 @@ class Refusal:
     reason: str
 
 
-Message = Begin | Begun | Register | Heartbeat | TopologyRequest | Topology | Accepted | Refusal
+Message = (
+    Begin | Begun | Register | Heartbeat | Failure | TopologyRequest | Topology | Accepted | Refusal
+)
 """What an envelope can carry."""

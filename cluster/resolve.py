@@ -67,7 +67,7 @@ def main(words: Sequence[str]) -> int:
     module, name = _CONFIGS[kind]
     try:
         config = load(getattr(importlib.import_module(module), name), *split_words(rest))
-        workers = config.replicas.max if kind == "serve" else config.parallel.layout().world
+        workers = config.replicas.max if kind == "serve" else config.parallel.fewest_workers
     except GptMoeError as error:
         sys.stderr.write(f"{error}\n")
         return 2

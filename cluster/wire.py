@@ -59,7 +59,9 @@ def decode(data: bytes) -> messages.Message:
 def _fill(proto: ProtoMessage, value: Any) -> None:
     for field in fields(value):
         item = getattr(value, field.name)
-        if isinstance(item, tuple):
+        if isinstance(item, tuple) and item and isinstance(item[0], int):
+            getattr(proto, field.name).extend(item)
+        elif isinstance(item, tuple):
             for part in item:
                 _fill(getattr(proto, field.name).add(), part)
         elif isinstance(item, dict):
@@ -79,7 +81,7 @@ def _read(proto: ProtoMessage) -> Any:
 def _value(proto: ProtoMessage, field: FieldDescriptor) -> Any:
     value, kind = getattr(proto, field.name), field.message_type
     if kind is None:
-        return value
+        return tuple(value) if field.is_repeated else value
     if kind.GetOptions().map_entry:
         return dict(value)
     return tuple(_read(item) for item in value) if field.is_repeated else _read(value)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from gptmoe.data import Samples
-from gptmoe.model.loss import weighted_loss
 from gptmoe.model.transformer import GPT
+from gptmoe.parallel.mesh import Mesh, single
+from gptmoe.parallel.pipeline import Pipeline
+from gptmoe.parallel.schedules import Action
 from gptmoe.tensors import TensorBatch
 
 
@@ -52,37 +54,83 @@ def evaluate(
     limit: int | None = None,
     share: tuple[int, int] = (0, 1),
     progress: Callable[[int], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> Evaluation:
     """Evaluate the first `limit` samples (default: all) with drop-free routing.
 
     `share=(index, of)` takes every of-th batch: the sums of all shares add up. Every share makes
     the same number of calls of the model, as shared experts demand. `progress(samples done)` is
-    called after each batch.
+    called after each batch. On a pipeline of several stages (`mesh`) the last one has the sums, the
+    others zeros.
     """
     end = samples.num_samples if limit is None else min(limit, samples.num_samples)
     index, of = share
-    device = model.embed.tokens.weight.device
-    characters_V = torch.tensor(characters_per_token, device=device)
+    starts = [first + index * batch_size for first in range(0, end, batch_size * of)]
+    passes = _Passes(model, samples, characters_per_token, starts, end, batch_size)
     was_training = model.training
     model.eval()
-    total = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, end, batch_size * of):
-        first = start + index * batch_size
-        count = min(batch_size, end - first)
-        batch = TensorBatch.of(samples.batch(first if count > 0 else 0, max(1, count)), device)
-        sums = _evaluate_batch(model, batch, characters_V)
-        total += sums if count > 0 else 0  # past the end: a call for the others' sake
-        if progress is not None:
-            progress(min(start + batch_size * of, end))
+    mesh = mesh or single()
+    pipeline = Pipeline(model, mesh)
+    with torch.no_grad():
+        for number, start in enumerate(starts):
+            actions = [Action(True, chunk, number) for chunk in range(mesh.layout.chunks)]
+            pipeline.run(actions, passes)
+            if progress is not None:
+                progress(min(start + batch_size * (of - index), end))
     model.train(was_training)
+    total = passes.total
     return Evaluation(float(total[0]), int(total[1]), int(total[2]))
 
 
-@torch.no_grad()
-def _evaluate_batch(model: GPT, batch: TensorBatch, characters_V: Tensor) -> Tensor:
-    logits_BTV = model.logits(model(batch.token_BT, valid_BT=batch.valid_BT).hidden_BTD)
-    loss = weighted_loss(logits_BTV, batch.label_BT, batch.weight_BT)
-    labels = batch.label_BT[batch.weight_BT]
-    return torch.stack(
-        [loss.double(), batch.weight_BT.sum().double(), characters_V[labels].sum().double()]
-    ).cpu()
+class _Passes:
+    """Forward passes that add up losses."""
+
+    def __init__(
+        self,
+        model: GPT,
+        samples: Samples,
+        characters_per_token: Sequence[int],
+        starts: Sequence[int],
+        end: int,
+        batch_size: int,
+    ) -> None:
+        self.total = torch.zeros(3, dtype=torch.float64)
+        self._model = model
+        self._samples = samples
+        self._device = next(model.parameters()).device
+        self._characters_V = torch.tensor(characters_per_token, device=self._device)
+        self._starts, self._end, self._size = starts, end, batch_size
+        self._loaded: tuple[int, TensorBatch] | None = None
+
+    def shape(self, microbatch: int) -> tuple[int, int]:
+        """Sequences and tokens of each."""
+        sequences, length = self._batch(microbatch).token_BT.shape
+        return sequences, length
+
+    def forward(
+        self, microbatch: int, layers: range, x_BTD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One pass; behind the last layer its losses are added to the total."""
+        batch = self._batch(microbatch)
+        hidden_BTD = self._model(
+            batch.token_BT, valid_BT=batch.valid_BT, layers=layers, x_BTD=x_BTD
+        ).hidden_BTD
+        loss = torch.zeros(())
+        if layers.stop == self._model.spec.num_layers:
+            loss = self._model.loss_sum(hidden_BTD, batch.label_BT, batch.weight_BT)
+            if self._starts[microbatch] < self._end:  # else a call for the others' sake
+                self._add(loss, batch)
+        return hidden_BTD, loss
+
+    def _add(self, loss: Tensor, batch: TensorBatch) -> None:
+        labels = batch.label_BT[batch.weight_BT]
+        counts = [batch.weight_BT.sum(), self._characters_V[labels].sum()]
+        self.total += torch.stack([loss.double(), *(count.double() for count in counts)]).cpu()
+
+    def _batch(self, microbatch: int) -> TensorBatch:
+        if self._loaded is None or self._loaded[0] != microbatch:
+            first = self._starts[microbatch]
+            count = min(self._size, self._end - first)
+            batch = self._samples.batch(first if count > 0 else 0, max(1, count))
+            self._loaded = microbatch, TensorBatch.of(batch, self._device)
+        return self._loaded[1]

@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self
 
 from gptmoe.errors import DataError
 
-Value = float | Sequence[float]
+Value = float | Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,13 @@ _ALL = (
     Metric("dropped_ratio", "", "share of routed tokens that found their expert full"),
     Metric("dead_experts", "experts", "experts that no token of the step chose, all layers"),
     Metric("router_entropy", "nats", "mean entropy of the router's distribution over experts"),
+    Metric("all_to_all_share", "", "share of step_s that ranks spent exchanging rows, in the mean"),
+    Metric("moe_layers", "", "the layers that the metrics by layer below are of, in this order"),
+    Metric("layer_expert_load", "tokens", "by layer, tokens that chose each expert"),
+    Metric("layer_load_max_over_mean", "", "by layer, busiest expert over mean; 1 is even"),
+    Metric("layer_dropped_ratio", "", "by layer, share of tokens that found their expert full"),
+    Metric("layer_dead_experts", "experts", "by layer, experts that no token of the step chose"),
+    Metric("layer_router_entropy", "nats", "by layer, mean entropy of the router's distribution"),
 )
 CATALOGUE: Mapping[str, Metric] = MappingProxyType({metric.name: metric for metric in _ALL})
 

@@ -29,16 +29,18 @@ class ExpertRange(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., first: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class Shard(_message.Message):
-    __slots__ = ("stage", "first_layer", "end_layer", "experts")
+    __slots__ = ("stage", "layers", "slice", "slices", "experts")
     STAGE_FIELD_NUMBER: _ClassVar[int]
-    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
-    END_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    SLICE_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     stage: int
-    first_layer: int
-    end_layer: int
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    slice: int
+    slices: int
     experts: _containers.RepeatedCompositeFieldContainer[ExpertRange]
-    def __init__(self, stage: _Optional[int] = ..., first_layer: _Optional[int] = ..., end_layer: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ...) -> None: ...
+    def __init__(self, stage: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., slice: _Optional[int] = ..., slices: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ...) -> None: ...
 
 class Register(_message.Message):
     __slots__ = ("epoch", "sequence", "worker", "rank", "node", "pid", "shard")
@@ -79,6 +81,14 @@ class Heartbeat(_message.Message):
     counters: _containers.ScalarMap[str, float]
     def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., worker: _Optional[str] = ..., step: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
+class Failure(_message.Message):
+    __slots__ = ("epoch", "reason")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    reason: str
+    def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class TopologyRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
@@ -111,14 +121,16 @@ class Owner(_message.Message):
     def __init__(self, worker: _Optional[str] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., step: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Topology(_message.Message):
-    __slots__ = ("epoch", "run", "owners")
+    __slots__ = ("epoch", "run", "owners", "failures")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     OWNERS_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     run: str
     owners: _containers.RepeatedCompositeFieldContainer[Owner]
-    def __init__(self, epoch: _Optional[int] = ..., run: _Optional[str] = ..., owners: _Optional[_Iterable[_Union[Owner, _Mapping]]] = ...) -> None: ...
+    failures: _containers.RepeatedCompositeFieldContainer[Failure]
+    def __init__(self, epoch: _Optional[int] = ..., run: _Optional[str] = ..., owners: _Optional[_Iterable[_Union[Owner, _Mapping]]] = ..., failures: _Optional[_Iterable[_Union[Failure, _Mapping]]] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("epoch",)
@@ -135,7 +147,7 @@ class Refusal(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Envelope(_message.Message):
-    __slots__ = ("version", "begin", "begun", "register", "heartbeat", "topology_request", "topology", "accepted", "refusal")
+    __slots__ = ("version", "begin", "begun", "register", "heartbeat", "topology_request", "topology", "accepted", "refusal", "failure")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     BEGUN_FIELD_NUMBER: _ClassVar[int]
@@ -145,6 +157,7 @@ class Envelope(_message.Message):
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     version: int
     begin: Begin
     begun: Begun
@@ -154,4 +167,5 @@ class Envelope(_message.Message):
     topology: Topology
     accepted: Accepted
     refusal: Refusal
-    def __init__(self, version: _Optional[int] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., topology_request: _Optional[_Union[TopologyRequest, _Mapping]] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    failure: Failure
+    def __init__(self, version: _Optional[int] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., topology_request: _Optional[_Union[TopologyRequest, _Mapping]] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...

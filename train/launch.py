@@ -3,7 +3,6 @@
 import logging
 import signal
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -11,17 +10,16 @@ import ray.exceptions
 import ray.train
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2.api.config import RunConfig, ScalingConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from cluster import env
 from cluster.coordinator_actor import coordinating
 from cluster.local import Session, session
 from cluster.resources import missing
-from gptmoe.errors import ClusterError, GptMoeError
 
 from .plan import RunPlan
+from .recovery import RecoveryPolicy, first_cause
 from .state import GO_ON, StateFile
 from .worker import work
 
@@ -33,7 +31,8 @@ def launch(plan: RunPlan, state: StateFile, address: str | None) -> None:
     layout = plan.config.parallel.layout()
     gpus = 1 if env.has_gpu() else 0
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with session(workers=layout.world, gpus_per_worker=gpus, address=address) as cluster:
+    fewest = plan.config.parallel.fewest_workers
+    with session(workers=fewest, gpus_per_worker=gpus, address=address) as cluster:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own, set by now, aborts the process
         state.write(
             state="running",
@@ -61,7 +60,7 @@ def say_if_busy(cluster: Session, workers: int) -> None:
 
 
 class SteadyTrainer(TorchTrainer):
-    """TorchTrainer without two of its habits.
+    """TorchTrainer without two of its habits, and with our own idea of what can be tried again.
 
     Its watchdog removes the workers of a controller that it takes for dead. It asks the dashboard,
     and on a busy machine an unanswered question counts as a death (seen on two loaded cores, Ray
@@ -77,61 +76,36 @@ class SteadyTrainer(TorchTrainer):
     def _register_sigint_handler(self, controller: Any) -> None:
         pass
 
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        config = self.run_config.failure_config
+        assert isinstance(config, FailureConfig)
+        assert self.train_loop_config is not None
+        policy = RecoveryPolicy(config, self.train_loop_config["run_name"])
+        return super()._initialize_and_run_controller(**given | {"failure_policy": policy})
+
 
 def make_trainer(plan: RunPlan, cluster: Session) -> TorchTrainer:
     """One worker a rank. Ray's folder in run.dir holds its bookkeeping, ours the checkpoints."""
     use_gpu = cluster.gpus_per_worker > 0
+    parallel = plan.config.parallel
+    world = parallel.layout().world
     settings = {"plan": plan, "run_name": plan.run_name, "threads": cluster.threads}
     return SteadyTrainer(
         work,
         train_loop_config=settings,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=plan.config.parallel.layout().world,
+            num_workers=(parallel.min_workers, world) if parallel.min_workers else world,
+            elastic_resize_monitor_interval_s=parallel.resize_every_s,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=RunConfig(
             name=f"{plan.run_name}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage_path=str(plan.run_dir / "ray"),
+            failure_config=FailureConfig(max_failures=plan.config.run.max_failures),
             worker_runtime_env={
                 "env_vars": env.worker_environment(cluster.threads, use_gpu=use_gpu)
             },
         ),
     )
-
-
-def first_cause(error: BaseException) -> GptMoeError:
-    """Our own error if a worker raised one, else what happened in a sentence."""
-    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        if own := _own(failure):
-            return own
-    return ClusterError(f"training stopped, {_what_failed(failures, error)}; {GO_ON}")
-
-
-def _what_failed(failures: Mapping[int, BaseException], error: BaseException) -> str:
-    for rank, failure in failures.items():
-        if isinstance(failure, _DEAD):  # what others raised is what they saw of it
-            return f"the process of worker {rank} was killed or its node was lost"
-        if isinstance(failure, OSError) and failure.strerror:
-            return f"worker {rank}: {failure.strerror}"
-    log.error("%s", error)  # a bug, ours or Ray's: with its traceback
-    if failures:
-        rank, failure = next(iter(failures.items()))
-        return f"worker {rank} failed: {_first_line(failure)}"
-    return _first_line(getattr(error, "controller_failure", error))
-
-
-_DEAD = (WorkerHealthCheckFailedError, ray.exceptions.ActorDiedError)
-
-
-def _own(failure: BaseException | None) -> GptMoeError | None:
-    """The first error of ours in a chain of causes."""
-    while failure is not None and not isinstance(failure, GptMoeError):
-        failure = failure.__cause__ or getattr(failure, "cause", None)
-    return failure
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -1,6 +1,6 @@
-"""The training loop. It knows neither Ray nor ranks: samples, sums and recorders are handed in."""
+"""The training loop. It does not know Ray: samples, updater and recorders are handed in."""
 
-import hashlib
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -11,19 +11,20 @@ from torch import Tensor
 
 from gptmoe.data import Samples
 from gptmoe.errors import ConfigError
-from gptmoe.metrics import Recorder
-from gptmoe.model.loss import weighted_loss
+from gptmoe.metrics import Recorder, Value
+from gptmoe.model.dropout import SampleDropout
 from gptmoe.model.moe import MoE
 from gptmoe.model.routing import Statistics
-from gptmoe.model.transformer import GPT
+from gptmoe.model.transformer import GPT, Output
+from gptmoe.parallel.expert import AllToAllDispatcher
+from gptmoe.parallel.layout import Layout
+from gptmoe.parallel.pipeline import Pipeline
+from gptmoe.parallel.schedules import Action, Kind, schedule
 from gptmoe.parallel.updater import Updater
 from gptmoe.tensors import TensorBatch
 
 from . import report
 from .schedule import ScheduleSpec, learning_rate
-
-Sum = Callable[[Tensor], Tensor]
-"""Sum of a tensor over all ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,49 +39,80 @@ class StepSettings:
     """Of the batch's sequences, this rank takes num_sequences from here on."""
     num_sequences: int
     schedule: ScheduleSpec
+    pipeline: Kind = "1f1b"
+    """The pipeline's schedule."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
     """What a step needs; it holds no state of its own beside the model's and the updater's."""
 
-    model: GPT
+    pipeline: Pipeline
     updater: Updater
     samples: Samples
     settings: StepSettings
-    sum_over_ranks: Sum
 
-    def step(self, step: int) -> dict[str, report.Value]:
+    @property
+    def model(self) -> GPT:
+        """This rank's part of the model."""
+        return self.pipeline.model
+
+    def step(self, step: int) -> dict[str, Value]:
         """Take optimizer step `step`, counted from 1, and return what is to be recorded."""
         began_s = time.perf_counter()
+        mesh = self.pipeline.mesh
         microbatches, data_wait_s = self._load(step)
-        seed_dropout(self.settings.seed, step, self.settings.first_sequence)
-        label_count = self.sum_over_ranks(
-            torch.stack([batch.weight_BT.sum() for batch in microbatches]).sum().double()
+        labels = torch.stack([batch.weight_BT.sum() for batch in microbatches]).sum().double()
+        label_count = mesh.sum(labels if self.pipeline.is_last else torch.zeros_like(labels))
+        passes = TrainingPasses(
+            self.model, self.settings, mesh.layout, microbatches, label_count, self._dropout(step)
         )
-        totals = Totals.zero()
-        for batch in microbatches:
-            totals = totals + self._forward_backward(batch, label_count)
-        losses = self._account(totals, label_count)
+        self.pipeline.run(
+            self._actions(len(microbatches)),
+            passes,
+            lambda last: self.updater.microbatch_done(last=last),
+        )
+        losses = self._account(passes.totals, label_count)
         rate = learning_rate(self.settings.schedule, step)
         grad_norm = self.updater.step(rate)
+        exchange_s = self._exchange_s()
         _check_finite(step, rate, losses["loss"], grad_norm)
         return {
             **losses,
             "grad_norm": grad_norm,
             "learning_rate": rate,
             **report.speed(
-                self.settings.batch_sequences * self.settings.seq_len, began_s, data_wait_s
+                self.settings.batch_sequences * self.settings.seq_len,
+                began_s,
+                data_wait_s,
+                exchange_s,
             ),
             **report.position(
                 step, self.settings.batch_sequences, self.settings.seq_len, self.samples.num_samples
             ),
         }
 
+    def _exchange_s(self) -> float | None:
+        """Seconds that a rank spent in the step's all-to-alls, in the mean; None without any."""
+        mesh = self.pipeline.mesh
+        if mesh.expert_group is None:
+            return None
+        watches = [
+            module.dispatcher.watch
+            for module in self.model.modules()
+            if isinstance(module, MoE) and isinstance(module.dispatcher, AllToAllDispatcher)
+        ]
+        mine = torch.tensor(sum(watch.take() for watch in watches), dtype=torch.float64)
+        return float(mesh.sum(mine)) / (mesh.layout.dp * mesh.layout.pp)
+
+    def first_sample(self, step: int) -> int:
+        """Global index of the first sample that this rank takes in a step."""
+        return (step - 1) * self.settings.batch_sequences + self.settings.first_sequence
+
     def _load(self, step: int) -> tuple[list[TensorBatch], float]:
         settings, began_s = self.settings, time.perf_counter()
-        start = (step - 1) * settings.batch_sequences + settings.first_sequence
-        device = self.model.embed.tokens.weight.device
+        start = self.first_sample(step)
+        device = next(self.model.parameters()).device
         size = settings.microbatch_size
         batches = [
             TensorBatch.of(self.samples.batch(first, size), device)
@@ -88,62 +120,112 @@ class Trainer:
         ]
         return batches, time.perf_counter() - began_s
 
-    def _forward_backward(self, batch: TensorBatch, label_count: Tensor) -> "Totals":
-        """Add this microbatch's share of the global loss's gradient."""
-        spec = self.model.spec.router
-        output = self.model(batch.token_BT, valid_BT=batch.valid_BT)
-        loss_sum = weighted_loss(
-            self.model.logits(output.hidden_BTD), batch.label_BT, batch.weight_BT
+    def _dropout(self, step: int) -> SampleDropout:
+        layout, length = self.pipeline.mesh.layout, self.settings.seq_len
+        on_slice = layout.tp > 1 and layout.sequence_parallel
+        return SampleDropout(
+            probability=self.model.spec.dropout,
+            seed=self.settings.seed,
+            step=step,
+            first_sample=self.first_sample(step),
+            length=length,
+            first_position=self.pipeline.mesh.place.slice * length // layout.tp if on_slice else 0,
         )
-        groups = self.settings.batch_sequences / spec.group_sequences
-        aux = _total(r.losses["aux_loss"] for r in output.routings) * (spec.aux_loss_coef / groups)
-        z = _total(r.losses["z_loss"] for r in output.routings) * (spec.z_loss_coef / groups)
-        loss = loss_sum / label_count + aux + z
-        loss.backward()
-        losses = torch.stack(
-            [torch.as_tensor(x).detach().double().cpu() for x in (loss_sum, aux, z)]
-        )
-        return Totals(losses, tuple(routing.statistics for routing in output.routings))
 
-    def _account(self, totals: "Totals", label_count: Tensor) -> dict[str, report.Value]:
-        lm_sum, aux, z = self.sum_over_ranks(totals.losses).tolist()
+    def _actions(self, microbatches: int) -> list[Action]:
+        layout = self.pipeline.mesh.layout
+        stage = self.pipeline.mesh.place.stage
+        return schedule(self.settings.pipeline, layout.pp, stage, microbatches, layout.chunks)
+
+    def _account(self, totals: "Totals", label_count: Tensor) -> dict[str, Value]:
+        mesh, spec = self.pipeline.mesh, self.model.spec
+        lm_sum, aux, z = mesh.sum(totals.losses).tolist()
         lm_loss = lm_sum / float(label_count)
-        layers = [
-            report.reduce(statistics, self.sum_over_ranks) for statistics in totals.statistics
-        ]
-        for layer, statistics in zip(self.model.spec.moe_layers, layers, strict=True):
-            moe = self.model.layers[layer].ffn
-            assert isinstance(moe, MoE)
-            moe.router.update(statistics)
-        values: dict[str, report.Value] = {"loss": lm_loss + aux + z, "lm_loss": lm_loss}
+        layers = {}
+        for layer in spec.moe_layers:
+            mine = totals.statistics.get(layer, Statistics.zero(spec.experts_in_layer(layer)))
+            layers[layer] = report.reduce(mine, mesh.sum)
+            if layer in totals.statistics:
+                moe = self.model.layers[layer].ffn
+                assert isinstance(moe, MoE)
+                moe.router.update(layers[layer])
+        values: dict[str, Value] = {"loss": lm_loss + aux + z, "lm_loss": lm_loss}
         if layers:
             values |= {"aux_loss": aux, "z_loss": z, **report.expert_load(layers)}
         return values
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Totals:
-    """Sums over a step's microbatches on one rank: [lm loss sum, aux loss, z loss], per layer."""
+    """Sums over a step's microbatches on one rank."""
 
     losses: Tensor
-    statistics: tuple[Statistics, ...]
+    """[lm loss sum, aux loss, z loss]"""
+    statistics: dict[int, Statistics]
+    """By MoE layer, those of this stage."""
 
-    @classmethod
-    def zero(cls) -> "Totals":
-        """The start of a step."""
-        return cls(torch.zeros(3, dtype=torch.float64), ())
 
-    def __add__(self, other: "Totals") -> "Totals":
-        pairs = zip(self.statistics, other.statistics, strict=True) if self.statistics else ()
-        return Totals(
-            self.losses + other.losses, tuple(a + b for a, b in pairs) or other.statistics
+class TrainingPasses:
+    """Forward passes that give each rank its share of the global loss; it keeps the books."""
+
+    def __init__(
+        self,
+        model: GPT,
+        settings: StepSettings,
+        layout: Layout,
+        microbatches: Sequence[TensorBatch],
+        label_count: Tensor,
+        dropout: SampleDropout,
+    ) -> None:
+        self.totals = Totals(torch.zeros(3, dtype=torch.float64), {})
+        self._model = model
+        self._settings = settings
+        self._layout = layout
+        self.microbatches = microbatches
+        self.label_count = label_count
+        self._dropout = dropout
+
+    def shape(self, microbatch: int) -> tuple[int, int]:
+        """Sequences and tokens of each."""
+        sequences, length = self.microbatches[microbatch].token_BT.shape
+        return sequences, length
+
+    def forward(
+        self, microbatch: int, layers: range, x_BTD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states, and what these layers add to the global loss."""
+        batch = self.microbatches[microbatch]
+        first = self._dropout.first_sample + microbatch * self._settings.microbatch_size
+        output = self._model(
+            batch.token_BT,
+            valid_BT=batch.valid_BT,
+            drop=dataclasses.replace(self._dropout, first_sample=first),
+            layers=layers,
+            x_BTD=x_BTD,
         )
+        lm_sum = torch.zeros((), device=output.hidden_BTD.device)
+        if layers.stop == self._model.spec.num_layers:
+            lm_sum = self._model.loss_sum(output.hidden_BTD, batch.label_BT, batch.weight_BT)
+        aux, z = self._balance(output)
+        self._keep_books([lm_sum, aux, z], layers, output)
+        # Each slice of a tensor group computes the balance losses of all rows: see updater.py.
+        return output.hidden_BTD, lm_sum / self.label_count + (aux + z) / self._layout.tp
 
+    def _balance(self, output: Output) -> tuple[Tensor, Tensor]:
+        """The mean over the batch's routing groups of each balance loss, times its coefficient."""
+        spec = self._model.spec.router
+        groups = self._settings.batch_sequences / spec.group_sequences
+        aux = _total(r.losses["aux_loss"] for r in output.routings) * (spec.aux_loss_coef / groups)
+        z = _total(r.losses["z_loss"] for r in output.routings) * (spec.z_loss_coef / groups)
+        return aux, z
 
-def seed_dropout(seed: int, step: int, first_sequence: int) -> None:
-    """Make dropout a function of step and slice, not of history: a resumed run repeats it."""
-    digest = hashlib.sha256(f"dropout/{seed}/{step}/{first_sequence}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    def _keep_books(self, losses: Sequence[Tensor], layers: range, output: Output) -> None:
+        self.totals.losses += torch.stack([loss.detach().double().cpu() for loss in losses])
+        mine = self.totals.statistics
+        moe_layers = [layer for layer in layers if self._model.spec.experts_in_layer(layer)]
+        for layer, routing in zip(moe_layers, output.routings, strict=True):
+            counted = routing.statistics
+            mine[layer] = mine[layer] + counted if layer in mine else counted
 
 
 def run_steps(
@@ -162,7 +244,7 @@ def run_steps(
         after_step(step)
 
 
-def _check_finite(step: int, rate: float, *values: report.Value) -> None:
+def _check_finite(step: int, rate: float, *values: Value) -> None:
     """Every rank sees the same sums, so all of them stop here, before the state is saved."""
     if not all(math.isfinite(value) for value in values if isinstance(value, float)):
         raise ConfigError(

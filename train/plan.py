@@ -1,5 +1,6 @@
 """From a config to all that a run needs before a cluster starts: checked, prepared, resolved."""
 
+import dataclasses
 import hashlib
 import logging
 import math
@@ -55,6 +56,14 @@ class RunPlan:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.run_dir.name).strip("-") or "run"
         path = os.fsencode(os.path.realpath(self.run_dir))
         return f"{name}-{hashlib.sha256(path).hexdigest()[:6]}"
+
+    def from_newest_checkpoint(self) -> "RunPlan":
+        """The plan as it stands now: it goes on from the newest complete checkpoint."""
+        newest = newest_valid(self.run_dir / "checkpoints")
+        if newest is None:
+            return self
+        done = int(newest.progress["step"])
+        return dataclasses.replace(self, resume_from=newest.path, done=done)
 
     def in_words(self) -> str:
         """One line for a log."""

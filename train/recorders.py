@@ -1,11 +1,16 @@
 """Where a run's numbers go: metrics.jsonl always, TensorBoard, and Ray's metrics for Prometheus."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from ray.util.metrics import Gauge
 from torch.utils.tensorboard import SummaryWriter
 
 from gptmoe.metrics import CATALOGUE, JsonlRecorder, Recorder, Value, cut_after
+
+BY_LAYER = "layer_"
+"""Begins the names of metrics that are lists by layer."""
 
 
 def make_recorders(run_dir: Path, run_name: str, done: int) -> list[Recorder]:
@@ -28,12 +33,8 @@ class TensorBoardRecorder:
 
     def record(self, step: int, **values: Value) -> None:
         """Add one point to each curve."""
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
-            else:
-                for index, item in enumerate(value):
-                    self._writer.add_scalar(f"{name}/{index}", item, step)
+        for name, labels, number in points(values):
+            self._writer.add_scalar("/".join([name, *labels.values()]), number, step)
         self._writer.flush()  # a killed run goes on after its checkpoint: no point may be missing
 
     def close(self) -> None:
@@ -42,20 +43,46 @@ class TensorBoardRecorder:
 
 
 class RayRecorder:
-    """Gauges `gptmoe_train_NAME` with the run as a tag: Ray exports them to Prometheus."""
+    """Gauges `gptmoe_train_NAME` with the run as a tag: Ray exports them to Prometheus.
+
+    Metrics by layer have the layer as a further tag, loads the expert.
+    """
 
     def __init__(self, run_name: str) -> None:
         self._tags = {"run": run_name}
         self._gauges = {
-            name: Gauge(f"gptmoe_train_{name}", description=metric.meaning, tag_keys=("run",))
+            name: Gauge(f"gptmoe_train_{name}", metric.meaning, ("run", *_labels(name)))
             for name, metric in CATALOGUE.items()
         }
 
     def record(self, step: int, **values: Value) -> None:
-        """Set the gauges; lists are left to the files."""
-        for name, value in {"step": step, **values}.items():
-            if isinstance(value, int | float):
-                self._gauges[name].set(float(value), tags=self._tags)
+        """Set the gauges."""
+        for name, labels, number in points({"step": step, **values}):
+            self._gauges[name].set(float(number), tags=self._tags | labels)
 
     def close(self) -> None:
         """Nothing to write."""
+
+
+def points(values: Mapping[str, Value]) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Each single number with the layer and expert that it is of, where it is of one."""
+    for name, value in values.items():
+        if name == "moe_layers":  # the labels of others
+            continue
+        labels = _labels(name)
+        if not labels:
+            yield name, {}, cast(float, value)
+        elif labels == ("expert",):
+            yield from ((name, {"expert": str(e)}, n) for e, n in enumerate(cast(Any, value)))
+        else:
+            for layer, item in zip(cast(Any, values["moe_layers"]), cast(Any, value), strict=True):
+                if labels == ("layer",):
+                    yield name, {"layer": str(layer)}, item
+                else:
+                    of = ({"layer": str(layer), "expert": str(e)} for e in range(len(item)))
+                    yield from ((name, label, n) for label, n in zip(of, item, strict=True))
+
+
+def _labels(name: str) -> tuple[str, ...]:
+    loads = {"expert_load": ("expert",), f"{BY_LAYER}expert_load": ("layer", "expert")}
+    return loads.get(name, ("layer",) if name.startswith(BY_LAYER) else ())

@@ -2,14 +2,13 @@
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from gptmoe.metrics import Value
 from gptmoe.model.routing import Statistics
-
-Value = float | Sequence[float]
 
 
 def reduce(statistics: Statistics, sum_over_ranks: Callable[[Tensor], Tensor]) -> Statistics:
@@ -22,34 +21,49 @@ def reduce(statistics: Statistics, sum_over_ranks: Callable[[Tensor], Tensor]) -
     return Statistics(total[:-3], total[-3], total[-2], total[-1])
 
 
-def expert_load(layers: Sequence[Statistics]) -> dict[str, Value]:
-    """How evenly the experts were used, over the MoE layers of one step."""
-    ratios = [float(s.load_E.max() / s.load_E.double().mean().clamp(min=1e-9)) for s in layers]
-    tokens = float(sum(s.tokens for s in layers))
-    same_size = len({len(s.load_E) for s in layers}) == 1
+def expert_load(layers: Mapping[int, Statistics]) -> dict[str, Value]:
+    """How evenly the experts were used in one step: over all MoE layers, and by layer."""
+    ratios = [float(s.load_E.max() / s.load_E.double().mean().clamp(min=1e-9)) for s in _of(layers)]
+    tokens = [max(float(s.tokens), 1.0) for s in _of(layers)]
+    dropped = [float(s.dropped) for s in _of(layers)]
+    dead = [int((s.load_E == 0).sum()) for s in _of(layers)]
+    entropy = [float(s.entropy) for s in _of(layers)]
+    loads = [[int(n) for n in s.load_E.tolist()] for s in _of(layers)]
     values: dict[str, Value] = {
         "load_max_over_mean": max(ratios),
-        "dropped_ratio": float(sum(s.dropped for s in layers)) / max(tokens, 1.0),
-        "dead_experts": float(sum(int((s.load_E == 0).sum()) for s in layers)),
-        "router_entropy": float(sum(s.entropy for s in layers)) / max(tokens, 1.0),
+        "dropped_ratio": sum(dropped) / sum(tokens),
+        "dead_experts": float(sum(dead)),
+        "router_entropy": sum(entropy) / sum(tokens),
+        "moe_layers": list(layers),
+        "layer_expert_load": loads,
+        "layer_load_max_over_mean": ratios,
+        "layer_dropped_ratio": [d / t for d, t in zip(dropped, tokens, strict=True)],
+        "layer_dead_experts": dead,
+        "layer_router_entropy": [e / t for e, t in zip(entropy, tokens, strict=True)],
     }
-    if same_size:
-        values["expert_load"] = [
-            int(n) for n in torch.stack([s.load_E for s in layers]).sum(0).tolist()
-        ]
+    if len({len(load) for load in loads}) == 1:
+        values["expert_load"] = [sum(column) for column in zip(*loads, strict=True)]
     return values
 
 
-def speed(tokens: int, began_s: float, data_wait_s: float) -> dict[str, Value]:
-    """Time and throughput of one step."""
+def _of(layers: Mapping[int, Statistics]) -> list[Statistics]:
+    return list(layers.values())
+
+
+def speed(
+    tokens: int, began_s: float, data_wait_s: float, exchange_s: float | None
+) -> dict[str, Value]:
+    """Time and throughput of one step, and how much of it went into exchanging rows."""
     step_s = time.perf_counter() - began_s
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
+    values: dict[str, Value] = {
         "step_s": step_s,
         "data_wait_s": data_wait_s,
         "tokens_per_s": tokens / step_s,
-        "memory_peak_bytes": peak_bytes,
+        "memory_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    if exchange_s is not None:
+        values["all_to_all_share"] = exchange_s / step_s
+    return values
 
 
 def position(step: int, batch_sequences: int, seq_len: int, num_samples: int) -> dict[str, Value]:

@@ -96,7 +96,7 @@ def claimed(run_dir: Path) -> Iterator[StateFile]:
 @contextlib.contextmanager
 def writing(run_dir: Path) -> Iterator[None]:
     """Held by the worker that writes metrics and commits checkpoints, as long as it lives."""
-    with _locked(run_dir / WRITER_LOCK, wait_s=0.0):
+    with _locked(run_dir / WRITER_LOCK, wait_s=_ORPHANS_LIVE_S):  # the one before may be ending
         yield
 
 

@@ -1,4 +1,5 @@
-"""ZeRO 1 by DeepSpeed: each rank keeps and updates its own part of the optimizer's state.
+"""ZeRO 1 and 2 by DeepSpeed: each rank keeps and updates its own part of the optimizer's state,
+and with ZeRO 2 keeps no other part of the gradients from one microbatch to the next.
 
 The seam is DeepSpeed's ZeRO optimizer, without the engine around it. The engine wants LOCAL_RANK in
 the environment, keeps expert groups in process-wide tables, believes in experts only if it finds an
@@ -10,7 +11,6 @@ Gradients are summed, by the rule in gptmoe/parallel/updater.py: `gradient_avera
 every division out; with it on, expert gradients too would be divided by the number of all ranks.
 """
 
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,6 +22,7 @@ from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils.timer import NoopTimer
+from torch import Tensor
 
 from gptmoe.checkpoint.boxes import Piece
 from gptmoe.model.transformer import GPT
@@ -32,12 +33,13 @@ from gptmoe.parallel.updater import (
     BUCKET_BYTES,
     Read,
     clip,
+    complete_gradients,
+    global_norm,
     make_optimizer,
     parameter_groups,
-    sum_of_squares,
 )
 
-from .zero_state import fragments, load_moments, moment_pieces
+from .zero_state import fragments, load_moments, moment_pieces, spoken_for
 
 
 class ZeroUpdater:
@@ -46,29 +48,39 @@ class ZeroUpdater:
     The weights must be in the model already: the partitions start as copies of them.
     """
 
-    def __init__(self, model: GPT, mesh: Mesh, spec: OptimizerSpec) -> None:
+    def __init__(self, model: GPT, mesh: Mesh, spec: OptimizerSpec, stage: int = 1) -> None:
+        assert stage == 1 or mesh.layout.pp == 1
+        self.stage = stage
         self.mesh = mesh
         self.spec = spec
         self.owned = owned_parameters(model, mesh.layout, mesh.rank)
-        self.zero = _zero_optimizer(self.owned, mesh, spec)
+        self.zero = _zero_optimizer(self.owned, mesh, spec, stage)
         self.fragments = fragments(self.zero, self.owned)
+
+    def microbatch_done(self, *, last: bool) -> None:
+        """ZeRO 2: reduce this microbatch's gradients and keep this rank's part."""
+        if self.stage == 2:
+            self._reduce(last=last)
 
     def step(self, learning_rate: float) -> float:
         """Reduce, clip, update; see Updater.step."""
-        for o in self.owned:
-            if o.parameter.grad is None:  # skipped on one rank, it would leave the others waiting
-                o.parameter.grad = torch.zeros_like(o.parameter)
-        # Pipelines run backward outside DeepSpeed as we do: this flag makes the buckets only now.
-        self.zero.reduce_gradients(pipeline_parallel=True)
-        # The ranks' fragments hold each gradient once. DeepSpeed's own norm is as exact and slower,
-        # and its own clipping divides by norm + 1e-6.
-        gradients = [part for parts in self.zero.averaged_gradients.values() for part in parts]
-        norm = math.sqrt(self.mesh.sum(sum_of_squares(gradients, gradients[0].device)))
-        clip(gradients, norm, self.spec.max_grad_norm)
+        if self.stage == 1:
+            self._reduce(last=True)
+        # DeepSpeed's own norm is as exact and slower, and its own clipping divides by norm + 1e-6.
+        partitions: dict[int, list[Tensor]] = self.zero.averaged_gradients
+        norm = global_norm(spoken_for(partitions, self.fragments), self.mesh)
+        for gradients in partitions.values():
+            clip(gradients, norm, self.spec.max_grad_norm)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = learning_rate
         self.zero.step()
         return norm
+
+    def _reduce(self, *, last: bool) -> None:
+        complete_gradients(self.owned, self.mesh)
+        self.zero.set_gradient_accumulation_boundary(last)
+        # Pipelines run backward outside DeepSpeed as we do: this flag makes the buckets only now.
+        self.zero.reduce_gradients(pipeline_parallel=True)
 
     def state_pieces(self) -> list[Piece]:
         """Moments of the fragments that this rank updates."""
@@ -85,14 +97,18 @@ class ZeroUpdater:
             load_moments(self.zero, self.fragments, read)
 
 
-def _zero_optimizer(owned: Sequence[Owned], mesh: Mesh, spec: OptimizerSpec) -> Any:
+def _zero_optimizer(owned: Sequence[Owned], mesh: Mesh, spec: OptimizerSpec, stage: int) -> Any:
     _connect(mesh, owned[0].parameter.device)
     # For it None is the group of everybody; in a mesh it is the group of nobody else.
     alone = dist.new_group([mesh.rank], use_local_synchronization=True)
-    group_name = "experts" if mesh.expert_group else ""
+    layout = mesh.layout
+    # Experts that every data rank holds are partitioned like everything else.
+    group_name = "experts" if layout.replica_groups() != layout.data_groups() else ""
     for o in owned:
         parameter: Any = o.parameter
-        parameter.allreduce = not (o.is_expert and group_name)  # its mark of a split expert: False
+        parameter.allreduce = not (
+            o.cut.is_expert and group_name
+        )  # its mark of a split expert: False
         parameter.group_name = group_name
     zero = DeepSpeedZeroOptimizer(
         make_optimizer(list(_groups(owned, spec, group_name)), spec),
@@ -101,13 +117,13 @@ def _zero_optimizer(owned: Sequence[Owned], mesh: Mesh, spec: OptimizerSpec) -> 
         optimizer_params={},
         contiguous_gradients=True,  # without, it sums the gradients of different experts
         reduce_bucket_size=BUCKET_BYTES // 4,
-        dp_process_group=mesh.world_group or alone,
+        dp_process_group=mesh.data_group or alone,
         expert_parallel_group={group_name: mesh.expert_group or alone},
         expert_data_parallel_group={group_name: mesh.replica_group or alone},
         has_moe_layers=bool(group_name),
         communication_data_type=torch.float32,
         gradient_average=False,
-        partition_grads=False,
+        partition_grads=stage == 2,
         check_grad_overflow=False,
         compute_grad_norm=False,  # ZeroUpdater.step does
     )
@@ -122,7 +138,7 @@ def _groups(
     """Parameter groups. Split experts have their own: they are partitioned over fewer ranks."""
     for is_expert in (False, True):
         mark = {"moe": True, "name": group_name} if is_expert and group_name else {}
-        for group in parameter_groups([o for o in owned if o.is_expert == is_expert], spec):
+        for group in parameter_groups([o for o in owned if o.cut.is_expert == is_expert], spec):
             if group["params"]:  # it cannot flatten an empty group
                 yield group | mark
 

@@ -1,6 +1,6 @@
 """ZeRO's flat partitions as boxes of logical tensors: a checkpoint knows nothing of ZeRO."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import add
 from typing import Any
@@ -20,6 +20,8 @@ class Fragment:
     owned: Owned
     first: int
     stop: int
+    group: int
+    """Number of the optimizer's parameter group."""
     partition: Tensor
     """The flat float32 weights that hold them; the optimizer's key to their state."""
     offset: int
@@ -27,11 +29,14 @@ class Fragment:
 
     def boxes(self) -> Iterator[tuple[Box, slice]]:
         """The boxes that they make in the logical tensor, each with its place in the partition."""
-        here, place = self.owned.box, self.offset
-        for part in flat_range(here.shape, self.first, self.stop):
-            start = tuple(map(add, here.start, part.start))
-            yield Box(start, part.shape), slice(place, place + part.volume)
-            place += part.volume
+        begin, place = 0, self.offset
+        for held in self.owned.cut.boxes:
+            first, stop = max(self.first - begin, 0), min(self.stop - begin, held.volume)
+            for part in flat_range(held.shape, first, stop):
+                start = tuple(map(add, held.start, part.start))
+                yield Box(start, part.shape), slice(place, place + part.volume)
+                place += part.volume
+            begin += held.volume
 
 
 def fragments(zero: Any, owned: Sequence[Owned]) -> list[Fragment]:
@@ -43,19 +48,41 @@ def fragments(zero: Any, owned: Sequence[Owned]) -> list[Fragment]:
         if mapping is not None:
             here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
             partition = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            kept.append(Fragment(o, here.start, here.start + here.numel, partition, there.start))
+            stop, group = here.start + here.numel, mapping.param_group_index
+            kept.append(Fragment(o, here.start, stop, group, partition, there.start))
     return kept
+
+
+def spoken_for(
+    partitions: Mapping[int, Sequence[Tensor]], kept: Sequence[Fragment]
+) -> list[Tensor]:
+    """Of the gradients of each group's partition, in order, those that this rank speaks for.
+
+    A partition holds each fragment once among the data ranks; what other slices or stages hold,
+    too, counts once among these.
+    """
+    counted = {(f.group, f.offset) for f in kept if f.owned.cut.is_first_copy}
+    mine = []
+    for group, gradients in partitions.items():
+        offset = 0
+        for gradient in gradients:
+            if (group, offset) in counted:
+                mine.append(gradient)
+            offset += gradient.numel()
+    return mine
 
 
 def moment_pieces(fragment: Fragment, state: dict[str, Tensor]) -> Iterable[Piece]:
     """AdamW's state of a fragment, under the names that the plain updater gives it."""
     owned = fragment.owned
+    if not owned.cut.is_first_copy:
+        return
     for name in MOMENTS:
         if name in state:
             for box, place in fragment.boxes():
                 values = state[name][place].view(box.shape)
                 yield Piece(f"{name}/{owned.name}", owned.full_shape, box, values)
-    has_first = fragment.first == 0 and not any(owned.box.start)
+    has_first = fragment.first == 0 and not any(owned.cut.boxes[0].start)
     if "step" in state and has_first:
         yield Piece(f"step/{owned.name}", (), Box((), ()), state["step"].detach().float().cpu())
 

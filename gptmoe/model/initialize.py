@@ -6,37 +6,46 @@ import math
 import torch
 from torch import Tensor
 
-from .experts import Experts
+from gptmoe.checkpoint.boxes import Box
+
+from .spec import ModelSpec
 from .transformer import GPT
 
 
+@torch.no_grad()
 def initialize(model: GPT, seed: int) -> None:
-    """Fill all parameters in place: N(0, init_std), residual outputs divided by sqrt(2 * layers)
-    (Radford et al. 2019, section 2.3), norms at one, biases at zero."""
-    std = model.spec.init_std
-    residual_std = std / math.sqrt(2 * model.spec.num_layers)
-    experts = {
-        f"{name}.": module for name, module in model.named_modules() if isinstance(module, Experts)
-    }
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            owner, _, kind = name.rpartition(".")
-            if kind.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in owner.rpartition(".")[2]:
-                parameter.fill_(1.0)
-            elif f"{owner}." in experts:
-                first = experts[f"{owner}."].first
-                expert_std = residual_std if kind.startswith("down") else std
-                for index in range(len(parameter)):
-                    _normal(parameter[index], expert_std, f"{seed}/{name}/{first + index}")
-            else:
-                residual = owner.endswith((".attention.out", ".ffn.down"))
-                _normal(parameter, residual_std if residual else std, f"{seed}/{name}")
+    """Fill all parameters of a whole model in place."""
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        parameter.copy_(initial_values(name, shape, model.spec, seed, Box.whole(shape)))
 
 
-def _normal(tensor: Tensor, std: float, key: str) -> None:
+def initial_values(
+    name: str, shape: tuple[int, ...], spec: ModelSpec, seed: int, box: Box
+) -> Tensor:
+    """A box of the initial values of the parameter `name`, whose whole shape is `shape`.
+
+    N(0, init_std), residual outputs divided by sqrt(2 * layers) (Radford et al. 2019, section 2.3),
+    norms at one, biases at zero. Each expert is drawn for itself, everything else whole.
+    """
+    owner, _, kind = name.rpartition(".")
+    if kind.endswith("bias"):
+        return torch.zeros(box.shape)
+    if "norm" in owner.rpartition(".")[2]:
+        return torch.ones(box.shape)
+    std, residual_std = spec.init_std, spec.init_std / math.sqrt(2 * spec.num_layers)
+    if owner.endswith(".experts"):
+        std = residual_std if kind.startswith("down") else std
+        inside = Box(box.start[1:], box.shape[1:]).slices(Box.whole(shape[1:]))
+        experts = range(box.start[0], box.stop[0])
+        drawn = [_normal(shape[1:], std, f"{seed}/{name}/{expert}")[inside] for expert in experts]
+        return torch.stack(drawn)
+    std = residual_std if owner.endswith((".attention.out", ".ffn.down")) else std
+    return _normal(shape, std, f"{seed}/{name}")[box.slices(Box.whole(shape))]
+
+
+def _normal(shape: tuple[int, ...], std: float, key: str) -> Tensor:
     """Gaussian values drawn on the CPU, so that no device draws others."""
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
     generator = torch.Generator().manual_seed(number)
-    tensor.copy_(torch.empty(tensor.shape).normal_(0, std, generator=generator))
+    return torch.empty(shape).normal_(0, std, generator=generator)

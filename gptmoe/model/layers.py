@@ -100,8 +100,8 @@ class Attention(nn.Module):
         self.out = Linear(d_model, d_model)
 
     def forward(self, x_BTD: Tensor, layer: int, attend: Attend) -> Tensor:
-        heads = (*x_BTD.shape[:2], 3, self.num_heads, -1)
-        q_BTHK, k_BTHK, v_BTHK = self.qkv(x_BTD).view(heads).unbind(2)
+        qkv = self.qkv(x_BTD)
+        q_BTHK, k_BTHK, v_BTHK = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).unbind(2)
         return self.out(attend(layer, q_BTHK, k_BTHK, v_BTHK).flatten(2))
 
 

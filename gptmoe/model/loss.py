@@ -12,7 +12,6 @@ def token_losses(logits_NV: Tensor, label_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NV.to(wide(logits_NV.dtype)), label_N, reduction="none")
 
 
-def weighted_loss(logits_BTV: Tensor, label_BT: Tensor, weight_BT: Tensor) -> Tensor:
+def weighted_sum(losses_N: Tensor, weight_BT: Tensor) -> Tensor:
     """Sum of the losses of labels with weight True: a scalar, to be divided by the global count."""
-    losses_N = token_losses(logits_BTV.flatten(0, 1), label_BT.flatten())
     return torch.where(weight_BT.flatten(), losses_N, 0.0).sum()

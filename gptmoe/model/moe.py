@@ -1,6 +1,6 @@
 """The mixture-of-experts layer: route, dispatch, compute, combine.
 
-Letters: T tokens, D model width, R rows.
+Letters: B sequences, T tokens, D model width, R rows.
 """
 
 from torch import Tensor, nn
@@ -24,12 +24,18 @@ class MoE(nn.Module):
         self.experts = Experts(num_experts, spec.d_model, spec.d_ff)
         self.dispatcher = LocalDispatcher()
 
-    def forward(self, h_TD: Tensor, groups: Groups) -> tuple[Tensor, Routing]:
-        """Return the experts' answers [T, D], zero for tokens that none took, and the routing."""
+    def forward(self, h_BTD: Tensor, groups: Groups) -> tuple[Tensor, Routing]:
+        """Return the experts' answers, shaped as h and zero for tokens that none took, and the
+        routing. Tokens are numbered through the batch; h may have any leading dimensions."""
+        h_TD = h_BTD.flatten(0, -2)
         routing = self.router.route(h_TD, groups)
+        return self.answer(h_TD, routing).view_as(h_BTD), routing
+
+    def answer(self, h_TD: Tensor, routing: Routing) -> Tensor:
+        """The weighted sum of the answers of each token's experts, [T, D]."""
         sent = self.dispatcher.dispatch(h_TD, routing)
         rows_RD = self.experts(sent.rows_RD, sent.rows_per_expert)
-        return self.dispatcher.combine(rows_RD, sent), routing
+        return self.dispatcher.combine(rows_RD, sent)
 
 
 def make_router(spec: ModelSpec, num_experts: int) -> Router:

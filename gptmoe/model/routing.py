@@ -33,6 +33,12 @@ class Statistics:
     entropy: Tensor
     """Sum over tokens of the entropy of the router's distribution, in nats."""
 
+    @classmethod
+    def zero(cls, num_experts: int) -> "Statistics":
+        """Of no tokens."""
+        none = torch.zeros((), dtype=torch.long)
+        return cls(torch.zeros(num_experts, dtype=torch.long), none, none, none.double())
+
     def __add__(self, other: "Statistics") -> "Statistics":
         return Statistics(
             self.load_E + other.load_E,

@@ -6,10 +6,11 @@ Letters: B batch, T tokens, D model width, V vocabulary.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dropout import EMBEDDINGS, Drop, keep_all
 from .layers import Attend, Attention, Embedding, FeedForward, LayerNorm, attend_causally, linear
+from .loss import token_losses, weighted_sum
 from .moe import MoE
 from .routing import Groups, Routing
 from .spec import ModelSpec
@@ -17,7 +18,8 @@ from .spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The final hidden states, and what each MoE layer's router decided, in layer order."""
+    """The hidden states after the layers that ran, after the last one with the last norm applied;
+    and what their routers decided, in layer order."""
 
     hidden_BTD: Tensor
     routings: tuple[Routing, ...]
@@ -42,7 +44,6 @@ class Block(nn.Module):
     def __init__(self, spec: ModelSpec, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.dropout = spec.dropout
         self.norm_attention = LayerNorm(spec.d_model)
         self.attention = Attention(spec.d_model, spec.num_heads)
         self.norm_ffn = LayerNorm(spec.d_model)
@@ -50,20 +51,17 @@ class Block(nn.Module):
         self.ffn = MoE(spec, experts) if experts else FeedForward(spec.d_model, spec.d_ff)
 
     def forward(
-        self, x_BTD: Tensor, groups: Groups, attend: Attend
+        self, x_BTD: Tensor, groups: Groups, attend: Attend, drop: Drop
     ) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + self._drop(self.attention(self.norm_attention(x_BTD), self.layer, attend))
+        attended_BTD = self.attention(self.norm_attention(x_BTD), self.layer, attend)
+        x_BTD = x_BTD + drop(attended_BTD, self.layer, "attention")
         h_BTD = self.norm_ffn(x_BTD)
         routing = None
         if isinstance(self.ffn, MoE):
-            out_TD, routing = self.ffn(h_BTD.flatten(0, 1), groups)
-            out_BTD = out_TD.view_as(h_BTD)
+            out_BTD, routing = self.ffn(h_BTD, groups)
         else:
             out_BTD = self.ffn(h_BTD)
-        return x_BTD + self._drop(out_BTD), routing
-
-    def _drop(self, x_BTD: Tensor) -> Tensor:
-        return F.dropout(x_BTD, self.dropout) if self.training and self.dropout else x_BTD
+        return x_BTD + drop(out_BTD, self.layer, "ffn"), routing
 
 
 class GPT(nn.Module):
@@ -89,30 +87,49 @@ class GPT(nn.Module):
         position_BT: Tensor | None = None,
         valid_BT: Tensor | None = None,
         attend: Attend = attend_causally,
+        drop: Drop = keep_all,
+        *,
+        layers: range | None = None,
+        x_BTD: Tensor | None = None,
     ) -> Output:
-        """Hidden states after the last norm, [B, T, D].
+        """Hidden states [B, T, D] after `layers` (default: all of them).
 
         `valid_BT` is False on padding, which is then not routed. In training, B must be a multiple
-        of `spec.router.group_sequences` when there are experts.
+        of `spec.router.group_sequences` when there are experts. A pipeline stage names its layers;
+        unless they begin with layer 0, `x_BTD` are the hidden states before them.
         """
+        layers = layers or range(self.spec.num_layers)
+        groups = self._groups(token_BT, valid_BT)
+        if x_BTD is None:
+            x_BTD = self._begin(token_BT, position_BT, drop)
+        routings = []
+        for layer in layers:
+            x_BTD, routing = self.layers[layer](x_BTD, groups, attend, drop)
+            if routing is not None:
+                routings.append(routing)
+        if layers.stop == self.spec.num_layers:
+            x_BTD = self.norm(x_BTD)
+        return Output(x_BTD, tuple(routings))
+
+    def _begin(self, token_BT: Tensor, position_BT: Tensor | None, drop: Drop) -> Tensor:
         if position_BT is None:
             position_BT = torch.arange(token_BT.shape[1], device=token_BT.device).expand_as(
                 token_BT
             )
-        groups = self._groups(token_BT, valid_BT)
-        x_BTD = self.embed(token_BT, position_BT, self.compute_dtype)
-        x_BTD = F.dropout(x_BTD, self.spec.dropout, self.training)
-        routings = []
-        for block in self.layers:
-            x_BTD, routing = block(x_BTD, groups, attend)
-            if routing is not None:
-                routings.append(routing)
-        return Output(self.norm(x_BTD), tuple(routings))
+        return drop(self.embed(token_BT, position_BT, self.compute_dtype), EMBEDDINGS, "sum")
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Scores over the vocabulary, [B, T, V], with the tied token table."""
         table_VD = self.embed.tokens.weight if self.packed_head is None else self.packed_head
         return linear(hidden_BTD, table_VD)
+
+    def loss_sum(self, hidden_BTD: Tensor, label_BT: Tensor, weight_BT: Tensor) -> Tensor:
+        """Sum in nats of the losses of labels with weight True: a scalar."""
+        return weighted_sum(self.label_losses(hidden_BTD, label_BT), weight_BT)
+
+    def label_losses(self, hidden_BTD: Tensor, label_BT: Tensor) -> Tensor:
+        """Negative log-likelihood of each label in nats, [B * T]."""
+        return token_losses(self.logits(hidden_BTD).flatten(0, 1), label_BT.flatten())
 
     def _groups(self, token_BT: Tensor, valid_BT: Tensor | None) -> Groups:
         """In training groups of `group_sequences` sequences, else one: nothing is dropped."""

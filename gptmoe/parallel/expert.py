@@ -3,6 +3,9 @@
 Letters: T tokens, D model width, S rows at their source, R rows at the experts, E all experts.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +34,7 @@ class AllToAllDispatcher:
     def __init__(self, group: dist.ProcessGroup, size: int) -> None:
         self.group = group
         self.size = size
+        self.watch = Stopwatch()
 
     def dispatch(self, h_TD: Tensor, routing: Routing) -> Sent:
         """Send each row to the owner of its expert; what arrives is sorted by local expert."""
@@ -38,9 +42,10 @@ class AllToAllDispatcher:
         token_S = routing.token_R[order_S]
         counts_out = rows_E.view(self.size, -1)
         counts_in = torch.empty_like(counts_out)
-        dist.all_to_all_single(counts_in, counts_out, group=self.group)
+        with self.watch.running():
+            dist.all_to_all_single(counts_in, counts_out, group=self.group)
         sent, received = counts_out.sum(1).tolist(), counts_in.sum(1).tolist()
-        arrived_RD = exchange(h_TD[token_S], received, sent, self.group)
+        arrived_RD = exchange(h_TD[token_S], received, sent, self.group, self.watch)
         by_expert_R = _sort_sources(counts_in)
         return Sent(
             rows_RD=arrived_RD[by_expert_R],
@@ -56,26 +61,55 @@ class AllToAllDispatcher:
         route = sent.route_back
         assert isinstance(route, _RouteBack)
         unsorted_RD = torch.empty_like(rows_RD).index_copy(0, route.by_expert_R, rows_RD)
-        home_SD = exchange(unsorted_RD, route.sent_per_rank, route.received_per_rank, self.group)
+        splits = route.sent_per_rank, route.received_per_rank
+        home_SD = exchange(unsorted_RD, *splits, self.group, self.watch)
         return weighted_sum(home_SD, sent)
 
 
-def exchange(rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+class Stopwatch:
+    """Seconds that this rank has spent in exchanges; on CUDA those of starting them only."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Add the time of a block."""
+        began_s = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - began_s
+
+    def take(self) -> float:
+        """The seconds since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+def exchange(
+    rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup, watch: Stopwatch
+) -> Tensor:
     """All-to-all of rows with uneven splits; its gradient is the reverse exchange."""
-    result: Tensor = _Exchange.apply(rows, receive, send, group)  # type: ignore[no-untyped-call]
+    result: Tensor = _Exchange.apply(  # type: ignore[no-untyped-call]
+        rows, receive, send, group, watch
+    )
     return result
 
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: Any) -> Tensor:
-        ctx.splits, ctx.group = (receive, send), group
-        return _all_to_all(rows, receive, send, group)
+    def forward(
+        ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: Any, watch: Stopwatch
+    ) -> Tensor:
+        ctx.splits, ctx.group, ctx.watch = (receive, send), group, watch
+        with watch.running():
+            return _all_to_all(rows, receive, send, group)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         receive, send = ctx.splits
-        return _all_to_all(gradients[0], send, receive, ctx.group), None, None, None
+        with ctx.watch.running():
+            back = _all_to_all(gradients[0], send, receive, ctx.group)
+        return back, None, None, None, None
 
 
 def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group: Any) -> Tensor:

@@ -14,10 +14,12 @@ other weight, and spread over dp alone: (0, 2) and (1, 3).
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from gptmoe.errors import LayoutError
+from gptmoe.model.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,15 @@ class Layout:
     """Pipeline parallel: stages that hold different layers."""
     expert_tp: bool = False
     """Experts are cut by tp, too, instead of being spread over its ranks; ep then divides dp."""
+    sequence_parallel: bool = True
+    """With tp > 1: what lies between the sliced products works on slices of the sequence."""
+    chunks: int = 1
+    """Groups of consecutive layers on each stage, dealt out in turn; more than 1 interleaves."""
+    chunk_layers: tuple[int, ...] = ()
+    """Layers of each of the pp x chunks groups; () = as equal as can be."""
 
     def __post_init__(self) -> None:
-        for name in ("ep", "dp", "tp", "pp"):  # dp may have been taken from ep
+        for name in ("ep", "dp", "tp", "pp", "chunks"):  # dp may have been taken from ep
             if getattr(self, name) < 1:
                 raise LayoutError(f"parallel.{name}={getattr(self, name)} must be at least 1")
         if self.expert_span % self.ep:
@@ -71,17 +79,72 @@ class Layout:
         stage, data = divmod(others, self.dp)
         return Place(stage, data, slice_)
 
-    def expert_index(self, rank: int) -> int:
-        """Which of the ep parts of its stage's experts `rank` holds."""
+    def layer_chunks(self, num_layers: int) -> tuple[range, ...]:
+        """The layers of each chunk in the order of the model; chunk c lies on stage c % pp."""
+        parts = self.pp * self.chunks
+        sizes = self.chunk_layers or tuple(
+            num_layers * (index + 1) // parts - num_layers * index // parts
+            for index in range(parts)
+        )
+        ends = list(accumulate(sizes))
+        return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+    def stage_of(self, layer: int, num_layers: int) -> int:
+        """The stage that holds a layer."""
+        chunks = self.layer_chunks(num_layers)
+        return next(index for index, chunk in enumerate(chunks) if layer in chunk) % self.pp
+
+    def layers_of(self, rank: int, num_layers: int) -> tuple[int, ...]:
+        """The layers that `rank` holds."""
+        chunks = self.layer_chunks(num_layers)[self.place(rank).stage :: self.pp]
+        return tuple(layer for chunk in chunks for layer in chunk)
+
+    def expert_part(self, rank: int) -> tuple[int, int]:
+        """Which of the ep parts of its stage's experts `rank` holds, and which copy of that."""
         place = self.place(rank)
         column = place.data if self.expert_tp else place.data * self.tp + place.slice
-        return column % self.ep
+        copy, index = divmod(column, self.ep)
+        return index, copy
 
     def experts_of(self, rank: int, num_experts: int) -> tuple[int, int]:
         """First and last + 1 of the experts that `rank` owns in a layer of `num_experts`."""
         share = num_experts // self.ep
-        first = self.expert_index(rank) * share
+        first = self.expert_part(rank)[0] * share
         return first, first + share
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise LayoutError unless each stage gets its chunks of layers."""
+        parts, sizes = self.pp * self.chunks, self.chunk_layers
+        if self.chunks > 1 and self.pp == 1:
+            raise LayoutError(
+                f"parallel.chunks={self.chunks} cuts pipeline stages further, but parallel.pp=1; "
+                "use parallel.chunks=1"
+            )
+        if parts > num_layers:
+            raise LayoutError(
+                f"parallel.pp={self.pp} x parallel.chunks={self.chunks} need as many layers, but "
+                f"model.num_layers={num_layers}; use fewer"
+            )
+        if sizes and (len(sizes) != parts or sum(sizes) != num_layers or min(sizes) < 1):
+            raise LayoutError(
+                f"parallel.chunk_layers={list(sizes)} must be {parts} numbers above 0 (pp x "
+                f"chunks) that add up to model.num_layers={num_layers}"
+            )
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raise LayoutError unless the ranks can share this model."""
+        self.check_experts(spec.num_experts)
+        self.check_layers(spec.num_layers)
+        self.check_slices({"model.num_heads": spec.num_heads, "model.d_ff": spec.d_ff})
+
+    def check_slices(self, sizes: Mapping[str, int]) -> None:
+        """Raise LayoutError unless tp divides each of the named sizes."""
+        for name, size in sizes.items():
+            if size % self.tp:
+                raise LayoutError(
+                    f"parallel.tp={self.tp} must divide {name}={size}; "
+                    f"use {choices(divisors(size))}"
+                )
 
     def check_experts(self, num_experts: Sequence[int]) -> None:
         """Raise LayoutError unless ep divides every layer's number of experts."""
@@ -99,20 +162,18 @@ class Layout:
     def expert_groups(self) -> list[list[int]]:
         """Groups of ranks that together hold one copy of every expert of their stage."""
 
-        def group(rank: int, place: Place) -> Hashable:
-            if self.expert_tp:
-                return place.stage, place.slice, place.data // self.ep
-            return place.stage, (place.data * self.tp + place.slice) // self.ep
+        def key(rank: int, place: Place) -> Hashable:
+            return place.stage, place.slice if self.expert_tp else 0, self.expert_part(rank)[1]
 
-        return self._groups(group)
+        return self._groups(key)
 
     def replica_groups(self) -> list[list[int]]:
         """Groups of ranks that hold the same experts."""
 
-        def group(rank: int, place: Place) -> Hashable:
-            return place.stage, place.slice if self.expert_tp else 0, self.expert_index(rank)
+        def key(rank: int, place: Place) -> Hashable:
+            return place.stage, place.slice if self.expert_tp else 0, self.expert_part(rank)[0]
 
-        return self._groups(group)
+        return self._groups(key)
 
     def tensor_groups(self) -> list[list[int]]:
         """Groups of ranks that hold the slices of the same weights, for the same samples."""
@@ -121,6 +182,10 @@ class Layout:
     def data_groups(self) -> list[list[int]]:
         """Groups of ranks that hold the same slices, for different samples."""
         return self._groups(lambda rank, place: (place.stage, place.slice))
+
+    def tied_groups(self) -> list[list[int]]:
+        """Pairs of ranks that hold the same part of the token table: first and last stage."""
+        return [[ranks[0], ranks[-1]] for ranks in self.pipelines() if len(ranks) > 1]
 
     def pipelines(self) -> list[list[int]]:
         """Groups of ranks that hold the stages, in order, for the same samples and slices."""
@@ -134,13 +199,9 @@ class Layout:
         return list(groups.values())
 
 
-def resolve(
-    dp: int | None, ep: int, tp: int = 1, pp: int = 1, *, expert_tp: bool = False
-) -> Layout:
-    """The layout asked for; dp not given = the smallest that fits ep."""
-    if dp is None:
-        dp = ep if expert_tp or min(ep, tp) < 1 else ep // math.gcd(ep, tp)
-    return Layout(dp=dp, tp=tp, ep=ep, pp=pp, expert_tp=expert_tp)
+def smallest_dp(ep: int, tp: int = 1, *, expert_tp: bool = False) -> int:
+    """The fewest data ranks over which ep can spread experts."""
+    return ep if expert_tp or min(ep, tp) < 1 else ep // math.gcd(ep, tp)
 
 
 def divisors(number: int) -> list[int]:

@@ -1,13 +1,15 @@
-"""Which box of each logical parameter a rank holds, and which rank writes it to a checkpoint."""
+"""Which boxes of each logical parameter a rank holds, and which rank speaks for them."""
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gptmoe.checkpoint.boxes import Box, Piece
-from gptmoe.model.experts import Experts
+from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 
+from .cuts import Cut, cut
 from .layout import Layout
 
 
@@ -18,32 +20,39 @@ class Owned:
     name: str
     parameter: nn.Parameter
     full_shape: tuple[int, ...]
-    box: Box
-    is_expert: bool
+    cut: Cut
     writes: bool
-    """True on exactly one of the ranks that hold this box."""
+    """True on exactly one of the ranks that hold these boxes: it writes them to a checkpoint and
+    counts them in the norm. Copies are spoken for by different ranks in turn."""
+
+    def parts(self, values: Tensor) -> list[tuple[Box, Tensor]]:
+        """A tensor shaped like the parameter as the values of each box (views)."""
+        rows = [box.shape[0] for box in self.cut.boxes]
+        return list(zip(self.cut.boxes, values.split(rows), strict=True))
+
+    def pieces(self, name: str, values: Tensor) -> list[Piece]:
+        """A tensor shaped like the parameter as pieces of the logical tensor `name`."""
+        return [Piece(name, self.full_shape, box, part) for box, part in self.parts(values)]
 
 
 def owned_parameters(model: GPT, layout: Layout, rank: int) -> list[Owned]:
-    """This rank's parameters in model order. Copies are written by different ranks in turn."""
-    experts = {
-        name: module for name, module in model.named_modules() if isinstance(module, Experts)
-    }
+    """This rank's parameters in model order."""
+    shapes = logical_shapes(model.spec)
     owned = []
     for index, (name, parameter) in enumerate(model.named_parameters()):
-        shape = tuple(parameter.shape)
-        shard = experts.get(name.rpartition(".")[0])
-        if shard is None:
-            box, full = Box((0,) * len(shape), shape), shape
-            writes = index % layout.world == rank
-        else:
-            split = shard.count * layout.ep, *shape[1:]
-            box, full = Box((shard.first,) + (0,) * (len(shape) - 1), shape), split
-            writes = index % (layout.world // layout.ep) == rank // layout.ep
-        owned.append(Owned(name, parameter, full, box, shard is not None, writes))
+        held = cut(name, shapes[name], layout, rank, model.spec.num_layers)
+        writes = held.is_first_copy and index % held.copies == held.turn
+        owned.append(Owned(name, parameter, shapes[name], held, writes))
     return owned
+
+
+def logical_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and whole shape of every parameter of a model, in model order."""
+    with torch.device("meta"):
+        model = GPT(spec)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def weight_pieces(owned: list[Owned]) -> list[Piece]:
     """The weights that this rank writes."""
-    return [Piece(o.name, o.full_shape, o.box, o.parameter.detach()) for o in owned if o.writes]
+    return [piece for o in owned if o.writes for piece in o.pieces(o.name, o.parameter.detach())]

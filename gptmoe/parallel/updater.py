@@ -1,10 +1,21 @@
 """From gradients to new weights: reduce, norm, clip, step, state. The plain torch one (ZeRO 0).
 
-Gradient rule. Each rank divides its loss by *global* counts, so the gradient of the global loss is
-the sum of the ranks' gradients. A replicated parameter is summed over all ranks. An expert's rows
-came from its whole expert group, and the backward all-to-all has summed over that group, so it is
-summed over its replicas only. The norm counts each parameter once: replicated ones on any rank,
-expert shards over the expert group.
+The gradient rules. Each rank divides its loss by *global* counts, so that the gradient of the
+global loss L = sum_d L_d over data ranks d is the sum of theirs; nothing is averaged again. For a
+parameter w and the ranks that hold the same boxes of it:
+
+1. Slices (tp). The ranks of a tensor group compute one L_d together. A sliced parameter gets all of
+   dL_d/dw where it lives: the collectives around sliced products see to it. So does one that every
+   rank applies to everything. One that each applies to its part of the rows (with sequence
+   parallelism all but the sliced ones; routers; see cuts.py) gets a part: sum over the tensor
+   group. The balance losses are computed by each rank of the group from all rows: each takes 1/tp
+   of their gradient, so that the same sum is right for them.
+2. Stages (pp). A parameter lives on one stage, but for the token table, which is the head, too:
+   dL/dw = dL/dw_first + dL/dw_last, summed over these two.
+3. Samples (dp). Sum over the data group. An expert's rows have come from its whole expert group,
+   and the backward all-to-all has summed over that: sum over its replicas only.
+
+The norm counts each parameter once: of all ranks that hold a box one speaks for it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +42,10 @@ Read = Callable[[str, Box], Tensor]
 class Updater(Protocol):
     """Owns the optimizer. Collective: each rank calls the same methods in the same order."""
 
+    def microbatch_done(self, *, last: bool) -> None:
+        """After each backward pass: gradients may be reduced and cut up now to save memory."""
+        ...
+
     def step(self, learning_rate: float) -> float:
         """Use the gradients in `.grad`, clear them, and return their norm before clipping."""
         ...
@@ -53,16 +68,16 @@ class PlainUpdater:
         self.owned = owned_parameters(model, mesh.layout, mesh.rank)
         self.optimizer = make_optimizer(parameter_groups(self.owned, spec), spec)
 
+    def microbatch_done(self, *, last: bool) -> None:
+        """Gradients are added up and reduced at the end."""
+
     def step(self, learning_rate: float) -> float:
         """Reduce, clip, update; see Updater.step."""
-        for o in self.owned:
-            if o.parameter.grad is None:
-                o.parameter.grad = torch.zeros_like(o.parameter)
-        replicated, experts = self._gradients(is_expert=False), self._gradients(is_expert=True)
-        sum_over(replicated, self.mesh.world_group)
-        sum_over(experts, self.mesh.replica_group)
-        norm = global_norm(replicated, experts, self.mesh.expert_group)
-        clip(replicated + experts, norm, self.spec.max_grad_norm)
+        complete_gradients(self.owned, self.mesh)
+        sum_over(gradients(o for o in self.owned if not o.cut.is_expert), self.mesh.data_group)
+        sum_over(gradients(o for o in self.owned if o.cut.is_expert), self.mesh.replica_group)
+        norm = global_norm(gradients(o for o in self.owned if o.writes), self.mesh)
+        clip(gradients(self.owned), norm, self.spec.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -80,18 +95,15 @@ class PlainUpdater:
 
     def load_state(self, read: Read) -> None:
         """Fill moments and step counts."""
-        if self.spec.kind == "adamw":
-            for o in self.owned:
-                self.optimizer.state[o.parameter] = {
-                    "step": read(f"step/{o.name}", Box((), ())).to(
-                        o.parameter.device, torch.float32
-                    ),
-                    **{name: read(f"{name}/{o.name}", o.box).to(o.parameter) for name in MOMENTS},
-                }
-
-    def _gradients(self, *, is_expert: bool) -> list[Tensor]:
-        gradients = (o.parameter.grad for o in self.owned if o.is_expert == is_expert)
-        return [gradient for gradient in gradients if gradient is not None]
+        if self.spec.kind != "adamw":
+            return
+        for o in self.owned:
+            state = {"step": read(f"step/{o.name}", Box((), ())).to(o.parameter.device).float()}
+            for name in MOMENTS:
+                state[name] = torch.empty_like(o.parameter)
+                for box, part in o.parts(state[name]):
+                    part.copy_(read(f"{name}/{o.name}", box))
+            self.optimizer.state[o.parameter] = state
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -101,8 +113,8 @@ def moment_pieces(owned: Owned, state: dict[str, Tensor]) -> Iterable[Piece]:
     """AdamW's state of a parameter as boxes of `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME`."""
     for name in MOMENTS:
         if name in state:
-            yield Piece(f"{name}/{owned.name}", owned.full_shape, owned.box, state[name])
-    if "step" in state and not any(owned.box.start):
+            yield from owned.pieces(f"{name}/{owned.name}", state[name])
+    if "step" in state and not any(owned.cut.boxes[0].start):
         yield Piece(f"step/{owned.name}", (), Box((), ()), state["step"].detach().float().cpu())
 
 
@@ -127,6 +139,20 @@ def make_optimizer(groups: list[dict[str, object]], spec: OptimizerSpec) -> torc
     )
 
 
+def complete_gradients(owned: Sequence[Owned], mesh: Mesh) -> None:
+    """Rules 1 and 2: afterwards each gradient is that of all slices and stages for its samples."""
+    for o in owned:
+        if o.parameter.grad is None:  # left out on one rank, it would leave the others waiting
+            o.parameter.grad = torch.zeros_like(o.parameter)
+    sum_over(gradients(o for o in owned if o.cut.is_partial), mesh.tensor_group)
+    sum_over(gradients(o for o in owned if o.cut.is_tied), mesh.tied_group)
+
+
+def gradients(owned: Iterable[Owned]) -> list[Tensor]:
+    """The gradients that are there."""
+    return [o.parameter.grad for o in owned if o.parameter.grad is not None]
+
+
 def sum_over(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
     """Sum the gradients over a group in place, a bucket of many small ones at a time."""
     if group is None:
@@ -138,17 +164,12 @@ def sum_over(gradients: Sequence[Tensor], group: dist.ProcessGroup | None) -> No
             gradient.copy_(part.view_as(gradient))
 
 
-def global_norm(
-    replicated: Sequence[Tensor], experts: Sequence[Tensor], expert_group: dist.ProcessGroup | None
-) -> float:
-    """Euclidean norm over all parameters of the model, each counted once."""
-    device = replicated[0].device
-    squares = torch.stack([sum_of_squares(replicated, device), sum_of_squares(experts, device)])
-    if expert_group is not None:
-        shard = squares[1:].clone()
-        dist.all_reduce(shard, group=expert_group)
-        squares[1:] = shard
-    return float(squares.sum().sqrt())
+def global_norm(spoken_for: Sequence[Tensor], mesh: Mesh) -> float:
+    """Euclidean norm over the model, of the gradients that each rank speaks for. Collective."""
+    total = sum_of_squares(spoken_for)
+    if mesh.world_group is not None:
+        dist.all_reduce(total, group=mesh.world_group)
+    return float(total.sqrt())
 
 
 def clip(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
@@ -157,15 +178,17 @@ def clip(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
         torch._foreach_mul_(list(gradients), max_norm / norm)
 
 
-def sum_of_squares(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of the squares of all elements, in float64.
 
     Row by row, since a float32 norm on the CPU loses 0.2 % of a tensor of 50 million elements; all
     in float64 it would take 27 times as long.
     """
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
     rows = [part for tensor in tensors for part in _rows(tensor.flatten())]
     norms = [torch.linalg.vector_norm(part, dim=1) for part in rows]
-    return torch.cat([torch.zeros(1, device=device), *norms]).double().square().sum()
+    return torch.cat(norms).double().square().sum()
 
 
 def _rows(flat: Tensor) -> tuple[Tensor, Tensor]:

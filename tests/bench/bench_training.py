@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from gptmoe.model.loss import weighted_loss
 from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.model.transformer import Output
 from gptmoe.parallel.apply import build
@@ -56,7 +55,7 @@ def our_step(num_experts: tuple[int, ...], interval: int) -> Callable[[], None]:
 
     def step() -> None:
         output: Output = model(token_BT)
-        loss = weighted_loss(model.logits(output.hidden_BTD), label_BT, weight_BT)
+        loss = model.loss_sum(output.hidden_BTD, label_BT, weight_BT)
         loss = loss / label_BT.numel()
         for routing in output.routings:
             loss = loss + spec.router.aux_loss_coef * routing.losses["aux_loss"]

@@ -42,7 +42,7 @@ def register(rank: int, epoch: int = 1, pid: int = 10) -> Register:
         rank=rank,
         node="here",
         pid=pid + rank,
-        shard=Shard(end_layer=2, experts=experts),
+        shard=Shard(layers=(0, 1), experts=experts),
     )
 
 

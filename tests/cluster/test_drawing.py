@@ -15,7 +15,7 @@ OWNER = Owner(
     node="node-a",
     pid=77,
     shard=Shard(
-        end_layer=4,
+        layers=(0, 1, 2, 3),
         experts=(ExpertRange(layer=1, first=4, end=8), ExpertRange(layer=3, first=4, end=8)),
     ),
     step=20,
@@ -55,6 +55,7 @@ def test_a_run_with_its_owners() -> None:
         "77",
         "0",
         "0-3",
+        "1/1",
         "1,3:",
         "4-7",
         "20",

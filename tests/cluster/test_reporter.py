@@ -47,7 +47,7 @@ class Scene:
             "first",
             worker="train-0",
             rank=0,
-            shard=Shard(end_layer=2),
+            shard=Shard(layers=(0, 1)),
             clock=lambda: self.now_s,
         )
 

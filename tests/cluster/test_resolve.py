@@ -26,7 +26,7 @@ def test_a_serving_config_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["parallel.epp=2"], "unknown config key parallel.epp; did you mean parallel.ep?"),
+        (["parallel.zeroo=1"], "unknown config key parallel.zeroo; did you mean parallel.zero?"),
         (["train.max_steps=many"], "train.max_steps must be a whole number"),
     ],
 )

@@ -20,7 +20,7 @@ TOPOLOGY = Topology(
             rank=0,
             node="here",
             pid=7,
-            shard=Shard(end_layer=2, experts=(ExpertRange(layer=1, first=0, end=4),)),
+            shard=Shard(layers=(0, 1), experts=(ExpertRange(layer=1, first=0, end=4),)),
             step=20,
             heartbeat_age_s=1.0,
             counters={"loss": 2.5},

@@ -18,8 +18,9 @@ ranges = st.builds(ExpertRange, layer=numbers, first=numbers, end=numbers)
 shards = st.builds(
     Shard,
     stage=numbers,
-    first_layer=numbers,
-    end_layer=numbers,
+    layers=st.lists(numbers, max_size=3).map(tuple),
+    slice=numbers,
+    slices=numbers,
     experts=st.lists(ranges, max_size=3).map(tuple),
 )
 counters = st.dictionaries(names, st.floats(allow_nan=False), max_size=3)
@@ -63,12 +64,13 @@ messages_of_each_kind = st.one_of(
         owners=st.lists(owners, max_size=2).map(tuple),
     ),
     st.builds(messages.Accepted, epoch=numbers),
+    st.builds(messages.Failure, epoch=numbers, reason=names),
     st.builds(messages.Refusal, epoch=numbers, reason=names),
 )
 
 
 def test_a_topology_crosses_the_wire() -> None:
-    shard = Shard(end_layer=4, experts=(ExpertRange(layer=1, first=0, end=4),))
+    shard = Shard(layers=(0, 1, 2, 3), experts=(ExpertRange(layer=1, first=0, end=4),))
     owner = Owner(worker="train-0", rank=0, node="诗", pid=7, shard=shard, counters={"loss": 2.5})
     topology = Topology(epoch=3, run="tiny", owners=(owner, replace(owner, worker="1", rank=1)))
     assert wire.decode(wire.encode(topology)) == topology

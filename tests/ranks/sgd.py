@@ -7,22 +7,28 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gptmoe.model.loss import weighted_loss
+from gptmoe.model.dropout import SampleDropout
 from gptmoe.model.moe import MoE
+from gptmoe.model.routing import Statistics
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.switch import SwitchRouter
-from gptmoe.model.transformer import GPT, Block, Output
+from gptmoe.model.transformer import GPT, Block
 from gptmoe.parallel.apply import build
 from gptmoe.parallel.layout import Layout
-from gptmoe.parallel.mesh import Mesh, join
+from gptmoe.parallel.mesh import join
 from gptmoe.parallel.optimizer import OptimizerSpec
 from gptmoe.parallel.ownership import Owned, owned_parameters
+from gptmoe.parallel.pipeline import Pipeline
+from gptmoe.parallel.recompute import Recompute
+from gptmoe.parallel.schedules import Kind, schedule
 from gptmoe.parallel.updater import PlainUpdater
+from gptmoe.tensors import TensorBatch
+from train.loop import StepSettings, TrainingPasses
+from train.schedule import ScheduleSpec
 
-NUM_SEQUENCES, LENGTH = 8, 7
+NUM_SEQUENCES, LENGTH = 8, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,8 @@ class Case:
     steps: int = 6
     max_grad_norm: float = 0.25
     learning_rate: float = 0.3
+    schedule: Kind = "1f1b"
+    recompute: Recompute = "none"
 
 
 @dataclass(slots=True)
@@ -49,8 +57,10 @@ class Trained:
     norms: list[float]
     owned: list[Owned]
     load_E: Tensor
-    """Tokens of this rank that chose each expert of the first MoE layer, over all steps."""
+    """Tokens of this rank that chose each expert of the first MoE layer, over all steps; zeros
+    where another stage holds it."""
     dropped: int
+    """Tokens of all ranks."""
 
 
 class Batch(NamedTuple):
@@ -65,46 +75,71 @@ class Batch(NamedTuple):
 def train(rank: int, layout: Layout, case: Case) -> Trained:
     """Train on this rank's slice of each global batch. Collective unless the layout is one rank."""
     mesh = join(layout, rank)
-    model = build(case.spec, mesh, torch.device("cpu"), torch.float64, seed=1)
+    model = build(
+        case.spec, mesh, torch.device("cpu"), torch.float64, seed=1, recompute_what=case.recompute
+    )
     if case.crowded:
         crowd(model)
     optimizer = OptimizerSpec(kind="sgd", weight_decay=0.0, max_grad_norm=case.max_grad_norm)
     updater = PlainUpdater(model, mesh, optimizer)
     owned = owned_parameters(model, layout, rank)
     seen = Trained([], [], owned, torch.zeros(case.spec.num_experts[0], dtype=torch.long), 0)
+    pipeline = Pipeline(model, mesh)
     for step in range(case.steps):
-        loss = torch.zeros((), dtype=torch.float64)
-        batch = make_batch(step, case)
-        for first in my_microbatches(mesh, case):
-            loss += backward(model, batch, slice(first, first + case.microbatch), seen)
-        if mesh.world_group is not None:
-            dist.all_reduce(loss, group=mesh.world_group)
-        seen.losses.append(loss.item())
+        passes = make_passes(pipeline, case, step)
+        count = len(passes.microbatches)
+        actions = schedule(case.schedule, layout.pp, mesh.place.stage, count, layout.chunks)
+        pipeline.run(actions, passes)
+        lm_sum, aux, z = mesh.sum(passes.totals.losses).tolist()
+        seen.losses.append(lm_sum / float(passes.label_count) + aux + z)
         seen.norms.append(updater.step(case.learning_rate))
+        seen.dropped += int(mesh.sum(dropped(passes.totals.statistics)))
+        first = passes.totals.statistics.get(1)
+        if first is not None:
+            seen.load_E += first.load_E
     return seen
 
 
-def backward(model: GPT, batch: Batch, rows: slice, seen: Trained) -> Tensor:
-    """Gradients of this microbatch's share of the global loss; returns that share."""
-    token_BT, label_BT, weight_BT, valid_BT = (column[rows] for column in batch)
-    output: Output = model(token_BT, valid_BT=valid_BT)
-    loss = weighted_loss(model.logits(output.hidden_BTD), label_BT, weight_BT)
-    loss = loss / batch.weight_BT.sum()
-    router = model.spec.router
-    num_groups = NUM_SEQUENCES // router.group_sequences
-    for routing in output.routings:
-        loss = loss + router.aux_loss_coef * routing.losses["aux_loss"] / num_groups
-        loss = loss + router.z_loss_coef * routing.losses["z_loss"] / num_groups
-        seen.dropped += int(routing.statistics.dropped)
-    seen.load_E += output.routings[0].statistics.load_E
-    torch.autograd.backward(loss)
-    return loss.detach()
-
-
-def my_microbatches(mesh: Mesh, case: Case) -> range:
-    """First sequences of this rank's microbatches: dp ranks take consecutive equal slices."""
+def make_passes(pipeline: Pipeline, case: Case, step: int) -> TrainingPasses:
+    """This rank's microbatches of a step: dp ranks take consecutive equal slices."""
+    mesh, batch = pipeline.mesh, make_batch(step, case)
     share = NUM_SEQUENCES // mesh.layout.dp
-    return range(mesh.rank * share, (mesh.rank + 1) * share, case.microbatch)
+    begin = mesh.place.data * share
+    starts = range(begin, begin + share, case.microbatch)
+    on_slice = mesh.layout.tp > 1 and mesh.layout.sequence_parallel
+    return TrainingPasses(
+        pipeline.model,
+        StepSettings(
+            seed=0,
+            seq_len=LENGTH,
+            batch_sequences=NUM_SEQUENCES,
+            microbatch_size=case.microbatch,
+            first_sequence=begin,
+            num_sequences=share,
+            schedule=ScheduleSpec(),
+        ),
+        mesh.layout,
+        [
+            TensorBatch(*(column[first : first + case.microbatch] for column in batch))
+            for first in starts
+        ],
+        batch.weight_BT.sum().double(),
+        SampleDropout(
+            probability=case.spec.dropout,
+            seed=0,
+            step=step,
+            first_sample=begin,
+            length=LENGTH,
+            first_position=mesh.place.slice * LENGTH // mesh.layout.tp if on_slice else 0,
+        ),
+    )
+
+
+def dropped(statistics: dict[int, Statistics]) -> Tensor:
+    """Tokens of this rank's layers and samples that found their expert full."""
+    return torch.stack(
+        [torch.zeros((), dtype=torch.long), *(s.dropped for s in statistics.values())]
+    ).sum()
 
 
 def make_batch(step: int, case: Case) -> Batch:
@@ -124,7 +159,8 @@ def crowd(model: GPT) -> None:
     with torch.no_grad():
         for layer in model.spec.moe_layers:
             block = model.layers[layer]
-            assert isinstance(block, Block)
+            if not isinstance(block, Block):  # on another stage
+                continue
             assert isinstance(block.ffn, MoE)
             assert isinstance(block.ffn.router, SwitchRouter)
             block.norm_ffn.bias[0] = 10.0

@@ -13,11 +13,13 @@ import torch
 from gptmoe.checkpoint import Box, Checkpoint, open_checkpoint, save
 from gptmoe.data import Batch
 from gptmoe.model.spec import ModelSpec, RouterSpec
+from gptmoe.model.transformer import GPT
 from gptmoe.parallel import mesh as meshes
 from gptmoe.parallel.apply import build
 from gptmoe.parallel.layout import Layout
 from gptmoe.parallel.optimizer import OptimizerSpec
 from gptmoe.parallel.ownership import owned_parameters, weight_pieces
+from gptmoe.parallel.pipeline import Pipeline
 from gptmoe.parallel.updater import PlainUpdater
 from tests.ranks.pool import RankPool
 from train.loop import StepSettings, Trainer
@@ -55,6 +57,12 @@ LAYOUTS = {
     "dp2 ep2": (Layout(dp=2, ep=2), MOE),
     "dp4 ep2": (Layout(dp=4, ep=2), MOE),
     "dp4 ep4": (Layout(dp=4, ep=4), MOE),
+    "dp2 tp2": (Layout(dp=2, tp=2), MOE),
+    "dp2 tp2 ep4": (Layout(dp=2, tp=2, ep=4), MOE),
+    "tp2 pp2 ep2": (Layout(tp=2, pp=2, ep=2), MOE),
+    "dp2 tp2 ep2, experts cut": (Layout(dp=2, tp=2, ep=2, expert_tp=True), MOE),
+    "dp2 pp2, two chunks": (Layout(dp=2, pp=2, chunks=2), MOE),
+    "pp4": (Layout(pp=4), MOE),
 }
 each_layout = pytest.mark.parametrize(("layout", "spec"), LAYOUTS.values(), ids=LAYOUTS)
 
@@ -104,16 +112,16 @@ def train(rank: int, run: Run) -> Seen:
     if stored:
         with torch.no_grad():
             for owned in owned_parameters(model, mesh.layout, rank):
-                owned.parameter.copy_(stored.read(owned.name, owned.box))
+                for box, part in owned.parts(owned.parameter):
+                    part.copy_(stored.read(owned.name, box))
     updater = run.updater(model, mesh, run.optimizer)
     if stored:
         updater.load_state(lambda name, box: stored.read(name, box, "optimizer"))
     trainer = Trainer(
-        model=model,
+        pipeline=Pipeline(model, mesh),
         updater=updater,
         samples=RandomSamples(),
-        settings=settings(run, rank),
-        sum_over_ranks=mesh.sum,
+        settings=settings(run, mesh),
     )
     steps = [trainer.step(step) for step in range(run.first, run.last + 1)]
     if run.target:
@@ -132,15 +140,16 @@ def train(rank: int, run: Run) -> Seen:
     return Seen([step["loss"] for step in steps], [step["grad_norm"] for step in steps])
 
 
-def settings(run: Run, rank: int) -> StepSettings:
+def settings(run: Run, mesh: meshes.Mesh) -> StepSettings:
     share = 16 // run.layout.dp
     return StepSettings(
         seed=0,
         seq_len=16,
         batch_sequences=16,
         microbatch_size=2,
-        first_sequence=rank * share,
+        first_sequence=mesh.place.data * share,
         num_sequences=share,
+        pipeline="interleaved" if run.layout.chunks > 1 else "1f1b",
         schedule=ScheduleSpec(
             kind="constant",
             learning_rate=RATE[run.optimizer.kind],
@@ -149,6 +158,11 @@ def settings(run: Run, rank: int) -> StepSettings:
             horizon_steps=STEPS,
         ),
     )
+
+
+def zero_2(model: GPT, mesh: meshes.Mesh, optimizer: OptimizerSpec) -> ZeroUpdater:
+    """ZeRO 2; a function of a module, since it travels by name."""
+    return ZeroUpdater(model, mesh, optimizer, stage=2)
 
 
 def on_ranks(pool: RankPool, run: Run) -> Seen:
@@ -183,6 +197,17 @@ def test_sgd_takes_the_steps_of_one_process(
         assert difference <= 1e-5 * one.read(name).norm(), name
 
 
+@pytest.mark.parametrize("name", ["one", "dense dp2", "dp2 ep2", "dp4 ep2", "dp2 tp2 ep4"])
+def test_zero_2_has_the_numbers_of_one_process(pool: RankPool, name: str) -> None:
+    layout, spec = LAYOUTS[name]
+    for optimizer in (SGD, ADAMW):
+        plain = Run(layout=ONE, spec=spec, optimizer=optimizer, updater=PlainUpdater)
+        expected = train(0, plain)
+        found = on_ranks(pool, replace(plain, layout=layout, updater=zero_2))
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.norm == pytest.approx(expected.norm, rel=1e-5)
+
+
 @each_layout
 def test_adamw_has_the_losses_of_one_process(
     pool: RankPool, layout: Layout, spec: ModelSpec
@@ -200,23 +225,34 @@ def test_two_ranks_have_the_plain_updaters_bits(pool: RankPool) -> None:
     assert on_ranks(pool, zero).loss == on_ranks(pool, plain).loss
 
 
-def norm_of_ones(rank: int, layout: Layout, spec: ModelSpec) -> float:
+def norm_of_ones(
+    rank: int, layout: Layout, spec: ModelSpec, make: Callable[..., PlainUpdater | ZeroUpdater]
+) -> float:
+    """What each holder of a parameter contributes adds up to ones."""
     mesh = meshes.join(layout, rank)
     model = build(spec, mesh, torch.device("cpu"), seed=5)
-    updater = ZeroUpdater(model, mesh, SGD)
+    updater = make(model, mesh, SGD)
     for owned in owned_parameters(model, layout, rank):
-        copies = layout.dp // layout.ep if owned.is_expert else layout.dp
-        owned.parameter.grad = torch.full_like(owned.parameter, 1 / copies)
+        shares = owned.cut.copies
+        if owned.cut.is_partial:
+            shares *= layout.tp
+        if owned.cut.is_tied:
+            shares *= 2
+        owned.parameter.grad = torch.full_like(owned.parameter, 1 / shares)
     return updater.step(0.0)
 
 
 @each_layout
+@pytest.mark.parametrize("make", [PlainUpdater, ZeroUpdater])
 def test_norm_of_ones_counts_each_parameter_once(
-    pool: RankPool, layout: Layout, spec: ModelSpec
+    pool: RankPool,
+    layout: Layout,
+    spec: ModelSpec,
+    make: Callable[..., PlainUpdater | ZeroUpdater],
 ) -> None:
     whole = build(spec, meshes.single(), torch.device("meta"), seed=None)
     count = sum(parameter.numel() for parameter in whole.parameters())
-    for norm in pool.run(layout.world, norm_of_ones, layout, spec):
+    for norm in pool.run(layout.world, norm_of_ones, layout, spec, make):
         assert norm == pytest.approx(math.sqrt(count), rel=1e-6)
 
 
@@ -237,7 +273,18 @@ def test_ranks_without_gradients_take_part(pool: RankPool) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [Layout(dp=2, ep=2), Layout(dp=4, ep=2), Layout(dp=4), Layout(dp=4, ep=4)], ids=str
+    "layout",
+    [
+        Layout(dp=2, ep=2),
+        Layout(dp=4, ep=2),
+        Layout(dp=4),
+        Layout(dp=4, ep=4),
+        Layout(dp=2, tp=2, ep=4),
+        Layout(dp=2, tp=2, ep=2, expert_tp=True),
+        Layout(tp=2, pp=2, ep=2),
+        Layout(dp=2, pp=2, chunks=2),
+    ],
+    ids=str,
 )
 def test_state_passes_to_one_plain_process_and_back_without_a_difference(
     pool: RankPool, tmp_path: Path, layout: Layout

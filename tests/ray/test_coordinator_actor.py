@@ -23,7 +23,7 @@ def cluster() -> Iterator[local.Session]:
 def work(run: str, group: str, rank: int, steps: int) -> int:
     """What a training worker does, without the training."""
     experts = (ExpertRange(layer=1, first=4 * rank, end=4 * rank + 4),)
-    shard = Shard(end_layer=2, experts=experts)
+    shard = Shard(layers=(0, 1), experts=experts)
     reporter = join(run, group, worker=f"train-{rank}", rank=rank, shard=shard)
     for step in range(1, steps + 1):
         reporter.heartbeat(step)

@@ -6,16 +6,12 @@ started again and told to stop; another is finetuned from it until it cannot sav
 
 import dataclasses
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 import ray
@@ -30,6 +26,7 @@ from gptmoe.checkpoint import latest, open_checkpoint
 from gptmoe.config import load
 from gptmoe.parallel.updater import MOMENTS
 from tests.ranks.pool import RankPool
+from tests.ray.command import WITHIN_S, Command, Ended, losses, newest_step
 from tests.train.alone import run_alone, run_rank
 from train.config import TrainConfig
 from train.launch import say_if_busy
@@ -37,83 +34,8 @@ from train.plan import RunPlan, make_plan
 from train.recorders import RayRecorder
 
 TINY = env.ROOT / "configs" / "train" / "tiny.toml"
-WITHIN_S = 400
 SHORT = 12
 EP2 = ("parallel.ep=2", "train.validate_every_steps=5", "checkpoint.every_steps=8")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-    seconds: float
-    """Since it was told to end, or started."""
-
-    @property
-    def last_line(self) -> str:
-        return self.stderr.splitlines()[-1]
-
-
-class Command:
-    """A running `python -m train ...` in a process group of its own."""
-
-    def __init__(self, folder: Path, *words: str) -> None:
-        self._files = [(folder / name).open("w+") for name in ("stdout", "stderr")]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "train", *words],
-            cwd=env.ROOT,
-            env=env.child_environment(starts_cluster=True),
-            stdout=self._files[0],
-            stderr=self._files[1],
-            start_new_session=True,
-        )
-
-    def wait_until(self, is_so: Callable[[], bool]) -> None:
-        """AssertionError with what it said if it ends, or takes too long."""
-        deadline_s = time.monotonic() + WITHIN_S
-        while not is_so():
-            if not self.is_running() or time.monotonic() > deadline_s:
-                raise AssertionError(self.end(signal.SIGKILL).stderr)
-            time.sleep(0.1)
-
-    def is_running(self) -> bool:
-        return self._process.poll() is None
-
-    def send(self, number: signal.Signals) -> None:
-        """SIGKILL goes to the whole process group, others to the process."""
-        if number == signal.SIGKILL:
-            os.killpg(self._process.pid, number)
-        else:
-            self._process.send_signal(number)
-
-    def end(self, number: signal.Signals | None = None) -> Ended:
-        """Wait for its end, after a signal if one is given."""
-        began_s = time.monotonic()
-        try:
-            if number is not None:
-                self.send(number)
-            code = self._process.wait(timeout=WITHIN_S)
-        except BaseException:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            raise
-        seconds = time.monotonic() - began_s
-        stdout, stderr = (read(file) for file in self._files)
-        return Ended(code, stdout, stderr, seconds)
-
-
-def read(file: TextIO) -> str:
-    with file:
-        file.seek(0)
-        return file.read()
-
-
-def newest_step(run_dir: Path) -> int:
-    records = metrics.read(run_dir / "metrics.jsonl")
-    return int(records[-1]["step"]) if records else 0
 
 
 @pytest.fixture(scope="module")
@@ -141,10 +63,6 @@ def plan(run_dir: Path, ended: Ended, tmp_path_factory: pytest.TempPathFactory) 
 def alone(plan: RunPlan) -> list[dict[str, float]]:
     """Its numbers in one process."""
     return run_alone(plan)
-
-
-def losses(records: list[dict[str, float]]) -> dict[float, float]:
-    return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
 def validations(records: list[dict[str, float]]) -> dict[float, tuple[float, float]]:

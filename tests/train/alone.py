@@ -21,7 +21,6 @@ def run_alone(plan: RunPlan, mesh: Mesh | None = None) -> list[dict[str, float]]
             torch.device("cpu"),
             recorders=[recorder],
             heartbeat=lambda step, *, last=False: None,
-            saved=lambda step: None,
         )
         worker.run()
     return metrics.read(path)

@@ -9,7 +9,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from gptmoe.errors import CheckpointError, ClusterError, GptMoeError
-from train.launch import first_cause
+from train.recovery import first_cause
 
 SAVING = CheckpointError("checkpoint a was not saved: No space left on device")
 

@@ -19,8 +19,10 @@ from gptmoe.model.routing import Statistics
 from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel.apply import build
-from gptmoe.parallel.mesh import single
+from gptmoe.parallel.layout import Layout
+from gptmoe.parallel.mesh import Mesh, single
 from gptmoe.parallel.optimizer import OptimizerSpec
+from gptmoe.parallel.pipeline import Pipeline
 from gptmoe.parallel.updater import PlainUpdater
 from gptmoe.text import load_tokenizer
 from tests.train.conftest import TOKENIZER
@@ -56,19 +58,19 @@ def trainer(
     optimizer: OptimizerSpec = PLAIN_SGD,
     rate: float = 1.0,
     dtype: torch.dtype = torch.float64,
+    mesh: Mesh | None = None,
     **settings: Any,
 ) -> Trainer:
     """A trainer of one process that takes 16 sequences of 24 tokens a step."""
     model = build(spec, single(), torch.device("cpu"), dtype=dtype, seed=1)
     sizes = {"microbatch_size": 16, "first_sequence": 0, "num_sequences": 16} | settings
     return Trainer(
-        model=model.train(),
+        pipeline=Pipeline(model.train(), mesh or single()),
         updater=PlainUpdater(model, single(), optimizer),
         samples=data.open_samples(folder, "train", 24, seed=0),
         settings=StepSettings(
             seed=0, seq_len=24, batch_sequences=16, schedule=constant(rate), **sizes
         ),
-        sum_over_ranks=single().sum,
     )
 
 
@@ -147,14 +149,23 @@ def test_slices_of_a_batch_add_up_to_it(prepared: Path) -> None:
     values = whole.step(1)
     gradients, losses = [], []
     for first in (0, 8):  # as two ranks, each told the labels of both
-        part = trainer(prepared, microbatch_size=8, first_sequence=first, num_sequences=8)
-        part = dataclasses.replace(part, sum_over_ranks=lambda x: 2 * x if x.ndim == 0 else x)
+        mesh = _OneOfTwo(Layout(), rank=0)
+        part = trainer(
+            prepared, mesh=mesh, microbatch_size=8, first_sequence=first, num_sequences=8
+        )
         losses.append(part.step(1)["loss"])
         gradients.append(before - weights(part.model))
     assert sum(losses) == pytest.approx(values["loss"], rel=1e-12)
     torch.testing.assert_close(
         gradients[0] + gradients[1], before - weights(whole.model), rtol=1e-9, atol=1e-13
     )
+
+
+class _OneOfTwo(Mesh):
+    """As if another rank had as many labels; what else is summed stays this rank's."""
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return 2 * tensor if tensor.ndim == 0 else tensor
 
 
 DROPPING = dataclasses.replace(MIXTURE, dropout=0.3)

@@ -20,6 +20,7 @@ from gptmoe.checkpoint.boxes import Box, Piece
 from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel.apply import build
+from gptmoe.parallel.cuts import Cut
 from gptmoe.parallel.mesh import single
 from gptmoe.parallel.optimizer import OptimizerSpec
 from gptmoe.parallel.ownership import Owned
@@ -81,20 +82,23 @@ def test_fragments_of_any_cut_hold_the_tensor_once(
     count = parameter.numel()
     start = tuple(shift if dim == 0 else 0 for dim in range(len(shape)))
     full = tuple(start[dim] + size for dim, size in enumerate(shape))
-    owned = Owned("p", parameter, full, Box(start, tuple(shape)), is_expert=False, writes=True)
+    held = Cut(
+        (Box(start, tuple(shape)),), False, False, False, is_first_copy=True, copies=1, turn=0
+    )
+    owned = Owned("p", parameter, full, held, writes=True)
     cuts = sorted(data.draw(st.sets(st.integers(0, count))) | {0, count})
     partition = torch.cat([torch.zeros(2), parameter.detach().flatten()])
     state = dict.fromkeys(MOMENTS, partition) | {"step": torch.tensor(7.0)}
     pieces = [
         piece
         for first, stop in pairwise(cuts)
-        for piece in moment_pieces(Fragment(owned, first, stop, partition, first + 2), state)
+        for piece in moment_pieces(Fragment(owned, first, stop, 0, partition, first + 2), state)
     ]
     steps = [float(piece.tensor) for piece in pieces if piece.name == "step/p"]
     assert steps == ([] if any(start) else [7.0])
     moments = [piece for piece in pieces if piece.name == "exp_avg/p"]
     assert sum(piece.box.volume for piece in moments) == count
-    assert torch.equal(reader(moments)("exp_avg/p", owned.box), parameter.detach())
+    assert torch.equal(reader(moments)("exp_avg/p", held.boxes[0]), parameter.detach())
 
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])

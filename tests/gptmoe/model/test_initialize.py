@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptmoe.model.experts import Experts
-from gptmoe.model.initialize import initialize
-from gptmoe.model.moe import MoE
+from gptmoe.checkpoint.boxes import Box
+from gptmoe.model.initialize import initial_values, initialize
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 
@@ -52,19 +51,23 @@ def test_every_expert_is_another() -> None:
     assert len({expert[0, 0].item() for expert in up_weight}) == 8
 
 
-@pytest.mark.parametrize(("first", "end"), [(0, 4), (4, 8), (3, 4)])
-def test_a_slice_of_the_experts_is_the_same_rows_of_the_whole(first: int, end: int) -> None:
-    model = GPT(SPEC)
-    moe = model.layers[3].ffn
-    assert isinstance(moe, MoE)
-    moe.experts = Experts(end - first, SPEC.d_model, SPEC.d_ff, first)
-    initialize(model, seed=1)
-    found = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    expected = weights(1)
-    for name in expected:
-        if name.startswith("layers.3.ffn.experts."):
-            expected[name] = expected[name][first:end]
-    assert_equal(found, expected)
+@pytest.mark.parametrize(
+    ("name", "start", "shape"),
+    [
+        ("layers.3.ffn.experts.up_weight", (4, 0, 0), (4, 256, 64)),
+        ("layers.3.ffn.experts.up_weight", (3, 0, 16), (1, 256, 8)),
+        ("layers.3.ffn.experts.down_bias", (2, 0), (3, 64)),
+        ("layers.0.attention.out.weight", (0, 32), (64, 32)),
+        ("embed.tokens.weight", (250, 0), (250, 64)),
+        ("layers.1.norm_ffn.weight", (8,), (4,)),
+    ],
+)
+def test_a_part_of_a_parameter_is_that_part_of_the_whole(
+    name: str, start: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    whole, box = weights(1)[name], Box(start, shape)
+    part = initial_values(name, tuple(whole.shape), SPEC, 1, box)
+    assert torch.equal(part, whole[box.slices(Box.whole(whole.shape))])
 
 
 def test_layers_before_others_do_not_move_them() -> None:

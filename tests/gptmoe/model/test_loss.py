@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from gptmoe.model.loss import token_losses, weighted_loss
+from gptmoe.model.loss import token_losses, weighted_sum
 
 
 def test_token_losses_by_hand() -> None:
@@ -38,7 +38,7 @@ def test_only_weighted_labels_count() -> None:
     logits_BTV = torch.linspace(-2, 2, 30, dtype=torch.float64).view(2, 3, 5).requires_grad_()
     label_BT = torch.tensor([[0, 1, 2], [3, 4, 0]])
     weight_BT = torch.tensor([[True, False, True], [False, False, True]])
-    loss = weighted_loss(logits_BTV, label_BT, weight_BT)
+    loss = weighted_sum(token_losses(logits_BTV.flatten(0, 1), label_BT.flatten()), weight_BT)
     chosen = token_losses(logits_BTV[weight_BT], label_BT[weight_BT])
     torch.testing.assert_close(loss, chosen.sum())
     (gradient_BTV,) = torch.autograd.grad(loss, logits_BTV)
@@ -47,7 +47,9 @@ def test_only_weighted_labels_count() -> None:
 
 def test_no_weighted_label_costs_nothing_and_stays_in_the_graph() -> None:
     logits_BTV = torch.zeros(1, 2, 3, requires_grad=True)
-    loss = weighted_loss(logits_BTV, torch.zeros(1, 2).long(), torch.zeros(1, 2).bool())
+    loss = weighted_sum(
+        token_losses(logits_BTV.flatten(0, 1), torch.zeros(2).long()), torch.zeros(1, 2).bool()
+    )
     (gradient_BTV,) = torch.autograd.grad(loss, logits_BTV)
     assert loss.item() == 0
     assert not gradient_BTV.any()

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptmoe.model.initialize import initialize
-from gptmoe.model.loss import weighted_loss
 from gptmoe.model.routing import Groups, Routing
 from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.model.switch import SwitchRouter
@@ -256,8 +255,8 @@ def losses_drops_gradients(
     for start in range(0, len(token_BT), microbatch):
         tokens = token_BT[start : start + microbatch]
         output = model(tokens)
-        logits_BTV = model.logits(output.hidden_BTD)
-        terms = [weighted_loss(logits_BTV, tokens, torch.ones_like(tokens, dtype=torch.bool))]
+        everywhere = torch.ones_like(tokens, dtype=torch.bool)
+        terms = [model.loss_sum(output.hidden_BTD, tokens, everywhere)]
         for name in ("aux_loss", "z_loss"):
             terms.append(sum(routing.losses[name] for routing in output.routings))
         loss = torch.stack(terms)

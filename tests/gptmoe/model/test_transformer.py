@@ -247,13 +247,3 @@ def test_a_float64_model_computes_in_float64(spec: ModelSpec) -> None:
     ahead, behind = loss(step), loss(-2 * step)
     assert ahead.dtype == torch.float64
     assert (ahead - behind).item() / (2 * step) == pytest.approx(slope, rel=1e-6)
-
-
-def test_dropout_acts_in_training_only() -> None:
-    spec = ModelSpec(
-        num_layers=1, d_model=32, num_heads=4, d_ff=64, vocab_size=101, max_seq_len=24, dropout=0.5
-    )
-    model, token_BT = make_model(spec), make_tokens(2, 8)
-    assert not torch.equal(model(token_BT).hidden_BTD, model(token_BT).hidden_BTD)
-    model.eval()
-    assert torch.equal(model(token_BT).hidden_BTD, model(token_BT).hidden_BTD)

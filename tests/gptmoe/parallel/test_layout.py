@@ -8,34 +8,54 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptmoe.errors import LayoutError
-from gptmoe.parallel.layout import Layout, resolve
+from gptmoe.model.spec import ModelSpec
+from gptmoe.parallel.layout import Layout, divisors, smallest_dp
 
-any_layout = st.tuples(st.integers(1, 8), st.integers(1, 8)).map(
-    lambda pair: Layout(dp=pair[0] * pair[1], ep=pair[1])
-)
-
-
-def test_four_ranks_of_which_two_share_experts() -> None:
-    layout = Layout(dp=4, ep=2)
-    assert layout.world == 4
-    assert layout.expert_groups() == [[0, 1], [2, 3]]
-    assert layout.replica_groups() == [[0, 2], [1, 3]]
-    assert [layout.experts_of(rank, 8) for rank in range(4)] == [(0, 4), (4, 8), (0, 4), (4, 8)]
+SPEC = ModelSpec(num_layers=6, d_model=24, num_heads=4, d_ff=48, num_experts=(4, 4, 4))
+sizes = st.integers(1, 4)
 
 
-@given(layout=any_layout)
+@st.composite
+def any_layout(draw: st.DrawFn) -> Layout:
+    dp, tp, pp, cut = draw(sizes), draw(sizes), draw(sizes), draw(st.booleans())
+    ep = draw(st.sampled_from(divisors(dp if cut else dp * tp)))
+    return Layout(dp=dp, tp=tp, pp=pp, ep=ep, expert_tp=cut)
+
+
+def test_eight_ranks() -> None:
+    layout = Layout(dp=2, tp=2, pp=2, ep=2)
+    assert layout.world == 8
+    assert [layout.place(5).stage, layout.place(5).data, layout.place(5).slice] == [1, 0, 1]
+    assert layout.tensor_groups() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.data_groups() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert layout.pipelines() == [[0, 4], [1, 5], [2, 6], [3, 7]] == layout.tied_groups()
+    assert layout.expert_groups() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert layout.replica_groups() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    cut = Layout(dp=2, tp=2, pp=2, ep=2, expert_tp=True)
+    assert cut.expert_groups() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert cut.replica_groups() == [[rank] for rank in range(8)]
+    assert [Layout(dp=4, ep=2).experts_of(rank, 8)[0] for rank in range(4)] == [0, 4, 0, 4]
+
+
+@given(layout=any_layout())
 def test_each_rank_is_in_one_group_of_each_kind(layout: Layout) -> None:
     ranks = list(range(layout.world))
-    expert_groups, replica_groups = layout.expert_groups(), layout.replica_groups()
-    assert sorted(chain(*expert_groups)) == sorted(chain(*replica_groups)) == ranks
-    assert {len(group) for group in expert_groups} == {layout.ep}
-    assert {len(group) for group in replica_groups} == {layout.dp // layout.ep}
-    for experts in expert_groups:
-        for replicas in replica_groups:
-            assert len(set(experts) & set(replicas)) == 1
+    kinds = {
+        "expert": (layout.expert_groups(), layout.ep),
+        "replica": (layout.replica_groups(), layout.expert_span // layout.ep),
+        "tensor": (layout.tensor_groups(), layout.tp),
+        "data": (layout.data_groups(), layout.dp),
+        "pipeline": (layout.pipelines(), layout.pp),
+    }
+    for groups, size in kinds.values():
+        assert sorted(chain(*groups)) == ranks
+        assert {len(group) for group in groups} == {size}
+    for experts in layout.expert_groups():
+        for replicas in layout.replica_groups():
+            assert len(set(experts) & set(replicas)) <= 1
 
 
-@given(layout=any_layout, share=st.integers(1, 4))
+@given(layout=any_layout(), share=st.integers(1, 4))
 def test_an_expert_group_holds_each_expert_once_and_replicas_hold_the_same(
     layout: Layout, share: int
 ) -> None:
@@ -47,35 +67,94 @@ def test_an_expert_group_holds_each_expert_once_and_replicas_hold_the_same(
         assert len({layout.experts_of(rank, num_experts) for rank in group}) == 1
 
 
-@pytest.mark.parametrize(
-    ("dp", "ep", "expected"),
-    [
-        (None, 1, Layout(dp=1, ep=1)),
-        (None, 2, Layout(dp=2, ep=2)),
-        (4, 2, Layout(dp=4, ep=2)),
-        (3, 1, Layout(dp=3, ep=1)),
-    ],
-)
-def test_dp_not_given_is_the_smallest_that_fits_ep(
-    dp: int | None, ep: int, expected: Layout
+@given(layers=st.integers(8, 40), pp=sizes, chunks=st.integers(1, 2))
+def test_chunks_hold_each_layer_once_and_differ_by_one_at_most(
+    layers: int, pp: int, chunks: int
 ) -> None:
-    assert resolve(dp, ep) == expected
+    layout = Layout(pp=pp, chunks=chunks)
+    parts = layout.layer_chunks(layers)
+    assert [layer for part in parts for layer in part] == list(range(layers))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    held = [layout.layers_of(rank, layers) for rank in range(layout.world)]
+    assert sorted(chain(*held)) == list(range(layers))
+    for rank, mine in enumerate(held):
+        assert {layout.stage_of(layer, layers) for layer in mine} == {rank}
+
+
+def test_layers_may_be_dealt_out_by_hand() -> None:
+    layout = Layout(pp=2, chunks=2, chunk_layers=(1, 2, 1, 2))
+    assert layout.layers_of(0, 6) == (0, 3)
+    assert layout.layers_of(1, 6) == (1, 2, 4, 5)
 
 
 @pytest.mark.parametrize(
-    ("dp", "ep", "message"),
+    ("ep", "tp", "expert_tp", "expected"),
     [
-        (0, 1, "parallel.dp=0 must be at least 1"),
-        (2, 0, "parallel.ep=0 must be at least 1"),
-        (None, -2, "parallel.ep=-2 must be at least 1"),
-        (2, 4, "parallel.ep=4 must divide parallel.dp=2; use 1 or 2"),
-        (6, 4, "parallel.ep=4 must divide parallel.dp=6; use 1, 2, 3 or 6"),
-        (1, 2, "parallel.ep=2 must divide parallel.dp=1; use 1"),
+        (1, 1, False, 1),
+        (2, 1, False, 2),
+        (4, 2, False, 2),
+        (2, 4, False, 1),
+        (6, 4, False, 3),
+        (4, 2, True, 4),
     ],
 )
-def test_layouts_that_do_not_divide(dp: int | None, ep: int, message: str) -> None:
+def test_the_smallest_dp_that_fits_ep(ep: int, tp: int, expert_tp: bool, expected: int) -> None:
+    assert smallest_dp(ep, tp, expert_tp=expert_tp) == expected
+    Layout(dp=expected, tp=tp, ep=ep, expert_tp=expert_tp)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dp": 0}, "parallel.dp=0 must be at least 1"),
+        ({"dp": smallest_dp(-2), "ep": -2}, "parallel.ep=-2 must be at least 1"),
+        ({"tp": -1}, "parallel.tp=-1 must be at least 1"),
+        ({"pp": 0}, "parallel.pp=0 must be at least 1"),
+        ({"chunks": 0}, "parallel.chunks=0 must be at least 1"),
+        ({"dp": 2, "ep": 4}, "parallel.ep=4 must divide parallel.dp=2; use 1 or 2"),
+        ({"dp": 6, "ep": 4}, "parallel.ep=4 must divide parallel.dp=6; use 1, 2, 3 or 6"),
+        ({"dp": 1, "ep": 2}, "parallel.ep=2 must divide parallel.dp=1; use 1"),
+        (
+            {"dp": 2, "tp": 3, "ep": 4},
+            "parallel.ep=4 must divide parallel.dp x parallel.tp=6; use 1, 2, 3 or 6",
+        ),
+        (
+            {"dp": 2, "tp": 2, "ep": 4, "expert_tp": True},
+            "parallel.ep=4 must divide parallel.dp=2; use 1 or 2",
+        ),
+    ],
+)
+def test_layouts_that_do_not_divide(given: dict[str, int], message: str) -> None:
     with pytest.raises(LayoutError, match=f"^{re.escape(message)}$"):
-        resolve(dp, ep)
+        Layout(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        (Layout(tp=3), "parallel.tp=3 must divide model.num_heads=4; use 1, 2 or 4"),
+        (
+            Layout(pp=4, chunks=2),
+            "parallel.pp=4 x parallel.chunks=2 need as many layers, but model.num_layers=6; "
+            "use fewer",
+        ),
+        (
+            Layout(chunks=2),
+            "parallel.chunks=2 cuts pipeline stages further, but parallel.pp=1; "
+            "use parallel.chunks=1",
+        ),
+        (
+            Layout(pp=2, chunk_layers=(3, 2)),
+            "parallel.chunk_layers=[3, 2] must be 2 numbers above 0 (pp x chunks) that add up to "
+            "model.num_layers=6",
+        ),
+        (Layout(dp=3, ep=3), "parallel.ep=3 must divide num_experts=4; use 1, 2 or 4"),
+    ],
+    ids=str,
+)
+def test_models_that_do_not_divide(layout: Layout, message: str) -> None:
+    with pytest.raises(LayoutError, match=f"^{re.escape(message)}$"):
+        layout.check_model(SPEC)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""A run on several Ray nodes of one machine that are lost, drained and added while it trains."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import env, topology_file
+from gptmoe import metrics
+from gptmoe.config import load
+from tests.ray.command import Command, losses, newest_step
+from tests.train.alone import run_alone
+from train import ledger
+from train.config import TrainConfig
+from train.plan import make_plan
+
+TINY = env.ROOT / "configs" / "train" / "tiny.toml"
+STEPS = 120
+WORDS = (
+    "parallel.dp=4",
+    "parallel.ep=2",
+    "parallel.min_workers=1",
+    "parallel.resize_every_s=3",
+    "train.microbatch_size=4",
+    "router.group_sequences=4",
+    f"train.max_steps={STEPS}",
+    "train.validate_every_steps=0",
+    "checkpoint.every_steps=5",
+)
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+
+options = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000}
+cluster = Cluster(initialize_head=True, head_node_args=options)
+nodes = []
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    if line.startswith("add"):
+        nodes.append(cluster.add_node(num_cpus=1, object_store_memory=80_000_000))
+    else:
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
+    print(len(nodes), flush=True)
+cluster.shutdown()
+"""
+
+
+class Nodes:
+    """A cluster whose nodes of one CPU come and go."""
+
+    def __init__(self) -> None:
+        pipe = subprocess.PIPE
+        variables = env.child_environment(starts_cluster=True)
+        command = [sys.executable, "-c", CLUSTER]
+        self.process = subprocess.Popen(command, env=variables, stdin=pipe, stdout=pipe, text=True)
+        self.address = self._answer()
+
+    def change(self, word: str, count: int) -> None:
+        """`add` or `remove` so many nodes; removed ones are killed."""
+        assert self.process.stdin is not None
+        for _ in range(count):
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
+            self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    nodes = Nodes()
+    yield nodes
+    nodes.process.communicate(timeout=120)
+
+
+def workers(run_dir: Path) -> int:
+    topology = topology_file.read(run_dir)
+    return len(topology.owners) if topology else 0
+
+
+def test_a_run_goes_on_with_whatever_nodes_there_are(nodes: Nodes, tmp_path: Path) -> None:
+    """Four workers, two of their nodes lost, one added: each sample once, the curve as in one."""
+    run_dir = tmp_path / "run"
+    nodes.change("add", 4)
+    words = ["pretrain", str(TINY), *WORDS, f"run.dir={run_dir}", "--address", nodes.address]
+    command = Command(tmp_path, *words)
+    seen: list[int] = []
+
+    def until(count: int, more_steps: int) -> None:
+        def is_so() -> bool:
+            return workers(run_dir) == count
+
+        command.wait_until(is_so)
+        seen.append(workers(run_dir))
+        step = newest_step(run_dir)
+        command.wait_until(lambda: newest_step(run_dir) > step + more_steps)
+
+    until(4, 12)
+    nodes.change("remove", 2)
+    until(2, 12)
+    nodes.change("add", 2)
+    until(4, 2)
+    ended = command.end()
+    assert ended.code == 0, ended.stderr
+    assert seen == [4, 2, 4]
+
+    steps = ledger.read(run_dir)
+    ledger.check(steps, 48)
+    assert list(steps) == list(range(1, STEPS + 1))
+    assert {len(ranges) for ranges in steps.values()} == {2, 4}  # data ranks
+    config = load(TrainConfig, TINY, [*WORDS, f"run.dir={tmp_path / 'alone'}", "data.workers=0"])
+    whole = losses(run_alone(make_plan("pretrain", config)))
+    found = losses(metrics.read(run_dir / "metrics.jsonl"))
+    assert found == pytest.approx(whole, rel=1e-4)

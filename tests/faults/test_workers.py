@@ -1,0 +1,142 @@
+"""What real faults cost a run of two workers: nothing. It ends as if they had not happened."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster import env, runs, topology_file
+from gptmoe import metrics
+from gptmoe.checkpoint import latest
+from gptmoe.config import load
+from tests.ranks.pool import RankPool
+from tests.ray.command import WITHIN_S, Command, losses, newest_step
+from tests.train.alone import run_rank
+from train import ledger
+from train.config import TrainConfig
+from train.plan import make_plan
+
+TINY = env.ROOT / "configs" / "train" / "tiny.toml"
+STEPS = 40
+BATCH_SEQUENCES = 48
+WORDS = (
+    "parallel.ep=2",
+    f"train.max_steps={STEPS}",
+    "train.validate_every_steps=0",
+    "checkpoint.every_steps=5",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[float, float]:
+    """The losses of the run that nothing happens to, without Ray, in the same layout."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    config = load(TrainConfig, TINY, [*WORDS, f"run.dir={folder}", "data.workers=0"])
+    plan = make_plan("pretrain", config)
+    with RankPool(2) as pool:
+        records, _ = pool.run(2, run_rank, plan, limit_s=WITHIN_S)
+    return losses(records)
+
+
+def start(folder: Path, *words: str, **variables: str) -> Command:
+    run = ["pretrain", str(TINY), *WORDS, f"run.dir={folder / 'run'}", *words]
+    return Command(folder, *run, **variables)
+
+
+def pid_of(run_dir: Path, worker: str) -> int:
+    topology = topology_file.read(run_dir)
+    assert topology is not None
+    return next(owner.pid for owner in topology.owners if owner.worker == worker)
+
+
+def assert_nothing_was_lost(run_dir: Path, whole: dict[float, float]) -> None:
+    assert losses(metrics.read(run_dir / "metrics.jsonl")) == whole  # to the last bit
+    steps = ledger.read(run_dir)
+    assert list(steps) == list(range(1, STEPS + 1))
+    ledger.check(steps, BATCH_SEQUENCES)
+
+
+def freeze(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("fault", "worker"), [(kill, "train-1"), (kill, "train-0"), (freeze, "train-1")]
+)
+def test_a_lost_worker_is_replaced_and_named(
+    tmp_path: Path,
+    whole: dict[float, float],
+    fault: Callable[[int], None],
+    worker: str,
+    record_property: Callable[[str, object], None],
+) -> None:
+    run_dir = tmp_path / "run"
+    command = start(tmp_path, RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S="6")
+    command.wait_until(lambda: newest_step(run_dir) > 11)
+    pid = pid_of(run_dir, worker)
+    epoch = topology_epoch(run_dir)
+    fault(pid)
+    began_s = time.monotonic()
+    command.wait_until(lambda: topology_epoch(run_dir) > epoch and newest_step(run_dir) > 11)
+    record_property("recovery_s", time.monotonic() - began_s)
+    ended = command.end()
+    assert ended.code == 0, ended.stderr
+    assert_nothing_was_lost(run_dir, whole)
+    topology = topology_file.read(run_dir)
+    assert topology is not None
+    number = worker.removeprefix("train-")
+    assert [(f.epoch, f.reason) for f in topology.failures] == [
+        (epoch, f"the process of worker {number} was killed or its node was lost")
+    ]
+    assert not is_alive(pid)
+
+
+def topology_epoch(run_dir: Path) -> int:
+    topology = topology_file.read(run_dir)
+    return topology.epoch if topology else 0
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_too_many_failures_end_the_run_with_a_sentence(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = start(tmp_path, "run.max_failures=0")
+    command.wait_until(lambda: newest_step(run_dir) > 6)
+    kill(pid_of(run_dir, "train-1"))
+    ended = command.end()
+    assert ended.code == 2
+    assert ended.last_line == (
+        "failed: training stopped, the process of worker 1 was killed or its node was lost; "
+        "start the same command again to go on from the last checkpoint"
+    )
+    assert runs.read_state(run_dir).state == "failed"
+
+
+def test_a_truncated_shard_is_named_and_the_checkpoint_before_it_is_used(
+    tmp_path: Path, whole: dict[float, float]
+) -> None:
+    run_dir = tmp_path / "run"
+    command = start(tmp_path)
+    command.wait_until(lambda: newest_step(run_dir) > 16)
+    command.end(signal.SIGKILL)
+    newest = latest(run_dir)
+    shard = newest / "weights-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    ended = start(tmp_path).end()
+    assert ended.code == 0, ended.stderr
+    assert shard.name in ended.stderr
+    assert newest.name in ended.stderr
+    assert_nothing_was_lost(run_dir, whole)

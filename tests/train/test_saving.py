@@ -1,0 +1,70 @@
+"""train.saving: the loop waits for a copy only, and a failed save costs a warning."""
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gptmoe.checkpoint import open_checkpoint, whole
+from gptmoe.errors import CheckpointError
+from train.saving import Saver
+
+
+def saver(folder: Path, barrier: Callable[[], None] = lambda: None, keep: int = 2) -> Saver:
+    return Saver(
+        folder,
+        rank=0,
+        world=1,
+        barrier=barrier,
+        config={},
+        copy_files=lambda path: None,
+        keep=keep,
+    )
+
+
+def start(saving: Saver, step: int, tensor: torch.Tensor) -> float:
+    groups: Any = {"weights": [whole("w", tensor)]}
+    return saving.start(f"step-{step:08d}", groups, {"step": step})
+
+
+def test_the_loop_may_change_the_weights_while_they_are_written(tmp_path: Path) -> None:
+    may_write = threading.Event()
+    saving = saver(tmp_path, lambda: may_write.wait(10) and None)
+    weights = torch.zeros(4)
+    start(saving, 1, weights)
+    weights.fill_(7.0)
+    assert not (tmp_path / "step-00000001").exists()
+    may_write.set()
+    saving.finish()
+    assert torch.equal(open_checkpoint(tmp_path / "step-00000001").read("w"), torch.zeros(4))
+    saving.close()
+
+
+def test_a_second_save_waits_for_the_first_and_old_ones_are_pruned(tmp_path: Path) -> None:
+    saving = saver(tmp_path)
+    for step in (1, 2, 3):
+        start(saving, step, torch.full((2,), float(step)))
+    saving.finish()
+    saving.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_training_goes_on_after_a_failed_save_but_not_after_the_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saving = saver(tmp_path)
+    start(saving, 1, torch.zeros(2))
+    saving.finish()
+    half = torch.zeros(2, dtype=torch.complex64)  # nothing that a checkpoint holds
+    start(saving, 2, half)
+    with caplog.at_level(logging.WARNING):
+        start(saving, 3, half)
+    assert "TRAINING GOES ON WITHOUT A NEW CHECKPOINT" in caplog.text
+    with pytest.raises(CheckpointError, match="step-00000003 was not saved"):
+        saving.finish()
+    saving.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]

@@ -1,0 +1,74 @@
+"""A rank's part of a run: model and updater with their state, samples, the numbers of a step."""
+
+import torch
+
+from gptmoe import checkpoint
+from gptmoe.checkpoint import Checkpoint
+from gptmoe.data import Samples, Split, open_samples
+from gptmoe.loaded import named_dtype
+from gptmoe.model.transformer import GPT
+from gptmoe.parallel.apply import build
+from gptmoe.parallel.mesh import Mesh
+from gptmoe.parallel.ownership import owned_parameters
+from gptmoe.parallel.updater import PlainUpdater, Updater
+
+from .config import TrainConfig
+from .loop import StepSettings
+from .plan import RunPlan
+from .zero import ZeroUpdater
+
+
+def build_or_load(plan: RunPlan, mesh: Mesh, device: torch.device) -> tuple[GPT, Updater]:
+    """This rank's model and updater, with the state that they begin from."""
+    start = plan.resume_from or plan.weights_from
+    config = plan.config
+    model = build(
+        plan.spec,
+        mesh,
+        device,
+        compute_dtype=named_dtype(config.train.dtype),
+        seed=None if start else config.run.seed,
+        recompute_what=config.train.recompute,
+    )
+    stored = checkpoint.open_checkpoint(start) if start else None
+    if stored is not None:
+        load_weights(model, stored, mesh)
+    updater = make_updater(model, mesh, config)
+    if stored is not None and plan.resume_from is not None:
+        updater.load_state(lambda name, box: stored.read(name, box, "optimizer"))
+    return model, updater
+
+
+def make_updater(model: GPT, mesh: Mesh, config: TrainConfig) -> Updater:
+    """The updater that parallel.zero names."""
+    if config.parallel.zero:
+        return ZeroUpdater(model, mesh, config.optimizer, config.parallel.zero)
+    return PlainUpdater(model, mesh, config.optimizer)
+
+
+@torch.no_grad()
+def load_weights(model: GPT, stored: Checkpoint, mesh: Mesh) -> None:
+    """Fill this rank's parameters from a checkpoint of any layout."""
+    for owned in owned_parameters(model, mesh.layout, mesh.rank):
+        for box, part in owned.parts(owned.parameter):
+            part.copy_(stored.read(owned.name, box))
+
+
+def samples_of(plan: RunPlan, split: Split) -> Samples:
+    config = plan.config
+    return open_samples(plan.data_folder, split, config.data.seq_len, config.run.seed)
+
+
+def step_settings(plan: RunPlan, mesh: Mesh) -> StepSettings:
+    config = plan.config
+    share = config.batch_sequences // mesh.layout.dp
+    return StepSettings(
+        seed=config.run.seed,
+        seq_len=config.data.seq_len,
+        batch_sequences=config.batch_sequences,
+        microbatch_size=config.train.microbatch_size,
+        first_sequence=mesh.place.data * share,
+        num_sequences=share,
+        schedule=config.schedule,
+        pipeline=config.parallel.schedule,
+    )

@@ -1,0 +1,67 @@
+"""Which layout a run takes with the workers that there are: pure."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from gptmoe.errors import ConfigError, LayoutError
+from gptmoe.model.spec import ModelSpec
+from gptmoe.parallel.layout import divisors
+
+from .config import ParallelConfig, TrainConfig
+
+
+def fit(config: TrainConfig, spec: ModelSpec, workers: int) -> TrainConfig:
+    """The run with a layout of at most `workers` ranks; the batch and all else stay.
+
+    The layout asked for, if it fits. Else the one nearest to it: with slices, stages and expert
+    ranks as asked for, since a rank's memory may need them, and as many data ranks as there are
+    workers for; with fewer of the others only if that cannot be. Workers that no layout can use
+    stay idle. Raises LayoutError if nothing fits.
+    """
+    if config.parallel.layout().world <= workers:
+        return config
+    for parallel in _nearest_first(config.parallel, workers):
+        smaller = _valid(config, spec, parallel)
+        if smaller:
+            return smaller
+    raise LayoutError(
+        f"{workers} workers cannot train this run, which asks for "
+        f"{config.parallel.layout().world}; raise parallel.min_workers or choose a "
+        "train.batch_tokens with more divisors"
+    )
+
+
+def _nearest_first(asked: ParallelConfig, workers: int) -> Iterator[ParallelConfig]:
+    choices = [
+        (tp, pp, ep, dp)
+        for tp in divisors(asked.tp)
+        for pp in divisors(asked.pp)
+        for dp in range(1, workers // (tp * pp) + 1)
+        for ep in divisors(asked.ep)
+    ]
+    for tp, pp, ep, dp in sorted(choices, reverse=True):
+        same_stages = pp == asked.pp
+        try:
+            parallel = dataclasses.replace(
+                asked,
+                dp=dp,
+                tp=tp,
+                pp=pp,
+                ep=ep,
+                schedule=asked.schedule if same_stages else "1f1b",
+                chunks=asked.chunks if same_stages else 1,
+                chunk_layers=asked.chunk_layers if same_stages else (),
+            )
+            parallel.layout()
+        except LayoutError:
+            continue
+        yield parallel
+
+
+def _valid(config: TrainConfig, spec: ModelSpec, parallel: ParallelConfig) -> TrainConfig | None:
+    try:
+        smaller = dataclasses.replace(config, parallel=parallel)
+        smaller.check_model(spec, tokenizer_vocab=0)
+    except (ConfigError, LayoutError):
+        return None
+    return smaller

@@ -1,0 +1,102 @@
+"""Checkpoints beside training: the loop waits for a copy in memory, a thread writes it.
+
+The copy costs as much memory as this rank writes; one checkpoint is under way at a time. The
+writing threads of the ranks meet in a process group of their own, so that they never take each
+other's place in the loop's collectives.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptmoe import checkpoint
+from gptmoe.checkpoint import Piece
+from gptmoe.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+Groups = Mapping[str, Sequence[Piece]]
+
+
+class Saver:
+    """Writes one rank's part of each checkpoint. Collective: each rank makes the same calls."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        world: int,
+        barrier: Callable[[], None],
+        config: Mapping[str, Any],
+        copy_files: Callable[[Path], None],
+        keep: int,
+    ) -> None:
+        """`barrier` is used by the writing thread alone."""
+        self._folder = folder
+        self._rank, self._world = rank, world
+        self._barrier = barrier
+        self._config = config
+        self._copy_files = copy_files
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+
+    def start(self, name: str, groups: Groups, progress: Mapping[str, Any]) -> float:
+        """Copy the pieces and begin to write them; returns the seconds that the caller waited.
+
+        Waits for the checkpoint before, if that is still being written. A failure of that one is a
+        warning: training goes on, and earlier checkpoints are untouched.
+        """
+        began_s = time.perf_counter()
+        self._settle(fatal=False)
+        copies = {
+            group: [replace(piece, tensor=_copied(piece.tensor)) for piece in pieces]
+            for group, pieces in groups.items()
+        }
+        self._under_way = self._thread.submit(self._write, name, copies, dict(progress))
+        return time.perf_counter() - began_s
+
+    def finish(self) -> None:
+        """Wait for what is being written. Raises CheckpointError if that failed."""
+        self._settle(fatal=True)
+
+    def close(self) -> None:
+        """End the thread; what it writes is written."""
+        self._thread.shutdown()
+
+    def _settle(self, *, fatal: bool) -> None:
+        if self._under_way is None:
+            return
+        try:
+            self._under_way.result()
+        except CheckpointError as error:
+            if fatal:
+                raise
+            log.warning("TRAINING GOES ON WITHOUT A NEW CHECKPOINT: %s", error)
+        finally:
+            self._under_way = None
+
+    def _write(self, name: str, groups: Groups, progress: Mapping[str, Any]) -> None:
+        checkpoint.save(
+            self._folder / name,
+            rank=self._rank,
+            world=self._world,
+            barrier=self._barrier,
+            groups=groups,
+            config=self._config,
+            progress=progress,
+            copy_files=self._copy_files,
+        )
+        if self._rank == 0:
+            checkpoint.prune(self._folder, self._keep)
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
