@@ -4,7 +4,10 @@ import logging
 from collections.abc import Mapping
 
 import ray.exceptions
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import (
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2.api.config import FailureConfig
@@ -52,7 +55,10 @@ def first_cause(error: BaseException) -> GptMoeError:
     for failure in failures.values():
         if own := own_error(failure):
             return own
-    if not any(isinstance(failure, (*_DEAD, OSError)) for failure in failures.values()):
+    if not any(
+        isinstance(failure, (*_DEAD, WorkerHealthCheckTimeoutError, OSError))
+        for failure in failures.values()
+    ):
         log.error("%s", error)  # a bug, ours or Ray's: with its traceback
     return ClusterError(f"training stopped, {what_failed(failures, error)}; {GO_ON}")
 
@@ -62,6 +68,8 @@ def what_failed(failures: Mapping[int, BaseException], error: BaseException) -> 
     for rank, failure in failures.items():
         if isinstance(failure, _DEAD):
             return f"the process of worker {rank} was killed or its node was lost"
+        if isinstance(failure, WorkerHealthCheckTimeoutError):
+            return f"the process of worker {rank} does not answer: it hangs, or its node is lost"
     for rank, failure in failures.items():
         if isinstance(failure, OSError) and failure.strerror:
             return f"worker {rank}: {failure.strerror}"
