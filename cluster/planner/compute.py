@@ -84,43 +84,57 @@ def slowest(job: Job, choice: Choice, device: Device, assumptions: Assumptions) 
 def _layer_s(
     job: Job, choice: Choice, num_experts: int, device: Device, assumptions: Assumptions
 ) -> float:
-    layout, spec = choice.layout, job.spec
+    """One layer: attention, and a dense feed-forward layer or experts."""
+    spec, layout = job.spec, choice.layout
     tokens = choice.microbatch_size * job.seq_len / layout.tp
-    products = layer_flops(job, num_experts)
-    if num_experts and layout.ep > 1:
-        products += (assumptions.expert_imbalance - 1) * 4 * spec.d_model * spec.d_ff
     times = FORWARD + BACKWARD + (FORWARD if choice.recompute == "full" else 0)
     core_times = FORWARD + BACKWARD + (FORWARD if choice.recompute != "none" else 0)
-    flops = tokens * (times * products + core_times * core_flops(job))
     rate = device.flops_per_s(job.dtype) * assumptions.product_efficiency
+    memory_rate = device.memory_bytes_per_s * assumptions.memory_efficiency
+
+    def products_s(flops_per_token: float, weights: float) -> float:
+        """Few tokens do not pay for reading the weights: then that is the bound."""
+        read = job.width_bytes * weights / memory_rate
+        return times * max(tokens * flops_per_token / rate, read)
+
+    ffn_flops, ffn_weights = 4.0 * spec.d_model * spec.d_ff, 2.0 * spec.d_model * spec.d_ff
+    attention_weights = 4.0 * spec.d_model**2 / layout.tp
+    seconds = products_s(layer_flops(job, num_experts) - ffn_flops, attention_weights)
+    if num_experts:
+        uneven = assumptions.expert_imbalance if layout.ep > 1 else 1.0
+        ffn_weights *= num_experts / layout.ep
+        seconds += products_s(ffn_flops * uneven, ffn_weights)
+    else:
+        ffn_weights /= layout.tp
+        seconds += products_s(ffn_flops, ffn_weights)
+    seconds += core_times * tokens * core_flops(job) / rate
     moved = _moved_bytes(job, choice, num_experts, assumptions)
-    seconds = flops / rate + moved / (device.memory_bytes_per_s * assumptions.memory_efficiency)
+    moved += (attention_weights + ffn_weights) * _cast_bytes(job, choice, assumptions)
     kernels = assumptions.layer_kernels + (assumptions.moe_kernels if num_experts else 0)
-    return max(seconds, kernels * device.kernel_s)
+    return max(seconds + moved / memory_rate, kernels * device.kernel_s)
 
 
-def _moved_bytes(
-    job: Job, choice: Choice, num_experts: int, assumptions: Assumptions
-) -> float:
-    """Bytes that cross the memory for one layer besides the inner loops of its products."""
+def _moved_bytes(job: Job, choice: Choice, num_experts: int, assumptions: Assumptions) -> float:
+    """Bytes that cross the memory for the activations of one layer, outside its products."""
     layer, core = layer_bytes(job, choice, num_experts), core_bytes(job, choice)
     moved = assumptions.passes * (layer + core)
     if choice.recompute == "full":
-        moved += assumptions.recompute_passes * (layer + core)
+        moved += assumptions.recompute_share * assumptions.passes * (layer + core)
     elif choice.recompute == "sel":
-        moved += assumptions.recompute_passes * core
-    spec, layout = job.spec, choice.layout
-    ffn = 2 * spec.d_model * spec.d_ff
-    weights = 4 * spec.d_model**2 / layout.tp
-    weights += num_experts * ffn / layout.ep if num_experts else ffn / layout.tp
-    return moved + weights * _weight_bytes(job, choice)
+        moved += assumptions.recompute_share * assumptions.passes * core
+    return moved
 
 
-def _weight_bytes(job: Job, choice: Choice) -> float:
-    """Moved for each weight by one microbatch: cast and read, read again, its gradient added."""
-    cast = 4 + 2 * job.width_bytes if job.dtype == "bfloat16" else 4
-    backward = job.width_bytes + 2 * job.width_bytes + 2 * 4
-    return cast * (2 if choice.recompute == "full" else 1) + backward
+def _cast_bytes(job: Job, choice: Choice, assumptions: Assumptions) -> float:
+    """Moved for each weight by one microbatch besides the products' own reading.
+
+    Read wide and written narrow for each pass forward; the gradient written, read, and added.
+    """
+    if assumptions.narrow_weights:
+        return 2 * 4.0  # the products add to a float32 gradient
+    passes = 2 if choice.recompute == "full" else 1
+    cast = passes * (4 + job.width_bytes) if job.dtype == "bfloat16" else 0
+    return cast + 2 * job.width_bytes + 2 * 4.0
 
 
 def _head_s(job: Job, choice: Choice, device: Device, assumptions: Assumptions) -> float:

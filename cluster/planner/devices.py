@@ -204,7 +204,5 @@ CPU = Machine(  # a rank with one core of a server with AVX512-BF16, over gloo
     latency_s=6e-4,
 )
 
-MACHINES: Mapping[str, Machine] = MappingProxyType(
-    {row.device.name: row for row in (*_ROWS, CPU)}
-)
+MACHINES: Mapping[str, Machine] = MappingProxyType({row.device.name: row for row in (*_ROWS, CPU)})
 """Every known device."""

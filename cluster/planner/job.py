@@ -86,11 +86,7 @@ class Choice:
 def tensor_sizes(job: Job) -> list[int]:
     """The numbers of tensor-parallel ranks that cut heads, d_ff and the sequence evenly."""
     spec = job.spec
-    return [
-        tp
-        for tp in divisors(spec.num_heads)
-        if spec.d_ff % tp == 0 and job.seq_len % tp == 0
-    ]
+    return [tp for tp in divisors(spec.num_heads) if spec.d_ff % tp == 0 and job.seq_len % tp == 0]
 
 
 def check(job: Job, choice: Choice) -> None:

@@ -49,9 +49,7 @@ def exchange_s(
     if group.size == 1:
         return 0.0
     inside = sent_bytes * (group.in_node - 1) / group.size / cluster.link_bytes_per_s
-    outside = (
-        sent_bytes * (group.size - group.in_node) / group.size / cluster.network_bytes_per_s
-    )
+    outside = sent_bytes * (group.size - group.in_node) / group.size / cluster.network_bytes_per_s
     messages = group.in_node - 1 + group.size // group.in_node
     return max(inside, outside) / assumptions.link_efficiency + messages * cluster.latency_s
 
@@ -87,9 +85,7 @@ def expert_s(
         return 0.0
     rows = choice.microbatch_size * job.seq_len / layout.tp * assumptions.expert_imbalance
     group = group_of(layout.ep, 1, cluster)
-    once = exchange_s(
-        rows * job.spec.d_model * job.width_bytes, group, cluster, assumptions
-    )
+    once = exchange_s(rows * job.spec.d_model * job.width_bytes, group, cluster, assumptions)
     sizes = ROW_SIZE_MESSAGES * exchange_s(0.0, group, cluster, assumptions)
     recomputed = choice.recompute == "full"
     times = 6 if recomputed else 4
@@ -135,5 +131,6 @@ def gather_weights_s(
         return 0.0
     parameters = stage.sliced + stage.whole
     group = group_of(choice.layout.dp, 1, cluster)
-    gathers = 2 * ring_s(WEIGHT_BYTES * parameters, group, cluster, assumptions)
+    width = job.width_bytes if assumptions.narrow_weights else WEIGHT_BYTES
+    gathers = 2 * ring_s(width * parameters, group, cluster, assumptions)
     return gathers + ring_s(GRADIENT_BYTES * parameters, group, cluster, assumptions)

@@ -1,10 +1,10 @@
 """Seconds of one optimizer step, item by item, by the stage that takes longest."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from . import compute, links
 from .assumptions import Assumptions
-from .devices import Cluster
+from .devices import Cluster, Device
 from .job import Choice, Job
 
 
@@ -44,9 +44,7 @@ def bubble_fraction(pp: int, chunks: int, microbatches: int) -> float:
     return (pp - 1) / (chunks * microbatches)
 
 
-def step_time(
-    job: Job, choice: Choice, cluster: Cluster, assumptions: Assumptions
-) -> StepTime:
+def step_time(job: Job, choice: Choice, cluster: Cluster, assumptions: Assumptions) -> StepTime:
     """Of the whole batch."""
     device, microbatches = cluster.device, choice.microbatches(job)
     stage = compute.slowest(job, choice, device, assumptions)
@@ -67,3 +65,25 @@ def step_time(
         gradients=links.gradients_s(job, choice, stage, cluster, assumptions),
         optimizer=compute.optimizer_s(job, choice, stage, device, assumptions),
     )
+
+
+def sent_bytes(job: Job, choice: Choice, assumptions: Assumptions) -> dict[str, float]:
+    """Bytes that a rank of the slowest stage sends in a step, by the names of StepTime's items."""
+    device = Device(
+        name="counter",
+        memory_bytes=1,
+        bfloat16_flops_per_s=1,
+        float32_flops_per_s=1,
+        memory_bytes_per_s=1,
+    )
+    counter = Cluster(  # at one byte a second on every link, seconds are bytes
+        num_devices=choice.layout.world,
+        device=device,
+        devices_per_node=choice.layout.world,
+        link_bytes_per_s=1,
+        network_bytes_per_s=1,
+        latency_s=0,
+    )
+    plain = replace(assumptions, link_efficiency=1, overlap=0)
+    items = step_time(job, choice, counter, plain).items()
+    return {name: items[name] for name in ("tensor", "expert", "sends", "weights", "gradients")}
