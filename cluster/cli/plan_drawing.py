@@ -41,7 +41,7 @@ def draw_plan(facts: Mapping[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [
         _head(facts),
         Text(_words(facts), style="bold"),
-        Text(f"{facts['microbatches']} microbatches a rank and step, {_idle(facts)}"),
+        Text(f"microbatches a rank and step: {facts['microbatches']}; idle: {_idle(facts)}"),
         Text(f"\nmemory of the fullest rank: {memory['total'] / GIGA:.1f} of {_gb(usable)} usable"),
         _memory_table(memory),
         Text(
@@ -105,8 +105,8 @@ def _schedule(facts: Mapping[str, Any]) -> str:
 
 
 def _idle(facts: Mapping[str, Any]) -> str:
-    idle = facts["idle_devices"]
-    return f"{idle} devices stay idle" if idle else "no device idle"
+    idle, devices = facts["idle_devices"], facts["cluster"]["num_devices"]
+    return f"{idle} of {devices} devices" if idle else "no device"
 
 
 def _memory_table(memory: Mapping[str, float]) -> Table:

@@ -101,8 +101,8 @@ def plan(
 
     By arithmetic alone: nothing is run, and no device is needed.
     """
-    cluster = _cluster(devices, device, address)
-    cluster = _described(
+    cluster = make_cluster(devices, device, address)
+    cluster = described(
         cluster, device_memory_gb, device_tflops, devices_per_node, link_gb_s, network_gb_s
     )
     subject = _subject(model)
@@ -138,7 +138,7 @@ def _answer(
     return facts, draw_equal_cost(facts)
 
 
-def _cluster(devices: int | None, device: str, address: str) -> Cluster:
+def make_cluster(devices: int | None, device: str, address: str) -> Cluster:
     """The devices asked for, or those of a Ray cluster."""
     if not address:
         if devices is None:
@@ -161,7 +161,7 @@ def _cluster(devices: int | None, device: str, address: str) -> Cluster:
     return cluster
 
 
-def _described(
+def described(
     cluster: Cluster,
     memory_gb: float | None,
     tflops: float | None,

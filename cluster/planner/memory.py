@@ -43,7 +43,8 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(self.items().values())
+        state = self.weights + self.gradients + self.moments + self.master_copy + self.cast_weights
+        return state + self.activations + self.working + self.logits + self.buffers
 
     def items(self) -> dict[str, float]:
         """By name, in order."""

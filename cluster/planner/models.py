@@ -62,7 +62,7 @@ def by_name(name: str) -> Subject:
 def vocabulary_missing(config: Mapping[str, Any]) -> bool:
     """Whether the size of the vocabulary is that of the config's tokenizer, which must be read."""
     model = config["model"]
-    return not model.get("preset") and "vocab_size" not in model
+    return not model.get("preset") and model.get("vocab_size") is None
 
 
 def by_config(name: str, config: Mapping[str, Any], tokenizer_vocab: int = 0) -> Subject:

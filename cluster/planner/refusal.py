@@ -1,5 +1,7 @@
 """What the planner says when there is no plan: what was wanted, what is there, what would do."""
 
+import math
+
 from gptmoe.errors import LayoutError
 from gptmoe.parallel.layout import Layout, choices, divisors
 
@@ -10,16 +12,20 @@ from .memory import Memory
 
 
 def does_not_fit(
-    cluster: Cluster, choice: Choice, memory: Memory, usable_bytes: float, devices: int | None
+    cluster: Cluster,
+    choice: Choice,
+    memory: Memory,
+    usable_bytes: float,
+    device_bytes: float,
+    devices: int | None,
 ) -> LayoutError:
-    """For the plan that needs least: the largest item, and what would fit."""
-    item = memory.largest
-    device = cluster.device
-    per_device = memory.total / max(usable_bytes, 1.0) * device.memory_bytes
-    if usable_bytes > 0:
-        advice = f"devices of at least {per_device / GIGA:.0f} GB"
-    else:
-        advice = "devices with more memory than the runtime takes"
+    """For the plan that needs least: the largest item, and what would fit.
+
+    `device_bytes` is the memory of a device on which this plan fits, `devices` a number of devices
+    on which another one does.
+    """
+    item, device = memory.largest, cluster.device
+    advice = f"devices of at least {math.ceil(device_bytes / GIGA)} GB"
     if devices:
         advice = f"{devices} devices or more, or {advice}"
     return LayoutError(
@@ -40,7 +46,7 @@ def refuse_wishes(job: Job, cluster: Cluster, wishes: Wishes) -> None:
     _refuse_alone(job, wishes)
     _refuse_ranks(cluster, wishes)
     for layout in layouts(job, wishes, cluster.num_devices, cluster.devices_per_node):
-        if zeros(job, layout, wishes) and next(ways(job, layout, wishes), None):
+        if zeros(job, layout, wishes) and any(True for _ in ways(job, layout, wishes)):
             return
     raise _no_layout(job, cluster, wishes)
 

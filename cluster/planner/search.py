@@ -83,9 +83,13 @@ def search(
     fitting = sorted((plan for plan in found if plan.fits), key=_rank)
     if not fitting:
         smallest = min(found, key=lambda plan: plan.memory.total)
-        devices = _devices_that_fit(job, cluster, wishes, assumptions)
         raise does_not_fit(
-            cluster, smallest.choice, smallest.memory, smallest.usable_bytes, devices
+            cluster,
+            smallest.choice,
+            smallest.memory,
+            smallest.usable_bytes,
+            smallest.memory.total / (1 - assumptions.reserve) + cluster.device.runtime_bytes,
+            _devices_that_fit(job, cluster, wishes, assumptions),
         )
     best, *slower = fitting
     large = sorted((p for p in found if not p.fits), key=lambda plan: plan.time.total)

@@ -29,7 +29,8 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return sum(self.items().values())
+        sends = self.tensor + self.expert + self.sends + self.weights + self.gradients
+        return self.compute + self.bubble + self.optimizer + sends
 
     def items(self) -> dict[str, float]:
         """By name, in order."""
