@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from gptmoe.model.spec import ModelSpec
 from gptmoe.parallel.layout import Layout, divisors
+from gptmoe.parallel.schedules import Kind
 
-from .job import Job, Recompute, Schedule, tensor_sizes
+from .job import Job, Recompute, tensor_sizes
 
 MOST_CHUNKS = 8
 
@@ -28,7 +29,7 @@ class Wishes:
     zero: int | None = None
     recompute: Recompute | None = None
     microbatch_size: int | None = None
-    schedule: Schedule | None = None
+    schedule: Kind | None = None
     chunks: int | None = None
 
 
@@ -45,7 +46,7 @@ def layouts(job: Job, wishes: Wishes, most_ranks: int, node: int) -> Iterator[La
                     yield Layout(dp=dp, tp=tp, ep=ep, pp=pp)
 
 
-def ways(job: Job, layout: Layout, wishes: Wishes) -> Iterator[tuple[int, Schedule, int]]:
+def ways(job: Job, layout: Layout, wishes: Wishes) -> Iterator[tuple[int, Kind, int]]:
     """(microbatch_size, schedule, chunks) that go with a layout."""
     share = job.batch_sequences // layout.dp
     for size in microbatch_sizes(job, wishes):
@@ -108,8 +109,8 @@ def _experts(spec: ModelSpec, wishes: Wishes, span: int) -> list[int]:
 
 def _schedules(
     spec: ModelSpec, pp: int, microbatches: int, wishes: Wishes
-) -> list[tuple[Schedule, int]]:
-    found: list[tuple[Schedule, int]] = []
+) -> list[tuple[Kind, int]]:
+    found: list[tuple[Kind, int]] = []
     wanted = wishes.schedule
     if wanted == "gpipe" or (wanted in (None, "1f1b") and wishes.chunks in (None, 1)):
         found.append((wanted or "1f1b", 1))

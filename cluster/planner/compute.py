@@ -75,7 +75,7 @@ def optimizer_s(
 
 def slowest(job: Job, choice: Choice, device: Device, assumptions: Assumptions) -> Stage:
     """The stage that computes longest, which all others wait for."""
-    every = unlike_stages(job.spec, choice.layout.pp, choice.chunks)
+    every = unlike_stages(job.spec, choice.layout.pp, choice.layout.chunks)
     if len(every) == 1:
         return every[0]
     return max(every, key=lambda stage: microbatch_s(job, choice, stage, device, assumptions))

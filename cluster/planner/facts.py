@@ -26,7 +26,7 @@ def plan_facts(name: str, job: Job, cluster: Cluster, answer: Answer) -> dict[st
         "usable_bytes": best.usable_bytes,
         "step_time_s": best.time.items() | {"total": best.time.total},
         "sent_bytes": sent_bytes(job, choice, Assumptions()),
-        "bubble": bubble_fraction(choice.layout.pp, choice.chunks, choice.microbatches(job)),
+        "bubble": bubble_fraction(choice.layout.pp, choice.layout.chunks, choice.microbatches(job)),
         "runners_up": [
             {
                 **choice_facts(job, lost.plan.choice),
@@ -64,18 +64,23 @@ def choice_facts(job: Job, choice: Choice) -> dict[str, Any]:
         "microbatch_size": choice.microbatch_size,
         "microbatches": choice.microbatches(job),
         "schedule": choice.schedule,
-        "chunks": choice.chunks,
+        "chunks": choice.layout.chunks,
     }
 
 
 def overrides(choice: Choice) -> list[str]:
     """The layout as a training command takes it."""
     layout = choice.layout
+    pipeline = [f"parallel.schedule={choice.schedule}", f"parallel.chunks={layout.chunks}"]
+    if layout.pp == 1:
+        pipeline = []
     found = [f"parallel.{name}={getattr(layout, name)}" for name in ("dp", "tp", "ep", "pp")]
     return [
         *found,
         f"parallel.zero={choice.zero}",
+        *pipeline,
         f"train.microbatch_size={choice.microbatch_size}",
+        f"train.recompute={choice.recompute}",
     ]
 
 

@@ -6,11 +6,11 @@ from typing import Literal
 from gptmoe.errors import LayoutError
 from gptmoe.model.spec import ModelSpec
 from gptmoe.parallel.layout import Layout, choices, divisors
+from gptmoe.parallel.schedules import Kind, schedule
 
 from .devices import Dtype
 
 Recompute = Literal["none", "sel", "full"]
-Schedule = Literal["gpipe", "1f1b", "interleaved"]
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "sel", "full")
 """From most memory to least: nothing, the core of attention, whole layers."""
@@ -65,9 +65,7 @@ class Choice:
     """Sequences of one pass of a rank."""
     zero: int = 0
     recompute: Recompute = "none"
-    schedule: Schedule = "1f1b"
-    chunks: int = 1
-    """Groups of layers of a stage; more than 1 needs the interleaved schedule."""
+    schedule: Kind = "1f1b"
 
     def microbatches(self, job: Job) -> int:
         """How many of them make a rank's share of the batch."""
@@ -79,7 +77,7 @@ class Choice:
         words.append(f"zero={self.zero} recompute={self.recompute}")
         words.append(f"microbatch_size={self.microbatch_size}")
         if layout.pp > 1:
-            words.append(f"{self.schedule}" + (f" x{self.chunks}" if self.chunks > 1 else ""))
+            words.append(f"{self.schedule}" + (f" x{layout.chunks}" if layout.chunks > 1 else ""))
         return " ".join(words)
 
 
@@ -91,11 +89,11 @@ def tensor_sizes(job: Job) -> list[int]:
 
 def check(job: Job, choice: Choice) -> None:
     """Raise LayoutError, with both numbers and what would do, unless `choice` can train `job`."""
-    layout, spec = choice.layout, job.spec
-    layout.check_experts(spec.num_experts)
+    layout = choice.layout
     _check_tensor(job, layout.tp)
-    _check_stages(job, choice)
+    layout.check_model(job.spec)
     _check_batch(job, choice)
+    schedule(choice.schedule, layout.pp, 0, choice.microbatches(job), layout.chunks)
     _check_zero(job, choice)
 
 
@@ -105,28 +103,6 @@ def _check_tensor(job: Job, tp: int) -> None:
         raise LayoutError(
             f"parallel.tp={tp} must divide num_heads={job.spec.num_heads}, "
             f"d_ff={job.spec.d_ff} and seq_len={job.seq_len}; use {choices(good)}"
-        )
-
-
-def _check_stages(job: Job, choice: Choice) -> None:
-    pp, chunks, layers = choice.layout.pp, choice.chunks, job.spec.num_layers
-    if pp > layers:
-        raise LayoutError(
-            f"parallel.pp={pp} must be at most num_layers={layers}, one layer a stage; "
-            f"use 1 to {layers}"
-        )
-    if chunks == 1 and choice.schedule != "interleaved":
-        return
-    if choice.schedule != "interleaved" or pp == 1 or chunks < 2:
-        raise LayoutError(
-            f"schedule {choice.schedule} with pp={pp} and {chunks} chunks a stage does not go "
-            "together; interleaved wants pp and chunks of at least 2, the others 1 chunk"
-        )
-    microbatches = choice.microbatches(job)
-    if layers % (pp * chunks) or microbatches % pp:
-        raise LayoutError(
-            f"the interleaved schedule cuts num_layers={layers} into pp={pp} x {chunks} equal "
-            f"parts and its {microbatches} microbatches into rounds of pp; use schedule 1f1b"
         )
 
 

@@ -98,11 +98,16 @@ def pipeline_s(job: Job, choice: Choice, cluster: Cluster, assumptions: Assumpti
     if layout.pp == 1:
         return 0.0
     tokens = choice.microbatch_size * job.seq_len / layout.tp
-    outside = layout.dp * layout.tp * layout.pp > cluster.devices_per_node
+    outside = _ends(choice, cluster).in_node == 1
     rate = cluster.network_bytes_per_s if outside else cluster.link_bytes_per_s
     sent = tokens * job.spec.d_model * job.width_bytes
     once = sent / (rate * assumptions.link_efficiency) + cluster.latency_s
-    return 2 * choice.chunks * once
+    return 2 * choice.layout.chunks * once
+
+
+def _ends(choice: Choice, cluster: Cluster) -> Group:
+    """First and last stage: in one node only if the whole pipeline is."""
+    return Group(2, 2 if choice.layout.world <= cluster.devices_per_node else 1)
 
 
 def gradients_s(
@@ -120,6 +125,9 @@ def gradients_s(
     replicas = layout.expert_span // layout.ep
     half = ring_s(dense, group_of(layout.dp, layout.tp, cluster), cluster, assumptions)
     half += ring_s(expert, group_of(replicas, layout.ep, cluster), cluster, assumptions)
+    if layout.pp > 1 and (stage.first or stage.last):  # the token table is also the head
+        table = GRADIENT_BYTES * job.spec.vocab_size * job.spec.d_model / layout.tp
+        half += ring_s(table, _ends(choice, cluster), cluster, assumptions)
     return 2 * half * (1 - assumptions.overlap)
 
 

@@ -61,7 +61,7 @@ def fullest(job: Job, choice: Choice) -> Memory:
     """Of the stage that needs most."""
     every = [
         stage_memory(job, choice, stage)
-        for stage in unlike_stages(job.spec, choice.layout.pp, choice.chunks)
+        for stage in unlike_stages(job.spec, choice.layout.pp, choice.layout.chunks)
     ]
     return max(every, key=lambda memory: memory.total)
 
@@ -96,7 +96,8 @@ def in_flight(job: Job, choice: Choice, stage: int) -> float:
     GPipe: all. 1F1B: those of the stages after it, and one. Interleaved: Narayanan et al. 2021
     (arXiv 2104.04473, section 2.2), first stage: 1 + (pp - 1) / (pp v) times those of 1F1B.
     """
-    microbatches, pp, chunks = choice.microbatches(job), choice.layout.pp, choice.chunks
+    microbatches = choice.microbatches(job)
+    pp, chunks = choice.layout.pp, choice.layout.chunks
     if choice.schedule == "gpipe":
         return microbatches
     if choice.schedule == "interleaved":

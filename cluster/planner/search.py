@@ -193,12 +193,11 @@ def _first_that_fit(
         for zero in zeros(job, layout, wishes):
             for recompute in recomputes:
                 choice = Choice(
-                    layout=layout,
+                    layout=replace(layout, chunks=chunks),
                     microbatch_size=size,
                     zero=zero,
                     recompute=recompute,
                     schedule=schedule,
-                    chunks=chunks,
                 )
                 memory = fullest(job, choice)
                 if memory.total <= limit or recompute == recomputes[-1]:
@@ -226,7 +225,7 @@ def _rank(plan: Plan) -> tuple[float, ...]:
     """Fastest first; of equals the plainest."""
     choice = plan.choice
     layout = choice.layout
-    plain = (choice.zero, layout.pp, layout.tp, layout.ep, choice.chunks, choice.microbatch_size)
+    plain = (choice.zero, layout.pp, layout.tp, layout.ep, layout.chunks, choice.microbatch_size)
     return (float(f"{plan.time.total:.4g}"), *plain)
 
 

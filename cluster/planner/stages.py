@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from gptmoe.model.spec import ModelSpec
+from gptmoe.parallel.layout import Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,16 +38,11 @@ def stages(spec: ModelSpec, pp: int, chunks: int = 1) -> tuple[Stage, ...]:
 
     With chunks, stage s holds the parts s, s + pp, s + 2 pp, ... of pp x chunks.
     """
-    parts = pp * chunks
-    bounds = [spec.num_layers * part // parts for part in range(parts + 1)]
+    parts = Layout(pp=pp, chunks=chunks).layer_chunks(spec.num_layers)
     found = []
     for index in range(pp):
-        own = [
-            layer
-            for part in range(index, parts, pp)
-            for layer in range(bounds[part], bounds[part + 1])
-        ]
-        found.append(_stage(spec, index, tuple(own), index == pp - 1))
+        own = tuple(layer for part in parts[index::pp] for layer in part)
+        found.append(_stage(spec, index, own, index == pp - 1))
     return tuple(found)
 
 

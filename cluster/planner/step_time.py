@@ -55,7 +55,7 @@ def step_time(job: Job, choice: Choice, cluster: Cluster, assumptions: Assumptio
     weights = links.gather_weights_s(job, choice, stage, cluster, assumptions)
     sends = links.pipeline_s(job, choice, cluster, assumptions)
     worked = microbatches * (own + tensor + expert + weights)
-    bubble = bubble_fraction(choice.layout.pp, choice.chunks, microbatches)
+    bubble = bubble_fraction(choice.layout.pp, choice.layout.chunks, microbatches)
     return StepTime(
         compute=microbatches * own,
         tensor=microbatches * tensor,

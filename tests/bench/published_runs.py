@@ -12,10 +12,11 @@ values to a narrower feed-forward layer.
 from dataclasses import dataclass, replace
 
 from cluster.planner.devices import Cluster, machine
-from cluster.planner.job import Choice, Job, Recompute, Schedule
+from cluster.planner.job import Choice, Job, Recompute
 from gptmoe.model.presets import preset
 from gptmoe.model.spec import ModelSpec, RouterSpec, expand_experts
 from gptmoe.parallel.layout import Layout
+from gptmoe.parallel.schedules import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +53,13 @@ def choice(
 ) -> Choice:
     """`layout` is (dp, tp, pp)."""
     dp, tp, pp = layout
-    schedule: Schedule = "interleaved" if chunks > 1 else "1f1b"
+    schedule: Kind = "interleaved" if chunks > 1 else "1f1b"
     return Choice(
-        layout=Layout(dp=dp, tp=tp, pp=pp, ep=ep),
+        layout=Layout(dp=dp, tp=tp, pp=pp, ep=ep, chunks=chunks),
         microbatch_size=microbatch,
         recompute=recompute,
         zero=zero,
         schedule=schedule,
-        chunks=chunks,
     )
 
 

@@ -13,6 +13,7 @@ from gptmoe.model.counts import parameters
 from gptmoe.model.presets import preset
 from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.parallel.layout import Layout
+from gptmoe.parallel.schedules import Kind, most_alive, schedule
 
 SMALL = ModelSpec(num_layers=2, d_model=4, num_heads=2, d_ff=16, vocab_size=10, max_seq_len=8)
 MIXTURE = preset("1.3B+MoE-64").spec
@@ -93,8 +94,20 @@ def test_microbatches_in_flight() -> None:
     assert [in_flight(job, deep, stage) for stage in range(4)] == [4, 3, 2, 1]
     assert in_flight(job, replace(deep, schedule="gpipe"), 3) == 64
     # arXiv 2205.05198, section 4.2.3: L (1 + (pp - 1) / (pp v)) layers, pp of them 1F1B's
-    rounds = replace(deep, schedule="interleaved", chunks=3)
+    rounds = replace(deep, schedule="interleaved", layout=Layout(pp=4, chunks=3))
     assert in_flight(job, rounds, 0) == pytest.approx(4 * (1 + 3 / (4 * 3)))
+
+
+@pytest.mark.parametrize(("kind", "chunks"), [("gpipe", 1), ("1f1b", 1), ("interleaved", 3)])
+@pytest.mark.parametrize("batch", [32, 512])
+def test_microbatches_in_flight_are_those_of_the_schedule(
+    kind: Kind, chunks: int, batch: int
+) -> None:
+    job = replace(large_job(), batch_sequences=batch)
+    choice = replace(choose(pp=4), schedule=kind, layout=Layout(pp=4, chunks=chunks))
+    for stage in range(4):
+        actions = schedule(kind, 4, stage, choice.microbatches(job), chunks)
+        assert in_flight(job, choice, stage) == pytest.approx(most_alive(actions) / chunks)
 
 
 def test_gpipe_needs_more_than_1f1b() -> None:

@@ -37,7 +37,11 @@ def cluster(devices: int, memory_gb: float = 80.0) -> Cluster:
         (MIXTURE, Wishes(tp=3), "use 1, 2, 4, 8, 16 or 32"),
         (MIXTURE, Wishes(ep=5), "parallel.ep=5 must divide num_experts=64; use 1, 2, 4"),
         (DENSE, Wishes(ep=2), "parallel.ep=2 needs experts, but the model is dense"),
-        (MIXTURE, Wishes(pp=25), "parallel.pp=25 must be at most num_layers=24"),
+        (
+            MIXTURE,
+            Wishes(pp=25),
+            "parallel.pp=25 x parallel.chunks=1 need as many layers, but model.num_layers=24",
+        ),
         (MIXTURE, Wishes(dp=3), "dp=3 x microbatch_size=8 must divide the batch of 512 sequences"),
         (MIXTURE, Wishes(dp=3), "use dp 1, 2, 4, 8, 16, 32 or 64"),
         (MIXTURE, Wishes(microbatch_size=4), "must be a multiple of router.group_sequences=8"),
@@ -60,10 +64,8 @@ def test_wishes_that_cannot_be_met(job: Job, wishes: Wishes, expected: str) -> N
 
 def test_a_choice_by_itself() -> None:
     plain = Choice(layout=Layout(pp=2), microbatch_size=8)
-    with refused(LayoutError, "schedule 1f1b with pp=2 and 2 chunks a stage does not"):
-        check(DENSE, replace(plain, chunks=2))
-    with refused(LayoutError, "cuts num_layers=24 into pp=2 x 5 equal parts"):
-        check(DENSE, replace(plain, schedule="interleaved", chunks=5))
+    with refused(LayoutError, "parallel.chunks=2 needs parallel.schedule='interleaved'"):
+        check(DENSE, replace(plain, layout=Layout(pp=2, chunks=2)))
     with refused(LayoutError, "microbatch_size=0 must be at least 1; use 1"):
         check(DENSE, replace(plain, microbatch_size=0))
 

@@ -66,10 +66,9 @@ def test_every_candidate_is_valid(job: Job, most: int, node: int) -> None:
         for size, schedule, chunks in ways(job, layout, wishes):
             for zero in zeros(job, layout, wishes):
                 choice = Choice(
-                    layout=layout,
+                    layout=replace(layout, chunks=chunks),
                     microbatch_size=size,
                     schedule=schedule,
-                    chunks=chunks,
                     zero=zero,
                 )
                 check(job, choice)
@@ -118,7 +117,7 @@ def test_wishes_hold() -> None:
     gpipe = search(DENSE, cluster(8), Wishes(pp=4, schedule="gpipe")).best.choice
     assert (gpipe.schedule, gpipe.layout.pp) == ("gpipe", 4)
     rounds = search(DENSE, cluster(8), Wishes(pp=4, schedule="interleaved", chunks=3)).best.choice
-    assert (rounds.schedule, rounds.chunks) == ("interleaved", 3)
+    assert (rounds.schedule, rounds.layout.chunks) == ("interleaved", 3)
     assert search(DENSE, cluster(2), Wishes(schedule="1f1b")).best.choice.schedule == "1f1b"
 
 

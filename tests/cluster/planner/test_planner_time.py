@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from cluster.planner import compute, links
 from cluster.planner.assumptions import Assumptions
 from cluster.planner.devices import CPU, Cluster, machine
-from cluster.planner.job import Choice, Job, Schedule
+from cluster.planner.job import Choice, Job
 from cluster.planner.search import make_plan
 from cluster.planner.stages import stages
 from cluster.planner.step_time import bubble_fraction, sent_bytes, step_time
 from gptmoe.model.presets import preset
 from gptmoe.parallel.layout import Layout
+from gptmoe.parallel.schedules import Kind
 
 DENSE = Job(spec=preset("1.3B").spec, batch_sequences=512, seq_len=2048)
 MIXTURE = Job(spec=preset("1.3B+MoE-64").spec, batch_sequences=512, seq_len=2048)
@@ -42,10 +43,11 @@ def test_bubble(pp: int, chunks: int, microbatches: int, expected: float) -> Non
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
-def test_a_step_has_the_bubble_of_its_schedule(schedule: Schedule) -> None:
-    choice = replace(choose(pp=4), schedule=schedule, chunks=3 if schedule == "interleaved" else 1)
+def test_a_step_has_the_bubble_of_its_schedule(schedule: Kind) -> None:
+    chunks = 3 if schedule == "interleaved" else 1
+    choice = replace(choose(pp=4), schedule=schedule, layout=Layout(pp=4, chunks=chunks))
     time = step_time(DENSE, choice, A100.cluster(4), IDEAL)
-    assert time.bubble == pytest.approx(time.compute * 3 / (choice.chunks * 64))
+    assert time.bubble == pytest.approx(time.compute * 3 / (chunks * 64))
 
 
 def test_rings_and_exchanges_by_hand() -> None:
@@ -77,6 +79,9 @@ def test_what_a_rank_sends() -> None:
     dense = sum(stage.sliced + stage.whole for stage in stages(MIXTURE.spec, 1))
     assert sent["gradients"] == pytest.approx(2 * 4 * dense * 7 / 8)
     assert (sent["tensor"], sent["sends"], sent["weights"]) == (0, 0, 0)
+    table = 51200 * 2048
+    ends = sent_bytes(DENSE, choose(pp=2), Assumptions())
+    assert ends["gradients"] == pytest.approx(2 * 4 * table / 2)
     pipeline = sent_bytes(MIXTURE, choose(pp=4), Assumptions())
     assert pipeline["sends"] == pytest.approx(64 * 2 * 8 * 2048 * 2048 * 2)
 
