@@ -17,6 +17,9 @@ from .job import Job, Recompute, tensor_sizes
 
 MOST_CHUNKS = 8
 
+SEARCHED_ZEROS = (0, 1, 2)
+"""What training offers. ZeRO 3 is priced where it is asked for by name."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wishes:
@@ -62,7 +65,7 @@ def zeros(job: Job, layout: Layout, wishes: Wishes) -> list[int]:
     elif layout.dp * layout.tp == layout.ep and layout.dp == 1:
         return [0]
     else:
-        allowed = [0, 1, 2, 3]
+        allowed = list(SEARCHED_ZEROS)
     return [zero for zero in allowed if zero < 2 or _may_split(job, layout, zero)]
 
 

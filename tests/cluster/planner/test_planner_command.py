@@ -13,6 +13,7 @@ from cluster.cli import lazy, planning
 from cluster.cli.plan_drawing import MEMORY, TIME
 from cluster.planner.memory import Memory
 from cluster.planner.step_time import StepTime
+from cluster.resolve import resolve
 from gptmoe.errors import ConfigError
 from gptmoe.parallel.layout import Layout
 
@@ -72,6 +73,16 @@ def test_a_config_file_with_its_tokenizer() -> None:
     facts = json.loads(gptmoe(*words).stdout)
     assert (facts["batch_tokens"], facts["dtype"]) == (4096, "float32")
     assert facts["idle_devices"] == 3 - facts["world"]
+
+
+@pytest.mark.parametrize("devices", ["2", "4"])
+def test_training_accepts_what_is_planned(devices: str) -> None:
+    config = "configs/train/tiny.toml"
+    facts = json.loads(gptmoe("--model", config, "--devices", devices, "--json").stdout)
+    resolved = resolve("pretrain", env.ROOT / config, facts["overrides"])
+    assert resolved.workers == facts["world"]
+    pipeline = gptmoe("--model", config, "--devices", devices, "--pp", "2", "--json").stdout
+    assert resolve("pretrain", env.ROOT / config, json.loads(pipeline)["overrides"]).workers > 1
 
 
 def test_equal_cost_for_people_and_as_json() -> None:

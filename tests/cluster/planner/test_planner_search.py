@@ -112,12 +112,13 @@ def test_surplus_ranks_stay_idle() -> None:
 def test_wishes_hold() -> None:
     wishes = Wishes(dp=2, tp=2, ep=4, pp=2, zero=1, recompute="full", microbatch_size=16)
     choice = search(MIXTURE, cluster(8, "h200-141gb"), wishes).best.choice
-    assert choice.layout == Layout(dp=2, tp=2, ep=4, pp=2)
+    assert replace(choice.layout, chunks=1) == Layout(dp=2, tp=2, ep=4, pp=2)
     assert (choice.zero, choice.recompute, choice.microbatch_size) == (1, "full", 16)
     gpipe = search(DENSE, cluster(8), Wishes(pp=4, schedule="gpipe")).best.choice
     assert (gpipe.schedule, gpipe.layout.pp) == ("gpipe", 4)
     rounds = search(DENSE, cluster(8), Wishes(pp=4, schedule="interleaved", chunks=3)).best.choice
     assert (rounds.schedule, rounds.layout.chunks) == ("interleaved", 3)
+    assert search(DENSE, cluster(8), Wishes(zero=3)).best.choice.zero == 3
     assert search(DENSE, cluster(2), Wishes(schedule="1f1b")).best.choice.schedule == "1f1b"
 
 
