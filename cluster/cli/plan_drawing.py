@@ -60,19 +60,16 @@ def draw_equal_cost(facts: Mapping[str, Any]) -> RenderableType:
     """The dense model, the sparse ones for its price, the others."""
     parts: list[RenderableType] = [_head(facts), Text(_words(facts), style="bold")]
     equal, others = facts["equal_cost"], facts["other_costs"]
-    if equal:
-        most = equal[0]
+    if most := facts["most_parameters"]:
         parts.append(
             Text(
-                f"\nfor the same cost per token: up to {most['parameters'] / 1e9:.1f}B parameters "
-                f"({most['model']})"
+                f"\nfor about its cost per token or less: {most['parameters'] / 1e9:.1f}B "
+                f"parameters, {most['model']} at {most['cost']:.2f} of the cost"
             )
         )
-        parts.append(_sparse(equal))
-    else:
-        parts.append(Text("\nno sparse model costs as much per token and fits"))
-    if others:
-        parts += [Text("\nother costs"), _sparse(others)]
+    for title, rows in (("the same cost", equal), ("other costs, the nearest first", others)):
+        if rows:
+            parts += [Text(f"\n{title}"), _sparse(rows)]
     if facts["too_large"]:
         parts.append(Text(f"\ndo not fit: {', '.join(facts['too_large'])}"))
     return Group(*parts)

@@ -17,6 +17,9 @@ from .job import Job, Recompute, tensor_sizes
 
 MOST_CHUNKS = 8
 
+MOST_TOKENS = 65_536
+"""Of a microbatch: with more rows than that no product gets faster."""
+
 SEARCHED_ZEROS = (0, 1, 2)
 """What training offers. ZeRO 3 is priced where it is asked for by name."""
 
@@ -70,13 +73,13 @@ def zeros(job: Job, layout: Layout, wishes: Wishes) -> list[int]:
 
 
 def microbatch_sizes(job: Job, wishes: Wishes) -> list[int]:
-    """Sequences of a microbatch: the smallest that keeps routing groups whole, and its doubles."""
+    """Sequences of a microbatch: the fewest that keep routing groups whole, and their doubles."""
     if wishes.microbatch_size:
         return [wishes.microbatch_size]
-    least, sizes = job.least_sequences, []
-    while least <= job.batch_sequences and job.batch_sequences % least == 0:
-        sizes.append(least)
-        least *= 2
+    size, sizes = job.least_sequences, []
+    while job.batch_sequences % size == 0 and (not sizes or size * job.seq_len <= MOST_TOKENS):
+        sizes.append(size)
+        size *= 2
     return sizes
 
 

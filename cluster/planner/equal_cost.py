@@ -41,6 +41,8 @@ class EqualCost:
 
     dense: Plan
     dense_count: Count
+    most: Sparse | None
+    """The most parameters for at most the dense model's cost and the tolerance."""
     equal: tuple[Sparse, ...]
     """Within the tolerance of the dense model's cost, the most parameters first."""
     nearest: tuple[Sparse, ...]
@@ -77,11 +79,13 @@ def equal_cost(
             continue
         cost = plan.time.total / dense.time.total
         found.append(Sparse(name=name, count=parameters(spec), plan=plan, cost=cost))
+    affordable = [sparse for sparse in found if sparse.cost <= 1 + tolerance]
     equal = [sparse for sparse in found if abs(sparse.cost - 1) <= tolerance]
     others = [sparse for sparse in found if abs(sparse.cost - 1) > tolerance]
     return EqualCost(
         dense=dense,
         dense_count=parameters(job.spec),
+        most=max(affordable, key=lambda sparse: sparse.count.total, default=None),
         equal=tuple(sorted(equal, key=lambda sparse: -sparse.count.total)),
         nearest=tuple(sorted(others, key=lambda sparse: abs(sparse.cost - 1))),
         too_large=tuple(too_large),

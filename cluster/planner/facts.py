@@ -48,6 +48,7 @@ def equal_cost_facts(name: str, job: Job, cluster: Cluster, found: EqualCost) ->
         **_job_facts(name, job, cluster),
         **choice_facts(job, dense.choice),
         **_plan_facts(dense),
+        "most_parameters": _sparse_facts(job, found.most) if found.most else None,
         "equal_cost": [_sparse_facts(job, sparse) for sparse in found.equal],
         "other_costs": [_sparse_facts(job, sparse) for sparse in found.nearest],
         "too_large": list(found.too_large),

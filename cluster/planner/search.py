@@ -190,10 +190,11 @@ def _first_that_fit(
     """Recompute only as much as must be: more of it is always slower."""
     recomputes = [wishes.recompute] if wishes.recompute else RECOMPUTES
     for size, schedule, chunks in ways(job, layout, wishes):
+        dealt = layout if chunks == 1 else replace(layout, chunks=chunks)
         for zero in zeros(job, layout, wishes):
             for recompute in recomputes:
                 choice = Choice(
-                    layout=replace(layout, chunks=chunks),
+                    layout=dealt,
                     microbatch_size=size,
                     zero=zero,
                     recompute=recompute,

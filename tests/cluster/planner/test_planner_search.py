@@ -130,7 +130,7 @@ def test_a_fixed_choice_is_priced_the_same_by_search_and_alone() -> None:
 def test_recompute_is_chosen_only_if_memory_asks_for_it() -> None:
     roomy = cluster(8, "h200-141gb")
     assert search(DENSE, roomy).best.choice.recompute == "none"
-    tight = replace(roomy, device=replace(roomy.device, memory_bytes=32e9))
+    tight = replace(roomy, device=replace(roomy.device, memory_bytes=36e9))
     wishes = Wishes(dp=8, microbatch_size=16)
     assert search(DENSE, tight, wishes).best.choice.recompute == "full"
 
@@ -173,6 +173,9 @@ def test_equal_cost() -> None:
     assert all(abs(sparse.cost - 1) > 0.15 for sparse in found.nearest)
     assert all(sparse.plan.fits for sparse in (*found.equal, *found.nearest))
     assert "1.3B+MoE-256" in found.too_large
+    affordable = [s for s in (*found.equal, *found.nearest) if s.cost <= 1.15]
+    assert found.most
+    assert found.most.count.total == max(sparse.count.total for sparse in affordable)
     assert not any(sparse.name.startswith("2.7B") for sparse in (*found.equal, *found.nearest))
 
 
