@@ -19,7 +19,7 @@ from gptmoe.errors import ConfigError
 from gptmoe.model.presets import ALIASES, PRESETS
 
 from . import lazy
-from .output import Json, examples, print_facts
+from .output import Json, bar, examples, print_facts
 from .plan_drawing import draw_equal_cost, draw_plan
 
 app = typer.Typer(rich_markup_mode=None)
@@ -134,7 +134,16 @@ def _answer(
         facts = plan_facts(name, job, cluster, search(job, cluster, wishes))
         return facts, draw_plan(facts)
     bases = {key: row.spec for key, row in PRESETS.items() if key not in ALIASES}
-    facts = equal_cost_facts(name, job, cluster, compare_costs(job, bases, cluster, wishes=wishes))
+    with bar("planning") as progress:
+        task = progress.task_ids[0]
+        found = compare_costs(
+            job,
+            bases,
+            cluster,
+            wishes=wishes,
+            on_progress=lambda share: progress.update(task, completed=share),
+        )
+    facts = equal_cost_facts(name, job, cluster, found)
     return facts, draw_equal_cost(facts)
 
 

@@ -76,7 +76,8 @@ def microbatch_sizes(job: Job, wishes: Wishes) -> list[int]:
     """Sequences of a microbatch: the fewest that keep routing groups whole, and their doubles."""
     if wishes.microbatch_size:
         return [wishes.microbatch_size]
-    size, sizes = job.least_sequences, []
+    sizes: list[int] = []
+    size = job.least_sequences
     while job.batch_sequences % size == 0 and (not sizes or size * job.seq_len <= MOST_TOKENS):
         sizes.append(size)
         size *= 2

@@ -38,10 +38,9 @@ def core_flops(job: Job) -> float:
 def model_flops_per_token(job: Job) -> float:
     """Forward and backward, without recompute: what utilisation (MFU) is measured by."""
     spec = job.spec
-    layers = sum(
-        layer_flops(job, spec.experts_in_layer(layer)) + core_flops(job)
-        for layer in range(spec.num_layers)
-    )
+    mixtures = sum(layer_flops(job, count) for count in spec.num_experts)
+    dense = (spec.num_layers - len(spec.num_experts)) * layer_flops(job, 0)
+    layers = mixtures + dense + spec.num_layers * core_flops(job)
     return (FORWARD + BACKWARD) * (layers + 2.0 * spec.d_model * spec.vocab_size)
 
 

@@ -5,7 +5,7 @@ multiplies what a dense one does; what it costs more is its all-to-all, its imba
 its experts (which forces recompute or wider layouts) and their gradients.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from gptmoe.errors import LayoutError
@@ -59,8 +59,11 @@ def equal_cost(
     tolerance: float = TOLERANCE,
     wishes: Wishes | None = None,
     assumptions: Assumptions | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> EqualCost:
     """Plan the dense `job` and mixtures over the dense `bases`, and compare their costs.
+
+    `on_progress` is told the share that is done, from 0 to 1.
 
     Raises LayoutError if the model has experts already, or does not fit itself.
     """
@@ -70,7 +73,10 @@ def equal_cost(
         )
     dense = search(job, cluster, wishes, assumptions).best
     found, too_large = [], []
-    for name, spec in _mixtures(job, bases):
+    mixtures = list(_mixtures(job, bases))
+    for number, (name, spec) in enumerate(mixtures):
+        if on_progress:
+            on_progress(number / len(mixtures))
         sparse_job = replace(job, spec=spec)
         try:
             plan = search(sparse_job, cluster, wishes, assumptions).best

@@ -43,8 +43,13 @@ class Memory:
 
     @property
     def total(self) -> float:
-        state = self.weights + self.gradients + self.moments + self.master_copy + self.cast_weights
-        return state + self.activations + self.working + self.logits + self.buffers
+        passing = self.activations + self.working + self.logits + self.buffers
+        return self.state + self.cast_weights + passing
+
+    @property
+    def state(self) -> float:
+        """What no microbatch, schedule or recompute changes."""
+        return self.weights + self.gradients + self.moments + self.master_copy
 
     def items(self) -> dict[str, float]:
         """By name, in order."""

@@ -189,9 +189,12 @@ def _first_that_fit(
 ) -> Iterator[tuple[Choice, Memory]]:
     """Recompute only as much as must be: more of it is always slower."""
     recomputes = [wishes.recompute] if wishes.recompute else RECOMPUTES
+    hopeless: set[tuple[int, int]] = set()  # their weights and optimizer alone are too large
     for size, schedule, chunks in ways(job, layout, wishes):
         dealt = layout if chunks == 1 else replace(layout, chunks=chunks)
         for zero in zeros(job, layout, wishes):
+            if (zero, chunks) in hopeless:
+                continue
             for recompute in recomputes:
                 choice = Choice(
                     layout=dealt,
@@ -201,6 +204,8 @@ def _first_that_fit(
                     schedule=schedule,
                 )
                 memory = fullest(job, choice)
+                if memory.state > limit:
+                    hopeless.add((zero, chunks))
                 if memory.total <= limit or recompute == recomputes[-1]:
                     yield choice, memory
                     break
