@@ -16,6 +16,7 @@ COMMANDS = (
     ["models"],
     ["tokenizer", "train"],
     ["data", "prepare"],
+    ["plan"],
     ["pretrain"],
     ["finetune"],
     ["generate"],
