@@ -40,22 +40,6 @@ class Preset:
     validation_batches: int = 10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Horizon:
-    """How long a pretraining run is, by the tokenizer of its corpus."""
-
-    horizon_tokens: int
-    """Where the decay and the run end."""
-    warmup_tokens: int
-
-
-HORIZONS: Mapping[str, Horizon] = MappingProxyType(
-    {
-        "jiebabpe": Horizon(horizon_tokens=100_000_000_000, warmup_tokens=125_000_000),
-        "gpt2bpe": Horizon(horizon_tokens=300_000_000_000, warmup_tokens=375_000_000),
-    }
-)
-
 ALIASES: Mapping[str, str] = MappingProxyType({"base": "0.125B", "large": "0.35B"})
 
 

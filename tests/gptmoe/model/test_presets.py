@@ -4,7 +4,7 @@ import pytest
 
 from gptmoe.errors import ConfigError
 from gptmoe.model.counts import parameters
-from gptmoe.model.presets import ALIASES, HORIZONS, PRESETS, preset
+from gptmoe.model.presets import ALIASES, PRESETS, preset
 
 MIXTURES = ("0.35B+MoE-64", "1.3B+MoE-32", "1.3B+MoE-64", "2.7B+MoE-64", "3.6B+MoE-64")
 
@@ -64,13 +64,6 @@ def test_fixed_options_are_those_of_every_size(name: str) -> None:
     assert (known.beta1, known.beta2) == (0.9, 0.95)
     assert known.max_grad_norm == 1.0
     assert known.batch_tokens % known.seq_len == 0
-
-
-def test_run_lengths_by_tokenizer() -> None:
-    assert HORIZONS["jiebabpe"].horizon_tokens == 100e9
-    assert HORIZONS["jiebabpe"].warmup_tokens == 125e6
-    assert HORIZONS["gpt2bpe"].horizon_tokens == 300e9
-    assert HORIZONS["gpt2bpe"].warmup_tokens == 375e6
 
 
 def test_aliases_name_the_same_preset() -> None:
