@@ -21,6 +21,7 @@ from gptmoe.errors import ClusterError, ConfigError
 from . import env
 from .dashboard import Dashboard
 from .resolve import Resolved, resolve
+from .resources import gpus_per_worker, needed
 
 EXCLUDED = (".git", ".venv", "tests", "runs", "build")
 """What a job does not need of a checkout, beside what Ray leaves out itself: .gitignore's."""
@@ -77,7 +78,7 @@ def submit(dashboard: Dashboard, job: Job, *, wait_s: float = 60.0) -> str:
             f"a job takes the code of a checkout along, and {env.ROOT} is none; "
             "clone the repository and submit from there"
         )
-    dashboard.require({"CPU": float(job.workers)}, wait_s)
+    dashboard.require(room(job, dashboard.resources()), wait_s)
     dashboard.submit(
         job.entrypoint,
         job_id=job.job_id,
@@ -85,6 +86,11 @@ def submit(dashboard: Dashboard, job: Job, *, wait_s: float = 60.0) -> str:
         metadata={KIND: job.kind, RUN_DIR: job.run_dir},
     )
     return job.job_id
+
+
+def room(job: Job, cluster: Mapping[str, float]) -> dict[str, float]:
+    """What a job asks of a cluster at the least: as training does, GPUs if there are any."""
+    return needed(job.workers, 0 if job.kind == "serve" else gpus_per_worker(cluster))
 
 
 def exit_code(job: JobDetails) -> int:

@@ -21,7 +21,7 @@ import ray
 from gptmoe.errors import ClusterError
 
 from . import env
-from .resources import missing
+from .resources import gpus_per_worker, missing, needed
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Session:
 def session(
     *,
     workers: int,
-    gpus_per_worker: int = 0,
+    gpus: bool = False,
     address: str | None = None,
     spare_cpus: int = 0,
     worker_logs: bool = False,
@@ -55,8 +55,9 @@ def session(
     """Connect to a cluster with room for `workers` workers, and disconnect (or stop it) at the end.
 
     Without an address: the cluster of the Ray job that this process runs in, else a new local one.
-    `spare_cpus` is room for other actors that ask for CPUs. Raises ClusterError if the cluster is
-    unreachable, or still too small after `timeout_s`.
+    With `gpus` each worker takes a GPU if the cluster has any. `spare_cpus` is room for other
+    actors that ask for CPUs. Raises ClusterError if the cluster is unreachable, or still too small
+    after `timeout_s`.
     """
     env.prepare()
     logging.getLogger(_TOKEN_NOTICES).setLevel(logging.ERROR)
@@ -64,9 +65,9 @@ def session(
         address = "auto"
     try:
         if address is None:
-            yield _start(workers, gpus_per_worker, spare_cpus, worker_logs)
+            yield _start(workers, gpus, spare_cpus, worker_logs)
         else:
-            yield _connect(address, workers, gpus_per_worker, spare_cpus, worker_logs, timeout_s)
+            yield _connect(address, workers, gpus, spare_cpus, worker_logs, timeout_s)
     finally:
         ray.shutdown()
 
@@ -87,7 +88,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start(workers: int, gpus_per_worker: int, spare_cpus: int, worker_logs: bool) -> Session:
+def _start(workers: int, gpus: bool, spare_cpus: int, worker_logs: bool) -> Session:
     try:
         context: Any = ray.init(
             address="local",
@@ -99,21 +100,22 @@ def _start(workers: int, gpus_per_worker: int, spare_cpus: int, worker_logs: boo
         )
     except Exception as error:
         raise ClusterError(f"a local Ray cluster did not start: {error}") from error
-    _require(_needed(workers, gpus_per_worker), "this machine", timeout_s=0.0)
+    per_worker = gpus_per_worker(ray.cluster_resources()) if gpus else 0
+    _require(needed(workers, per_worker), "this machine", timeout_s=0.0)
     return Session(
         address=context.address_info["gcs_address"],
         dashboard_url=_dashboard_url(context),
         local=True,
         cpus_per_worker=1,
         threads=max(1, cores() // workers),
-        gpus_per_worker=gpus_per_worker,
+        gpus_per_worker=per_worker,
     )
 
 
 def _connect(
     address: str,
     workers: int,
-    gpus_per_worker: int,
+    gpus: bool,
     spare_cpus: int,
     worker_logs: bool,
     timeout_s: float,
@@ -128,8 +130,8 @@ def _connect(
             f"no Ray cluster answers at {address} ({error}); check the address, and that "
             "~/.ray/auth_token holds the cluster's token"
         ) from error
-    needed = _needed(workers, gpus_per_worker, spare_cpus)
-    _require(needed, f"the cluster at {address}", timeout_s)
+    per_worker = gpus_per_worker(ray.cluster_resources()) if gpus else 0
+    _require(needed(workers, per_worker, spare_cpus), f"the cluster at {address}", timeout_s)
     threads = _threads(workers)
     return Session(
         address=context.address_info["gcs_address"],
@@ -137,7 +139,7 @@ def _connect(
         local=False,
         cpus_per_worker=threads,
         threads=threads,
-        gpus_per_worker=gpus_per_worker,
+        gpus_per_worker=per_worker,
     )
 
 
@@ -148,15 +150,10 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
 
 
-def _needed(workers: int, gpus_per_worker: int, spare_cpus: int = 0) -> dict[str, float]:
-    needed = {"CPU": float(workers + spare_cpus), "GPU": float(workers * gpus_per_worker)}
-    return {name: amount for name, amount in needed.items() if amount}
-
-
-def _require(needed: Mapping[str, float], where: str, timeout_s: float) -> None:
+def _require(amounts: Mapping[str, float], where: str, timeout_s: float) -> None:
     """Wait until the cluster has the resources; an autoscaler may still be adding nodes."""
     deadline_s = time.monotonic() + timeout_s
-    while lack := missing(needed, ray.cluster_resources()):
+    while lack := missing(amounts, ray.cluster_resources()):
         if time.monotonic() >= deadline_s:
             raise ClusterError(
                 f"{where} lacks {lack} for this run (waited {timeout_s:g} s); "

@@ -29,10 +29,9 @@ log = logging.getLogger(__name__)
 def launch(plan: RunPlan, state: StateFile, address: str | None) -> None:
     """Train on Ray Train until plan.max_steps. Raises what the first failing worker raised."""
     layout = plan.config.parallel.layout()
-    gpus = 1 if env.has_gpu() else 0
     on_sigterm = signal.getsignal(signal.SIGTERM)
     fewest = plan.config.parallel.fewest_workers
-    with session(workers=fewest, gpus_per_worker=gpus, address=address) as cluster:
+    with session(workers=fewest, gpus=True, address=address) as cluster:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own, set by now, aborts the process
         state.write(
             state="running",

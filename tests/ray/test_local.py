@@ -36,13 +36,36 @@ def test_a_second_process_connects_to_it_and_is_told_what_is_missing() -> None:
     assert f"lacks {9 - local.cores()} of 9 CPU for this run (waited 0.1 s)" in done.stderr
 
 
-def test_a_machine_without_gpus_says_so() -> None:
-    with (
-        pytest.raises(ClusterError, match="this machine lacks 64 of 64 GPU for this run"),
-        local.session(workers=1, gpus_per_worker=64),
-    ):
+GPUS = """
+from ray.cluster_utils import Cluster
+from cluster import local
+
+options = {"num_cpus": 2, "num_gpus": 1, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=options)
+with local.session(workers=1, gpus=True, address=cluster.address) as one:
+    print(one.gpus_per_worker)
+with local.session(workers=2, address=cluster.address) as none:
+    print(none.gpus_per_worker)
+try:
+    with local.session(workers=2, gpus=True, address=cluster.address, timeout_s=0.1):
         pass
-    assert not ray.is_initialized()
+finally:
+    cluster.shutdown()
+"""
+
+
+def test_workers_take_gpus_where_the_cluster_has_any() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GPUS], capture_output=True, text=True, timeout=120, cwd=env.ROOT
+    )
+    assert done.stdout.split() == ["1", "0"], done.stderr
+    assert "ClusterError: the cluster at" in done.stderr
+    assert "lacks 1 of 2 GPU for this run (waited 0.1 s); add nodes, or use" in done.stderr
+
+
+def test_workers_take_none_where_there_are_none() -> None:
+    with local.session(workers=1, gpus=True) as session:
+        assert session.gpus_per_worker == (1 if env.has_gpu() else 0)
 
 
 def test_an_address_without_a_cluster_is_refused_in_seconds() -> None:
