@@ -1,25 +1,28 @@
 """A command as a Ray job: `python -m train ...` or `python -m serve ...` on a running cluster.
 
 What is sent: this checkout as the job's working folder, the command, and in its metadata what it
-is and where its run folder lies. What is checked first: the config, the paths (a job runs on other
-machines, in a temporary folder), and that the cluster is large enough.
+is and where its run folder lies. What is checked first: the config, the paths and URIs (a job runs
+on other machines, in a temporary folder), and that the cluster is large enough.
 """
 
 import json
 import secrets
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray.job_submission import JobDetails
 
-from gptmoe.errors import ClusterError, ConfigError
+from gptmoe import remote
+from gptmoe.config import Uri
+from gptmoe.errors import ClusterError, ConfigError, DataError
 
 from . import env
 from .dashboard import Dashboard
+from .patience import within
 from .resolve import Resolved, resolve
 from .resources import gpus_per_worker, needed
 
@@ -29,6 +32,8 @@ EXCLUDED = (".git", ".venv", "tests", "runs", "build")
 RUN_DIR = "gptmoe_run_dir"
 KIND = "gptmoe_kind"
 """Keys of a job's metadata."""
+
+_LOOK_S = 60.0
 
 _PATHS = {
     "pretrain": ("data.path", "data.tokenizer", "data.validation_path", "model.checkpoint"),
@@ -51,7 +56,8 @@ class Job:
 def make_job(kind: str, config: Path | None, overrides: Sequence[str]) -> Job:
     """Check a command and describe it as a job.
 
-    Raises ConfigError for a config that does not load or a path that other machines cannot know.
+    Raises ConfigError for a config that does not load, a path that other machines cannot know, or a
+    URI where nothing is found.
     """
     resolved = resolve(kind, config, overrides)
     run_dir = ""
@@ -111,7 +117,9 @@ def _path_overrides(resolved: Resolved) -> Iterator[str]:
 
 
 def _job_path(key: str, value: str) -> str:
-    """Where a job finds a path: what lies in the checkout travels with it, the rest is shared."""
+    """Where a job finds an input: the checkout's travel with it, the rest is shared or a URI."""
+    if "://" in value:
+        return check_uri(key, Uri(value))
     path = Path(value)
     if not path.exists():
         raise ConfigError(f"{key}={value} does not exist on this machine; check the path")
@@ -126,6 +134,22 @@ def _job_path(key: str, value: str) -> str:
             f"share, such as {absolute}"
         )
     return value
+
+
+def check_uri(
+    key: str, uri: Uri, look: Callable[[Uri], None] = remote.check, timeout_s: float = _LOOK_S
+) -> str:
+    """The URI, if `look` finds something there in time, as this machine sees it; else ConfigError."""
+    try:
+        within(timeout_s, lambda: look(uri))
+    except DataError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    except TimeoutError:
+        raise ConfigError(
+            f"{key}: {uri} does not answer within {timeout_s:g} s; check the address, and this "
+            "machine's network and credentials"
+        ) from None
+    return uri
 
 
 def _shared_folder(value: str) -> str:

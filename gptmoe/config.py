@@ -9,13 +9,15 @@ the smallest class that sees all its fields and raise ConfigError with the key a
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from gptmoe.errors import ConfigError
 
@@ -23,6 +25,19 @@ C = TypeVar("C")
 
 INPUT_PATH = {"input_path": True}
 """Field metadata: a relative path in a TOML file starts at that file's folder."""
+
+
+class Uri(str):
+    """What lies on a file system that is reached by name, such as s3://bucket/poems.tsv.
+
+    Not a Path, which would take one of its slashes away.
+    """
+
+    __slots__ = ()
+
+
+Location: TypeAlias = Path | Uri
+"""The type of a field that takes a path, or a URI to be fetched (gptmoe/remote.py)."""
 
 
 def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
@@ -123,7 +138,7 @@ def _anchor_paths(cls: Any, raw: dict[str, Any], folder: Path) -> dict[str, Any]
             field.metadata.get("input_path")
             and isinstance(value, str)
             and value
-            and "://" not in value
+            and not _scheme(value)
         ):
             result[field.name] = str(folder / value)
         elif dataclasses.is_dataclass(hints[field.name]) and isinstance(value, dict):
@@ -169,7 +184,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Path and isinstance(value, str | Path):
-        return Path(value)
+        return _path(str(value), key)
     if isinstance(hint, type) and type(value) is hint:
         return value
     raise ConfigError(f"{key} must be {_type_name(hint)}, found {value!r}")
@@ -178,6 +193,8 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
 def _convert_union(arguments: tuple[Any, ...], value: Any, key: str) -> Any:
     if value is None and type(None) in arguments:
         return None
+    if Uri in arguments and isinstance(value, str):
+        return _location(value, key)
     choices = [argument for argument in arguments if argument is not type(None)]
     for choice in choices:
         try:
@@ -196,7 +213,37 @@ def _type_name(hint: Any) -> str:
         str: "a string",
         bool: "true or false",
         Path: "a path",
+        Uri: "a URI",
     }
     if typing.get_origin(hint) is tuple:
         return f"a list ({_type_name(typing.get_args(hint)[0])} each)"
     return names.get(hint, str(hint))
+
+
+def _scheme(value: str) -> str:
+    """`s3` of s3://bucket/x; empty for a path."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", value)
+    return found[1].lower() if found else ""
+
+
+def _location(value: str, key: str) -> Location:
+    if _scheme(value) in ("", "file"):
+        return _path(value, key)
+    if urlsplit(value).password is not None:
+        raise ConfigError(
+            f"{key} holds a password, which would be logged and stored; leave it out and let each "
+            "machine's own configuration hold it"
+        )
+    return Uri(value)
+
+
+def _path(value: str, key: str) -> Path:
+    """A path, also where it is written as file:///shared/x: nothing needs to be fetched there."""
+    if _scheme(value) != "file":
+        return Path(value)
+    parts = urlsplit(value)
+    if parts.netloc not in ("", "localhost") or not parts.path:
+        raise ConfigError(
+            f"{key}={value} must have three slashes and an absolute path, as file:///shared/x"
+        )
+    return Path(unquote(parts.path))

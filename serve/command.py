@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m serve", description="Serve a checkpoint over gRPC and HTTP with Ray Serve."
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG.toml | key=value")
-    parser.add_argument("--checkpoint", metavar="DIR", help="a checkpoint, or the folder of a run")
+    parser.add_argument("--checkpoint", metavar="DIR|URI", help="a checkpoint, or a run's folder")
     parser.add_argument("--address", help="join this Ray cluster; without: start a local one")
     parser.add_argument("--json", action="store_true", help="print the endpoints as one JSON line")
     parser.add_argument("--state-file", type=Path, metavar="PATH", help="keep them here as JSON")

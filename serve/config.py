@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gptmoe.config import INPUT_PATH
+from gptmoe.config import INPUT_PATH, Location
 from gptmoe.errors import ConfigError
 from gptmoe.generate.scheduler import EngineConfig
 
@@ -47,7 +47,7 @@ class HealthConfig:
     drain_s: float = 20.0
     """Seconds that running requests get to finish when a replica is removed."""
     start_s: float = 300.0
-    """Seconds that the application gets to start: room on the cluster found, weights loaded."""
+    """Seconds that the application gets to start: room found, the checkpoint fetched and loaded."""
 
     def __post_init__(self) -> None:
         for name in ("period_s", "stall_s", "drain_s", "start_s"):
@@ -59,8 +59,10 @@ class HealthConfig:
 class ServeConfig:
     """One model served as one Ray Serve application."""
 
-    checkpoint: Path = field(metadata=INPUT_PATH)
-    """A checkpoint's folder, or the folder of a run: then its latest checkpoint."""
+    checkpoint: Location = field(metadata=INPUT_PATH)
+    """A checkpoint's folder, or a run's: then its latest checkpoint. Also as a URI."""
+    cache_dir: Path = Path("~/.cache/gptmoe")
+    """Where a node keeps a checkpoint that was a URI; ~: its user's home. Never emptied."""
     name: str = "gptmoe"
     """The application's name, and what GetModel calls the model."""
     dtype: Literal["float32", "bfloat16"] = "float32"

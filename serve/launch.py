@@ -21,7 +21,8 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from cluster import env, local
 from cluster.client import Client, GenerationError
-from gptmoe.checkpoint import open_checkpoint
+from gptmoe.checkpoint import latest_uri, open_checkpoint
+from gptmoe.config import Location, Uri
 from gptmoe.errors import ClusterError, ConfigError
 
 from . import app
@@ -47,13 +48,10 @@ class Endpoints:
 def running(config: ServeConfig) -> Iterator[Endpoints]:
     """Deploy the application; at the end remove it, and the cluster if it was started for it.
 
-    Raises CheckpointError before anything starts, ClusterError if the cluster is too small or
-    unreachable, or the application does not run after health.start_s seconds.
+    Raises CheckpointError or DataError before anything starts, ClusterError if the cluster is too
+    small or unreachable, or the application does not run after health.start_s seconds.
     """
-    checkpoint = open_checkpoint(
-        config.checkpoint, verify=False
-    ).path  # a replica verifies all of it
-    config = dataclasses.replace(config, checkpoint=checkpoint.resolve())
+    config = dataclasses.replace(config, checkpoint=pinned(config.checkpoint))
     joins = bool(config.address) or env.inside_job()
     config = choose_ports(config, check=not joins)
     workers = config.replicas.min if joins else config.replicas.max
@@ -68,6 +66,16 @@ def running(config: ServeConfig) -> Iterator[Endpoints]:
             yield endpoints(config, cluster)
         finally:
             remove(config.name, cluster)
+
+
+def pinned(location: Location) -> Location:
+    """The checkpoint that all replicas serve, also those that start later.
+
+    Raises CheckpointError if there is none, DataError if a URI cannot be reached.
+    """
+    if isinstance(location, Uri):
+        return latest_uri(location)
+    return open_checkpoint(location, verify=False).path.resolve()  # a replica verifies all of it
 
 
 def choose_ports(config: ServeConfig, *, check: bool) -> ServeConfig:

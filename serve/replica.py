@@ -4,15 +4,18 @@ Plain Python: app.py makes it a Ray Serve deployment.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from fastapi import FastAPI
 
 import gptmoe
+from gptmoe.config import Uri
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.request import SamplingParams, make_request
 from gptmoe.model.counts import parameters
 from gptmoe.model.spec import ModelSpec
+from gptmoe.remote import fetch
 
 from . import routes
 from .bridge import EngineThread
@@ -26,7 +29,7 @@ class Generator(Servicer):
 
     def __init__(self, config: ServeConfig) -> None:
         torch.set_num_threads(config.threads)
-        model = gptmoe.load(config.checkpoint, dtype=config.dtype)
+        model = gptmoe.load(local_checkpoint(config), dtype=config.dtype)
         engine, encode = model.engine(config.engine), model.tokenizer.encode
         _warm_up(engine, encode, model.spec.max_seq_len)
         self.service = Service(EngineThread(engine), encode, _card(model.spec, config))
@@ -44,6 +47,13 @@ class Generator(Servicer):
         """What Ray Serve calls at the end, once running requests had their time to finish."""
         if hasattr(self, "service"):  # else the constructor failed
             self.service.stop()
+
+
+def local_checkpoint(config: ServeConfig) -> Path:
+    """The checkpoint on this node: one behind a URI is fetched, once for all replicas here."""
+    if isinstance(config.checkpoint, Uri):
+        return fetch(config.checkpoint, config.cache_dir.expanduser())
+    return config.checkpoint
 
 
 def _warm_up(engine: Engine, encode: Callable[[str], Sequence[int]], max_seq_len: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gptmoe.config import INPUT_PATH
+from gptmoe.config import INPUT_PATH, Location
 from gptmoe.errors import ConfigError, LayoutError
 from gptmoe.model.presets import preset
 from gptmoe.model.spec import ModelSpec, RouterSpec
@@ -39,8 +39,9 @@ class RunConfig:
         scheme = re.match(r"([a-z][a-z0-9+.-]+):/", str(self.dir))
         if scheme:
             raise ConfigError(
-                f"run.dir begins with {scheme[1]}://, but a run is written to a folder; "
-                "name one that all nodes share"
+                f"run.dir begins with {scheme[1]}://, but a run is written to a folder: its "
+                "checkpoints are committed by a rename and served through memory maps, which an "
+                "object store has not; mount it, or name a folder that all nodes share"
             )
         for name, least in (("seed", 0), ("max_failures", -1), ("hang_s", 0)):
             if not getattr(self, name) >= least:
@@ -116,14 +117,14 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """What is learned from: a folder that `gptmoe data prepare` made, or raw files."""
+    """What is learned from: a folder that `gptmoe data prepare` made, or raw files; also as URIs."""
 
-    path: Path = field(metadata=INPUT_PATH)
-    tokenizer: Path | None = field(default=None, metadata=INPUT_PATH)
+    path: Location = field(metadata=INPUT_PATH)
+    tokenizer: Location | None = field(default=None, metadata=INPUT_PATH)
     """A tokenizer.json or a folder that holds a tokenizer; default: that of model.checkpoint."""
     seq_len: int
     """Tokens of one sample."""
-    validation_path: Path | None = field(default=None, metadata=INPUT_PATH)
+    validation_path: Location | None = field(default=None, metadata=INPUT_PATH)
     validation_fraction: float = 0.02
     """Share of the documents kept for validation where no validation_path is given."""
     columns: dict[str, str] = field(default_factory=dict)

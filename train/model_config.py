@@ -2,10 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from gptmoe.config import INPUT_PATH
+from gptmoe.config import INPUT_PATH, Location
 from gptmoe.errors import ConfigError
 from gptmoe.model.presets import preset
 from gptmoe.model.spec import ModelSpec, RouterSpec, expand_experts
@@ -16,8 +15,8 @@ class ModelConfig:
     """A preset, its parts replaced one by one; without a preset each part must be given."""
 
     preset: str = ""
-    checkpoint: Path | None = field(default=None, metadata=INPUT_PATH)
-    """Start from this model (finetuning): a checkpoint or a run's folder."""
+    checkpoint: Location | None = field(default=None, metadata=INPUT_PATH)
+    """Start from this model (finetuning): a checkpoint or a run's folder, or the URI of one."""
     num_layers: int | None = None
     d_model: int | None = None
     num_heads: int | None = None

@@ -20,6 +20,7 @@ from gptmoe.model.spec import ModelSpec
 from gptmoe.text import Tokenizer, load_tokenizer
 
 from .config import TrainConfig
+from .inputs import Inputs, gather
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +93,9 @@ def make_plan(
 ) -> RunPlan:
     """Check everything that can be checked without a cluster, and prepare the data."""
     run_dir = config.run.dir.absolute()
-    source = open_checkpoint(config.model.checkpoint) if config.model.checkpoint else None
-    tokenizer_path = _tokenizer_path(config, source)
+    inputs = gather(config, run_dir / "inputs")
+    source = open_checkpoint(inputs.checkpoint) if inputs.checkpoint else None
+    tokenizer_path = _tokenizer_path(inputs, source)
     tokenizer = load_tokenizer(tokenizer_path)
     spec = _spec(config, source, tokenizer)
     config.check_model(spec, tokenizer.vocab_size)
@@ -102,7 +104,7 @@ def make_plan(
         _check_same(resume_from, kind, spec, config, tokenizer)
     elif kind == "finetune" and not source:
         log.warning("finetuning starts from random weights: model.checkpoint is not given")
-    folder = _data_folder(kind, config, run_dir, tokenizer, progress)
+    folder = _data_folder(kind, config, inputs, run_dir, tokenizer, progress)
     num_samples, has_validation = _open_data(config, folder, tokenizer)
     data_digest = _data_digest(folder)
     if resume_from:
@@ -133,9 +135,9 @@ def steps_of(config: TrainConfig, num_samples: int) -> int:
     return min(bounds)
 
 
-def _tokenizer_path(config: TrainConfig, source: Checkpoint | None) -> Path:
-    if config.data.tokenizer is not None:
-        return config.data.tokenizer
+def _tokenizer_path(inputs: Inputs, source: Checkpoint | None) -> Path:
+    if inputs.tokenizer is not None:
+        return inputs.tokenizer
     if source is None:
         raise ConfigError(
             "data.tokenizer is missing; name a tokenizer.json, for example one made by "
@@ -160,12 +162,13 @@ def _spec(config: TrainConfig, source: Checkpoint | None, tokenizer: Tokenizer) 
 def _data_folder(
     kind: Kind,
     config: TrainConfig,
+    inputs: Inputs,
     run_dir: Path,
     tokenizer: Tokenizer,
     progress: Callable[[data.Progress], None] | None,
 ) -> Path:
     """The prepared folder: data.path itself, or run.dir/data made from raw files."""
-    path = config.data.path
+    path = inputs.data
     if data.is_prepared(path):
         found = data.Manifest.load(path).recipe.kind
         if found != kind:
@@ -188,7 +191,7 @@ def _data_folder(
         kind=kind,
         columns=config.data.columns,
         validation_fraction=config.data.validation_fraction,
-        validation=[config.data.validation_path] if config.data.validation_path else (),
+        validation=[inputs.validation] if inputs.validation else (),
         sep_text=config.data.sep_text,
         workers=config.data.workers,
         progress=progress,

@@ -32,6 +32,7 @@ Target = Annotated[
 @app.command(
     epilog=examples(
         "gptmoe submit pretrain my.toml run.dir=/shared/runs/a --address http://head:8265",
+        "gptmoe submit pretrain my.toml run.dir=/shared/runs/a data.path=s3://bucket/poems.tsv",
         "gptmoe submit serve --checkpoint /shared/runs/a --address http://head:8265",
     )
 )
@@ -40,7 +41,7 @@ def submit(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]", help="Its words.")
     ] = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: Checkpoint = "",
     address: Address = "",
     timeout_s: Annotated[
         float, typer.Option(help="Wait so long for a large enough cluster.")
@@ -49,7 +50,8 @@ def submit(
 ) -> None:
     """Start pretrain, finetune or serve as a Ray job.
 
-    The code of this checkout goes along. Data and run folders must be paths that all nodes share.
+    The code of this checkout goes along. Inputs must be paths that all nodes share, or URIs such as
+    s3://bucket/poems.tsv, which are fetched once; run.dir is a folder that all nodes share.
     """
     file, overrides = split_words(words_of(words, checkpoint))
     job = lazy.jobs().make_job(kind, file, overrides)

@@ -1,7 +1,6 @@
 """gptmoe serve, gptmoe scale: Ray Serve."""
 
 import json as jsonlib
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,8 +14,8 @@ from .training import run_job
 
 app = typer.Typer(rich_markup_mode=None)
 
-Checkpoint = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="A checkpoint, or the folder of a run.")
+Checkpoint = Annotated[  # no Path: it would take a slash of s3:// away
+    str, typer.Option(metavar="DIR|URI", help="A checkpoint, or the folder of a run.")
 ]
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]", help="As grpc_port=0.")
@@ -28,11 +27,12 @@ Words = Annotated[
         "gptmoe serve --checkpoint runs/tiny",
         "gptmoe serve --checkpoint runs/tiny configs/serve/local.toml grpc_port=0 http_port=0",
         "gptmoe serve --checkpoint /shared/runs/a --address http://head:8265",
+        "gptmoe serve --checkpoint s3://bucket/runs/a --address http://head:8265",
     )
 )
 def serve(
     words: Words = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: Checkpoint = "",
     address: Annotated[
         str, typer.Option(help="Serve as a job on this Ray cluster; else on this machine.")
     ] = "",
@@ -74,7 +74,7 @@ def scale(
     print_facts(facts, f"{name}: {replicas} replicas run", as_json=json)
 
 
-def words_of(words: list[str] | None, checkpoint: Path | None) -> list[str]:
+def words_of(words: list[str] | None, checkpoint: str) -> list[str]:
     """The words of a command line with --checkpoint as an override."""
-    chosen = jsonlib.dumps(str(checkpoint), ensure_ascii=False)
+    chosen = jsonlib.dumps(checkpoint, ensure_ascii=False)
     return [*(words or []), *([f"checkpoint={chosen}"] if checkpoint else [])]

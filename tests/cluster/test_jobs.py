@@ -1,6 +1,14 @@
-"""What a job needs. The jobs themselves: tests/ray."""
+"""What a job needs, and URIs that are checked before it is sent. The jobs themselves: tests/ray."""
 
-from cluster.jobs import Job, room
+import time
+
+import pytest
+
+from cluster.jobs import Job, check_uri, room
+from gptmoe.config import Uri
+from gptmoe.errors import ConfigError, DataError
+
+URI = Uri("s3://bucket/poems.tsv")
 
 
 def test_training_asks_for_gpus_where_there_are_any() -> None:
@@ -9,3 +17,16 @@ def test_training_asks_for_gpus_where_there_are_any() -> None:
     assert room(job, {"CPU": 8.0, "GPU": 1.0}) == {"CPU": 4.0, "GPU": 4.0}
     job = Job(job_id="a", kind="serve", run_dir="", entrypoint="", workers=4)
     assert room(job, {"CPU": 8.0, "GPU": 1.0}) == {"CPU": 4.0}
+
+
+def test_a_uri_is_looked_at_for_a_while() -> None:
+    def absent(uri: Uri) -> None:
+        raise DataError(f"{uri} does not exist; check the address")
+
+    assert check_uri("data.path", URI, lambda uri: None) == URI
+    with pytest.raises(ConfigError, match=f"^data.path: {URI} does not exist; check the address$"):
+        check_uri("data.path", URI, absent)
+    with pytest.raises(
+        ConfigError, match=rf"^data.path: {URI} does not answer within 0.01 s; check the address,"
+    ):
+        check_uri("data.path", URI, lambda uri: time.sleep(0.2), timeout_s=0.01)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from gptmoe.config import INPUT_PATH, build, digest, load, parse_override, to_dict
+from gptmoe.config import INPUT_PATH, Location, Uri, build, digest, load, parse_override, to_dict
 from gptmoe.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ class Config:
     name: str = ""
     steps: int | None = None
     resume: bool = False
-    data: Path | None = field(default=None, metadata=INPUT_PATH)
+    data: Location | None = field(default=None, metadata=INPUT_PATH)
     output: Path = Path("runs")
     columns: dict[str, str] = field(default_factory=dict)
 
@@ -73,6 +73,20 @@ def test_input_paths_are_relative_to_the_file_they_stand_in(path: Path) -> None:
     assert load(Config, path).data == path.parent / "poems.tsv"
     assert load(Config, path, ["data=poems.tsv"]).data == Path("poems.tsv")
     assert load(Config, path).output == Path("runs")
+
+
+def test_a_uri_stays_as_it_is_and_that_of_a_file_is_its_path(path: Path) -> None:
+    written = ["s3://bucket/a//b.tsv?region=here", "hdfs:///a.tsv", "gs://bucket/a"]
+    for uri in written:
+        config = load(Config, path, [f"data={uri}"])
+        assert isinstance(config.data, Uri)
+        assert config.data == uri
+        assert build(Config, to_dict(config)) == config
+    path.write_text(TOML.replace("poems.tsv", "s3://bucket/poems.tsv"), encoding="utf-8")
+    assert load(Config, path).data == Uri("s3://bucket/poems.tsv")
+    words = ["data=file:///shared/%E6%98%A5%20a", "output=file://localhost/shared/runs"]
+    config = load(Config, path, words)
+    assert (config.data, config.output) == (Path("/shared/春 a"), Path("/shared/runs"))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +141,10 @@ def test_a_digest_names_the_data_whatever_its_order() -> None:
         ("name=3", "name must be a string, found 3"),
         ("resume=1", "resume must be true or false, found 1"),
         ("output=3", "output must be a path, found 3"),
+        ("data=3", "data must be a path or a URI, found 3"),
+        ("data=file://x/y", "data=file://x/y must have three slashes and an absolute path, as file"),
+        ("output=file://", "output=file:// must have three slashes and an absolute path, as file"),
+        ("data=s3://me:secret@b/x", "data holds a password, which would be logged and stored; leave"),
         (
             "model.num_experts=x",
             "model.num_experts must be a whole number or a list (a whole number each), found 'x'",

@@ -14,6 +14,7 @@ import pytest
 
 from cluster import env, jobs
 from gptmoe.errors import ConfigError
+from tests.bucket import serving
 
 HEAD = """
 import socket, sys
@@ -219,6 +220,20 @@ def test_what_a_job_is_told(tmp_path: Path) -> None:
     assert f"-m serve checkpoint={tmp_path}" in job.entrypoint
 
 
+def test_a_job_is_told_uris_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "poems.tsv").write_text("春风")
+    with serving(tmp_path / "there", monkeypatch) as bucket:
+        words = [f"run.dir=file://{tmp_path / 'a'}", f"data.path={bucket.uri('poems.tsv')}"]
+        job = jobs.make_job("pretrain", env.ROOT / TINY, words)
+        assert job.run_dir == str(tmp_path / "a")
+        assert f"'run.dir=\"{tmp_path / 'a'}\"'" in job.entrypoint
+        assert f"'data.path=\"{bucket.uri('poems.tsv')}\"'" in job.entrypoint
+        job = jobs.make_job("serve", None, [f"checkpoint={bucket.uri('poems.tsv')}"])
+        assert f"'checkpoint=\"{bucket.uri('poems.tsv')}\"'" in job.entrypoint
+        assert bucket.read == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -227,6 +242,12 @@ def test_what_a_job_is_told(tmp_path: Path) -> None:
         (["run.dir=/tmp/a", "data.path=nope.tsv"], "data.path=nope.tsv does not exist"),
         (["run.dir=/tmp/a", "data.path=../poems.tsv"], "data.path=../poems.tsv is relative, but"),
         (["run.dir=/tmp/a", "parallel.ep=5"], "ep"),
+        (["run.dir=s3://bucket/a"], "run.dir begins with s3://, but a run is written to a folder"),
+        (["run.dir=/tmp/a", "data.path=mock:///a.tsv"], "data.path: mock:///a.tsv does not exist"),
+        (
+            ["run.dir=/tmp/a", "model.checkpoint=nosuch://bucket/a"],
+            "model.checkpoint: nosuch://bucket/a cannot be reached: ",
+        ),
     ],
 )
 def test_a_job_that_would_not_find_its_files_is_refused(

@@ -29,7 +29,9 @@ def spec_of(config: TrainConfig, vocabulary: int = 3072) -> ModelSpec:
     [
         (
             ["run.dir=s3://bucket/run"],
-            "run.dir begins with s3://, but a run is written to a folder",
+            "run.dir begins with s3://, but a run is written to a folder: its checkpoints are "
+            "committed by a rename and served through memory maps, which an object store has not; "
+            "mount it, or name a folder that all nodes share",
         ),
         (["run.seed=-1"], "run.seed=-1 must be at least 0"),
         (["data.seq_len=1"], "data.seq_len=1 must be at least 2"),
