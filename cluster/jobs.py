@@ -139,7 +139,7 @@ def _job_path(key: str, value: str) -> str:
 def check_uri(
     key: str, uri: Uri, look: Callable[[Uri], None] = remote.check, timeout_s: float = _LOOK_S
 ) -> str:
-    """The URI, if `look` finds something there in time, as this machine sees it; else ConfigError."""
+    """The URI, if `look` finds something there in time from this machine; else ConfigError."""
     try:
         within(timeout_s, lambda: look(uri))
     except DataError as error:

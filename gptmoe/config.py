@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from gptmoe.errors import ConfigError
 
@@ -229,7 +229,7 @@ def _scheme(value: str) -> str:
 def _location(value: str, key: str) -> Location:
     if _scheme(value) in ("", "file"):
         return _path(value, key)
-    if urlsplit(value).password is not None:
+    if re.match(r"[^/]+://[^/@]*:[^/@]*@", value):
         raise ConfigError(
             f"{key} holds a password, which would be logged and stored; leave it out and let each "
             "machine's own configuration hold it"
@@ -241,9 +241,9 @@ def _path(value: str, key: str) -> Path:
     """A path, also where it is written as file:///shared/x: nothing needs to be fetched there."""
     if _scheme(value) != "file":
         return Path(value)
-    parts = urlsplit(value)
-    if parts.netloc not in ("", "localhost") or not parts.path:
+    host, slash, rest = value.partition("://")[2].partition("/")
+    if host not in ("", "localhost") or not slash:
         raise ConfigError(
             f"{key}={value} must have three slashes and an absolute path, as file:///shared/x"
         )
-    return Path(unquote(parts.path))
+    return Path("/" + unquote(rest))

@@ -34,6 +34,7 @@ class Found:
     filesystem: Any
     path: str
     """What the file system itself calls it."""
+    is_folder: bool
     files: Mapping[str, tuple[int, int]]
     """(bytes, time of change in ns) by name within the folder; of a file alone, by its name."""
 
@@ -56,11 +57,12 @@ def check(uri: Uri) -> None:
 def look(uri: Uri) -> Found:
     """All files at `uri`. Raises DataError as `check` does, and if it is a folder without files."""
     filesystem, top = _open(uri)
+    is_folder = top.type == fs.FileType.Directory
     infos = [top]
-    if top.type == fs.FileType.Directory:
+    if is_folder:
         with _in_words(uri):
             infos = filesystem.get_file_info(fs.FileSelector(top.path, recursive=True))
-    folder = top.path if top.type == fs.FileType.Directory else PurePosixPath(top.path).parent
+    folder = top.path if is_folder else PurePosixPath(top.path).parent
     files = {
         str(PurePosixPath(info.path).relative_to(folder)): (info.size, info.mtime_ns or 0)
         for info in infos
@@ -68,7 +70,7 @@ def look(uri: Uri) -> Found:
     }
     if not files:
         raise DataError(f"{uri} holds no file; name a file, or a folder with files")
-    return Found(uri=uri, filesystem=filesystem, path=top.path, files=files)
+    return Found(uri=uri, filesystem=filesystem, path=top.path, is_folder=is_folder, files=files)
 
 
 def fetch(uri: Uri, folder: Path) -> Path:
@@ -101,6 +103,9 @@ def _copy(found: Found, target: Path) -> None:
     log.info("fetching %s: %d files, %.1f MB", found.uri, len(found.files), found.num_bytes / 1e6)
     started_s = time.monotonic()
     try:
+        top = part / found.name if found.is_folder else part
+        for name in found.files:  # an object store may have names with slashes, but no folders
+            (top / name).parent.mkdir(parents=True, exist_ok=True)
         fs.copy_files(
             found.path,
             str(part / found.name),

@@ -1,4 +1,4 @@
-"""A bucket for tests: a folder of this machine, behind as much of S3's protocol as reading takes."""
+"""A bucket for tests: a folder behind as much of S3's protocol as reading takes."""
 
 import threading
 from collections.abc import Iterator
@@ -71,13 +71,13 @@ class _Handler(BaseHTTPRequestHandler):
         root = self.about.folder
         files = sorted(path for path in root.rglob("*") if path.is_file())
         names = {str(path.relative_to(root)): path for path in files}
+        wanted = {name: path for name, path in names.items() if name.startswith(prefix)}
         entries = "".join(
             f"<Contents><Key>{escape(name)}</Key><Size>{path.stat().st_size}</Size>"
             "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
-            for name, path in names.items()
-            if name.startswith(prefix)
+            for name, path in wanted.items()
         )
-        body = f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>"
+        body = f"<ListBucketResult><KeyCount>{len(wanted)}</KeyCount>{entries}</ListBucketResult>"
         self._answer(200, body.encode(), {"Content-Type": "application/xml"})
 
     def _object(self) -> None:

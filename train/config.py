@@ -117,7 +117,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """What is learned from: a folder that `gptmoe data prepare` made, or raw files; also as URIs."""
+    """What is learned from: a folder that `gptmoe data prepare` made or raw files, or URIs."""
 
     path: Location = field(metadata=INPUT_PATH)
     tokenizer: Location | None = field(default=None, metadata=INPUT_PATH)

@@ -142,9 +142,15 @@ def test_a_digest_names_the_data_whatever_its_order() -> None:
         ("resume=1", "resume must be true or false, found 1"),
         ("output=3", "output must be a path, found 3"),
         ("data=3", "data must be a path or a URI, found 3"),
-        ("data=file://x/y", "data=file://x/y must have three slashes and an absolute path, as file"),
+        (
+            "data=file://x/y",
+            "data=file://x/y must have three slashes and an absolute path, as file",
+        ),
         ("output=file://", "output=file:// must have three slashes and an absolute path, as file"),
-        ("data=s3://me:secret@b/x", "data holds a password, which would be logged and stored; leave"),
+        (
+            "data=s3://me:secret@b/x",
+            "data holds a password, which would be logged and stored; leave",
+        ),
         (
             "model.num_experts=x",
             "model.num_experts must be a whole number or a list (a whole number each), found 'x'",
