@@ -52,17 +52,27 @@ def in_words(outcomes: Counter[str]) -> str:
 
 def run_tier(tier: str) -> Result:
     started = time.monotonic()
-    outcomes: Counter[str] = Counter()
-    for check in CHECKS.get(tier, []):
-        print(f"-- {check}", flush=True)
-        program, *arguments = check.split()
-        beside_python = Path(sys.executable).with_name(program)
-        failed = subprocess.call([beside_python, *arguments], cwd=ROOT)
-        outcomes["failed" if failed else "passed"] += 1
+    checks = {check: start(check) for check in CHECKS.get(tier, [])}  # beside the tests
     paths = [path for name in TESTS[tier] for path in sorted((ROOT / "tests").glob(name))]
-    if paths:
-        outcomes += run_pytest(paths)
+    outcomes = run_pytest(paths) if paths else Counter()
+    for check, process in checks.items():
+        said, _ = process.communicate()
+        print(f"-- {check}\n{said}", end="", flush=True)
+        outcomes["failed" if process.returncode else "passed"] += 1
     return Result(tier, outcomes, time.monotonic() - started)
+
+
+def start(check: str) -> subprocess.Popen[str]:
+    """A check in a process of its own; what it says is kept until it is asked for."""
+    program, *arguments = check.split()
+    beside_python = Path(sys.executable).with_name(program)
+    return subprocess.Popen(
+        [beside_python, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def run_pytest(paths: list[Path]) -> Counter[str]:

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 import gptmoe
-from cluster.cli import main as cli
 from gptmoe.checkpoint import save, whole
 from gptmoe.config import to_dict
 from gptmoe.model.initialize import initialize
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.text import train_jiebabpe
+
+from .conftest import Run
 
 POEM = "春风又绿江南岸，明月何时照我还。"
 
@@ -44,26 +45,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         copy_files=train_jiebabpe([POEM] * 4, vocab_size=280).save,
     )
     return folder
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "Run":
-    return Run(monkeypatch, capsys)
-
-
-class Run:
-    """Calls the command in this process: torch is imported once, not for every test."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
-
-    def __call__(self, *words: str) -> tuple[int, str, str]:
-        """Exit code, stdout, stderr."""
-        self._monkeypatch.setattr("sys.argv", ["gptmoe", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = self._capsys.readouterr()
-        return int(ended.value.code or 0), out, err
 
 
 def test_a_prompt_is_continued(run: Run, checkpoint: Path) -> None:

@@ -232,7 +232,7 @@ def test_an_interrupt_while_data_is_prepared(
     number: signal.Signals,
 ) -> None:
     text = tmp_path / "long.txt"
-    text.write_text("春眠不觉晓，处处闻啼鸟。\n\n" * 9000, encoding="utf-8")
+    text.write_text("春眠不觉晓，处处闻啼鸟。\n\n" * 90, encoding="utf-8")
     monkeypatch.setattr("train.state.StateFile.preparing", lambda *_: os.kill(os.getpid(), number))
     words = [f"run.dir={tmp_path / 'run'}", f"data.path={text}", "data.workers=0"]
     assert main(["pretrain", str(TINY), *words]) == 130
