@@ -151,7 +151,11 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
         env=env.child_environment(starts_cluster=False),
         stderr=subprocess.PIPE,
     ) as process:
-        time.sleep(3.0)
+        libraries = Path(f"/proc/{process.pid}/maps")
+        while "tokenizers" not in libraries.read_text():  # what it works with is imported then
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (130, b"")

@@ -5,10 +5,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from cluster import follow
 from gptmoe.metrics import cut_after
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks that follow each other at once: what happens between them is in the script."""
+    monkeypatch.setattr(follow, "POLL_S", 0.001)
 
 
 def append(folder: Path, *records: dict[str, float]) -> None:

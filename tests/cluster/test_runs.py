@@ -1,7 +1,6 @@
 """What a run's folder says."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,11 +42,11 @@ def test_the_newest_value_of_each_number(tmp_path: Path) -> None:
 
 def test_only_a_living_training_process_counts() -> None:
     assert not runs.is_alive(runs.State(pid=0))
-    assert not runs.is_alive(runs.State(pid=os.getppid()))  # lives, but does not train
-    command = [sys.executable, "-c", "print(flush=True); input()", "train"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert runs.is_alive(runs.State(pid=process.pid))
-        process.communicate(b"\n")
-    assert not runs.is_alive(runs.State(pid=process.pid))
+    for word in ("train", "else"):  # the latter lives, but does not train
+        command = [sys.executable, "-c", "print(flush=True); input()", word]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert runs.is_alive(runs.State(pid=process.pid)) == (word == "train")
+            process.communicate(b"\n")
+        assert not runs.is_alive(runs.State(pid=process.pid))

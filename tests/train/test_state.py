@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,12 @@ def test_a_folder_has_one_run_at_a_time_even_after_a_kill(tmp_path: Path) -> Non
 
 
 ORPHAN = """
-import sys, time
+import sys
 from pathlib import Path
 from train.state import writing
 with writing(Path(sys.argv[1])):
     print("writing", flush=True)
-    time.sleep(1)
+    sys.stdin.read()
 """
 
 
@@ -137,7 +138,9 @@ def test_a_run_waits_for_workers_that_outlive_their_starter(
 ) -> None:
     caplog.set_level(logging.INFO)
     command = [sys.executable, "-c", ORPHAN, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as orphan:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as orphan:
+        assert orphan.stdin is not None
         assert orphan.stdout is not None
         assert orphan.stdout.readline() == "writing\n"
         monkeypatch.setattr("train.state._ORPHANS_LIVE_S", 0.1)
@@ -146,6 +149,7 @@ def test_a_run_waits_for_workers_that_outlive_their_starter(
             pass
         monkeypatch.setattr("train.state._ORPHANS_LIVE_S", 60.0)
         caplog.clear()
+        threading.Timer(0.3, orphan.stdin.close).start()
         with claimed(tmp_path):
             assert orphan.wait(timeout=10) == 0
     assert [message.partition(" on ")[0] for message in caplog.messages] == [
