@@ -17,7 +17,7 @@ from train.config import TrainConfig
 from train.plan import make_plan
 
 TINY = env.ROOT / "configs" / "train" / "tiny.toml"
-STEPS = 120
+STEPS = 90
 WORDS = (
     "parallel.dp=4",
     "parallel.ep=2",
@@ -25,6 +25,9 @@ WORDS = (
     "parallel.resize_every_s=3",
     "train.microbatch_size=4",
     "router.group_sequences=4",
+    "optimizer.kind=sgd",  # Adam magnifies a changed order of sums until routers choose otherwise
+    "optimizer.weight_decay=0",
+    "schedule.learning_rate=0.1",
     f"train.max_steps={STEPS}",
     "train.validate_every_steps=0",
     "checkpoint.every_steps=5",
@@ -115,4 +118,4 @@ def test_a_run_goes_on_with_whatever_nodes_there_are(nodes: Nodes, tmp_path: Pat
     config = load(TrainConfig, TINY, [*WORDS, f"run.dir={tmp_path / 'alone'}", "data.workers=0"])
     whole = losses(run_alone(make_plan("pretrain", config)))
     found = losses(metrics.read(run_dir / "metrics.jsonl"))
-    assert found == pytest.approx(whole, rel=1e-4)
+    assert found == pytest.approx(whole, rel=1e-6)
