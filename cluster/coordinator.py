@@ -43,8 +43,8 @@ class _Worker:
 class Coordinator:
     """The live epoch of one run and its registered workers.
 
-    Invariants: at most one worker a rank, all of the live epoch; a refused message changes nothing;
-    nor does a message that arrives twice, or after a later one of the same worker.
+    Invariants: at most one worker a rank, all of the live epoch and of one digest; a refused message
+    changes nothing; nor does one that arrives twice, or after a later one of the same worker.
     """
 
     def __init__(self, run: str, clock: Callable[[], float]) -> None:
@@ -54,6 +54,7 @@ class Coordinator:
         self._epoch_of_group: dict[str, int] = {}
         self._workers: dict[str, _Worker] = {}
         self._failures: list[Failure] = []
+        self._digest: str | None = None
 
     def handle(self, message: Message) -> Message:
         """Apply one message and answer it."""
@@ -109,6 +110,7 @@ class Coordinator:
             self.epoch += 1
             self._epoch_of_group[message.group] = epoch = self.epoch
             self._workers.clear()
+            self._digest = None
         if epoch != self.epoch:
             return self._refuse(
                 f"group {message.group} belongs to epoch {epoch}, epoch {self.epoch} is live; "
@@ -117,6 +119,14 @@ class Coordinator:
         return Begun(epoch=epoch)
 
     def _register(self, message: Register) -> Message:
+        if self._digest is None:
+            self._digest = message.digest
+        if message.digest != self._digest:
+            return self._refuse(
+                f"worker {message.worker} on {message.node} runs other code or another config "
+                f"(digest {message.digest}) than the workers of epoch {self.epoch} (digest "
+                f"{self._digest}); give all nodes the same checkout"
+            )
         owner = Owner(
             worker=message.worker,
             rank=message.rank,

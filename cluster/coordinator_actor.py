@@ -108,13 +108,15 @@ def coordinating(run: str, folder: str | Path | None) -> Iterator[ActorChannel]:
         _stop(actor)
 
 
-def join(run: str, group: str, *, worker: str, rank: int, shard: Shard) -> Reporter:
+def join(
+    run: str, group: str, *, worker: str, rank: int, shard: Shard, digest: str = ""
+) -> Reporter:
     """Register this worker with the coordinator of `run`; `group` names this start of its workers.
 
     Rank 0 draws a new `group`, the others learn it from rank 0. Raises ClusterError if the run has
     no coordinator or it refuses.
     """
-    return Reporter(channel(run), group, worker=worker, rank=rank, shard=shard)
+    return Reporter(channel(run), group, worker=worker, rank=rank, shard=shard, digest=digest)
 
 
 def channel(run: str) -> ActorChannel:

@@ -51,6 +51,7 @@ class Register:
     node: str
     pid: int
     shard: Shard
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

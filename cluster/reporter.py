@@ -48,12 +48,14 @@ class Reporter:
         worker: str,
         rank: int,
         shard: Shard,
+        digest: str = "",
         clock: Callable[[], float] = time.monotonic,
         every_s: float = 1.0,
     ) -> None:
         """Register as `worker`.
 
-        `group` names one start of all workers: the same for each of them, new for each start.
+        `group` names one start of all workers: the same for each of them, new for each start; so is
+        `digest` of their code and config.
         Raises ClusterError if the coordinator is gone or refuses.
         """
         self._channel = channel
@@ -64,7 +66,7 @@ class Reporter:
         self._under_way = False
         self._sequence = 0
         self.epoch = self._begin(group)
-        self._register(rank, shard)
+        self._register(rank, shard, digest)
 
     def heartbeat(
         self, step: int, counters: Mapping[str, float] | None = None, *, last: bool = False
@@ -103,7 +105,7 @@ class Reporter:
             return answer.epoch
         raise ClusterError(_reason(answer))
 
-    def _register(self, rank: int, shard: Shard) -> None:
+    def _register(self, rank: int, shard: Shard, digest: str) -> None:
         message = Register(
             epoch=self.epoch,
             sequence=self._next_sequence(),
@@ -112,6 +114,7 @@ class Reporter:
             node=socket.gethostname(),
             pid=os.getpid(),
             shard=shard,
+            digest=digest,
         )
         answer = self._channel.ask(message)
         if isinstance(answer, Refusal):

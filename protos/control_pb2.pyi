@@ -43,7 +43,7 @@ class Shard(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., slice: _Optional[int] = ..., slices: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ...) -> None: ...
 
 class Register(_message.Message):
-    __slots__ = ("epoch", "sequence", "worker", "rank", "node", "pid", "shard")
+    __slots__ = ("epoch", "sequence", "worker", "rank", "node", "pid", "shard", "digest")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
@@ -51,6 +51,7 @@ class Register(_message.Message):
     NODE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     SHARD_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence: int
     worker: str
@@ -58,7 +59,8 @@ class Register(_message.Message):
     node: str
     pid: int
     shard: Shard
-    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., worker: _Optional[str] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ...) -> None: ...
+    digest: str
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., worker: _Optional[str] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., pid: _Optional[int] = ..., shard: _Optional[_Union[Shard, _Mapping]] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("epoch", "sequence", "worker", "step", "counters")

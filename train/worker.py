@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from cluster.coordinator_actor import join as join_coordinator
 from cluster.messages import ExpertRange, Shard
+from cluster.provenance import code_digest
 from cluster.reporter import Reporter
 from gptmoe import checkpoint
 from gptmoe.data import Samples
@@ -248,7 +249,12 @@ def _register(plan: RunPlan, mesh: Mesh, run_name: str) -> Reporter:
         stage=place.stage, layers=layers, slice=place.slice, slices=layout.tp, experts=experts
     )
     return join_coordinator(
-        run_name, group[0], worker=f"train-{mesh.rank}", rank=mesh.rank, shard=shard
+        run_name,
+        group[0],
+        worker=f"train-{mesh.rank}",
+        rank=mesh.rank,
+        shard=shard,
+        digest=f"{code_digest()}-{plan.stored_config()['digest']}",
     )
 
 

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import wire
-from cluster.coordinator import Coordinator
+from cluster.coordinator import FAILURES_KEPT, Coordinator
 from cluster.messages import (
     Accepted,
     Begin,
     Begun,
     ExpertRange,
+    Failure,
     Heartbeat,
     Message,
     Refusal,
@@ -104,6 +105,36 @@ def test_what_a_coordinator_does_not_take_is_refused() -> None:
         "in epoch 1 worker train-0 (pid 10) is rank 0"
     )
     assert "train-0 (pid 10)" in refused(coordinator.handle(replace(register(0), pid=11)))
+
+
+def test_workers_of_other_code_are_refused() -> None:
+    coordinator = Coordinator("tiny", Clock())
+    coordinator.handle(Begin(group="first"))
+    coordinator.handle(replace(register(0), digest="aaa-1"))
+    assert refused(coordinator.handle(replace(register(1), digest="bbb-1"))) == (
+        "worker train-1 on here runs other code or another config (digest bbb-1) than the workers "
+        "of epoch 1 (digest aaa-1); give all nodes the same checkout"
+    )
+    coordinator.handle(Begin(group="second"))
+    other = replace(register(1, epoch=2), digest="bbb-1")
+    assert coordinator.handle(other) == Accepted(epoch=2)
+
+
+def test_why_an_epoch_ended_is_kept_for_people_once() -> None:
+    coordinator = Coordinator("tiny", Clock())
+    coordinator.handle(Begin(group="first"))
+    lost = Failure(epoch=1, reason="the process of worker 1 was killed")
+    for _ in range(2):
+        assert coordinator.handle(lost) == Accepted(epoch=1)
+    coordinator.handle(Begin(group="second"))
+    assert coordinator.topology().failures == (lost,)
+    answer = coordinator.handle(replace(lost, epoch=3))
+    assert refused(answer) == "epoch 3 has not begun, epoch 2 is live"
+    for number in range(FAILURES_KEPT + 5):
+        coordinator.handle(replace(lost, epoch=2, reason=str(number)))
+    failures = coordinator.topology().failures
+    assert len(failures) == FAILURES_KEPT
+    assert failures[-1].reason == str(FAILURES_KEPT + 4)
 
 
 def test_bytes_in_bytes_out() -> None:

@@ -47,6 +47,7 @@ messages_of_each_kind = st.one_of(
         node=names,
         pid=numbers,
         shard=shards,
+        digest=names,
     ),
     st.builds(
         messages.Heartbeat,
