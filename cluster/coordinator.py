@@ -43,7 +43,7 @@ class _Worker:
 class Coordinator:
     """The live epoch of one run and its registered workers.
 
-    Invariants: at most one worker a rank, all of the live epoch and of one digest; a refused message
+    Invariants: at most one worker a rank, all of the live epoch and one digest; a refused message
     changes nothing; nor does one that arrives twice, or after a later one of the same worker.
     """
 

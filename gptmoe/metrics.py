@@ -41,6 +41,8 @@ _ALL = (
     Metric("aux_loss", "", "the share of the load-balancing loss in loss"),
     Metric("z_loss", "", "the share of the router z-loss in loss"),
     Metric("grad_norm", "", "L2 norm of the whole gradient before clipping"),
+    Metric("loss_scale", "", "float16: what the loss of the step was multiplied by"),
+    Metric("overflow", "", "1 on a step that was left out since its scaled gradients overflowed"),
     Metric("learning_rate", "", "the rate this step was taken with"),
     Metric("step_s", "s", "wall time of the step"),
     Metric("data_wait_s", "s", "part of step_s spent waiting for data"),

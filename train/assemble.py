@@ -5,7 +5,6 @@ import torch
 from gptmoe import checkpoint
 from gptmoe.checkpoint import Checkpoint
 from gptmoe.data import Samples, Split, open_samples
-from gptmoe.loaded import named_dtype
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel.apply import build
 from gptmoe.parallel.mesh import Mesh
@@ -26,7 +25,7 @@ def build_or_load(plan: RunPlan, mesh: Mesh, device: torch.device) -> tuple[GPT,
         plan.spec,
         mesh,
         device,
-        compute_dtype=named_dtype(config.train.dtype),
+        compute_dtype=getattr(torch, config.train.dtype),
         seed=None if start else config.run.seed,
         recompute_what=config.train.recompute,
     )

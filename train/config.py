@@ -154,8 +154,8 @@ class LoopConfig:
     preset's."""
     microbatch_size: int = 8
     """Sequences of one pass forward and backward of a rank; whole router.group_sequences."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the products; weights and optimizer stay float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the products; weights and optimizer stay float32. float16 scales the loss."""
     recompute: Literal["none", "sel", "full"] = "none"
     """What the backward pass computes again to save memory: sel the attention core, full layers."""
     validate_every_steps: int = 100

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from gptmoe.model.routing import Statistics
 from gptmoe.model.transformer import GPT, Output
 from gptmoe.parallel.expert import AllToAllDispatcher
 from gptmoe.parallel.layout import Layout
+from gptmoe.parallel.loss_scale import LossScale
 from gptmoe.parallel.pipeline import Pipeline
 from gptmoe.parallel.schedules import Action, Kind, schedule
 from gptmoe.parallel.updater import Updater
@@ -43,14 +44,35 @@ class StepSettings:
     """The pipeline's schedule."""
 
 
+@dataclass(slots=True)
+class Scaler:
+    """Holds the loss scale from step to step; None = the loss is not scaled."""
+
+    state: LossScale | None
+
+    @property
+    def value(self) -> float:
+        """What the loss is multiplied by."""
+        return self.state.value if self.state else 1.0
+
+    def overflowed(self, norm: float) -> bool:
+        """Account for a step; whether it was left out since its scaled gradients overflowed."""
+        if self.state is None or (self.state.value == 1 and not math.isfinite(norm)):
+            return False
+        overflow = not math.isfinite(norm)
+        self.state = self.state.after(overflow=overflow)
+        return overflow
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trainer:
-    """What a step needs; it holds no state of its own beside the model's and the updater's."""
+    """What a step needs; beside the model's and the updater's, its state is the loss scale."""
 
     pipeline: Pipeline
     updater: Updater
     samples: Samples
     settings: StepSettings
+    scaler: Scaler = field(default_factory=lambda: Scaler(None))
 
     @property
     def model(self) -> GPT:
@@ -65,7 +87,13 @@ class Trainer:
         labels = torch.stack([batch.weight_BT.sum() for batch in microbatches]).sum().double()
         label_count = mesh.sum(labels if self.pipeline.is_last else torch.zeros_like(labels))
         passes = TrainingPasses(
-            self.model, self.settings, mesh.layout, microbatches, label_count, self._dropout(step)
+            self.model,
+            self.settings,
+            mesh.layout,
+            microbatches,
+            label_count,
+            self._dropout(step),
+            self.scaler.value,
         )
         self.pipeline.run(
             self._actions(len(microbatches)),
@@ -74,12 +102,18 @@ class Trainer:
         )
         losses = self._account(passes.totals, label_count)
         rate = learning_rate(self.settings.schedule, step)
-        grad_norm = self.updater.step(rate)
+        scale = self.scaler.value
+        grad_norm = self.updater.step(rate, scale)
         exchange_s = self._exchange_s()
-        _check_finite(step, rate, losses["loss"], grad_norm)
+        norm: dict[str, Value] = {"loss_scale": scale} if self.scaler.state else {}
+        if self.scaler.overflowed(grad_norm):
+            norm["overflow"] = 1.0
+        else:
+            _check_finite(step, rate, losses["loss"], grad_norm)
+            norm["grad_norm"] = grad_norm
         return {
             **losses,
-            "grad_norm": grad_norm,
+            **norm,
             "learning_rate": rate,
             **report.speed(
                 self.settings.batch_sequences * self.settings.seq_len,
@@ -176,6 +210,7 @@ class TrainingPasses:
         microbatches: Sequence[TensorBatch],
         label_count: Tensor,
         dropout: SampleDropout,
+        loss_scale: float = 1.0,
     ) -> None:
         self.totals = Totals(torch.zeros(3, dtype=torch.float64), {})
         self._model = model
@@ -184,6 +219,7 @@ class TrainingPasses:
         self.microbatches = microbatches
         self.label_count = label_count
         self._dropout = dropout
+        self._loss_scale = loss_scale
 
     def shape(self, microbatch: int) -> tuple[int, int]:
         """Sequences and tokens of each."""
@@ -193,7 +229,7 @@ class TrainingPasses:
     def forward(
         self, microbatch: int, layers: range, x_BTD: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states, and what these layers add to the global loss."""
+        """Hidden states, and what these layers add to the global loss, times the loss scale."""
         batch = self.microbatches[microbatch]
         first = self._dropout.first_sample + microbatch * self._settings.microbatch_size
         output = self._model(
@@ -209,7 +245,8 @@ class TrainingPasses:
         aux, z = self._balance(output)
         self._keep_books([lm_sum, aux, z], layers, output)
         # Each slice of a tensor group computes the balance losses of all rows: see updater.py.
-        return output.hidden_BTD, lm_sum / self.label_count + (aux + z) / self._layout.tp
+        loss = lm_sum / self.label_count + (aux + z) / self._layout.tp
+        return output.hidden_BTD, loss * self._loss_scale
 
     def _balance(self, output: Output) -> tuple[Tensor, Tensor]:
         """The mean over the batch's routing groups of each balance loss, times its coefficient."""

@@ -17,6 +17,7 @@ from gptmoe.checkpoint import Checkpoint, newest_valid, open_checkpoint
 from gptmoe.errors import ConfigError
 from gptmoe.loaded import spec_of
 from gptmoe.model.spec import ModelSpec
+from gptmoe.parallel.loss_scale import LossScale
 from gptmoe.text import Tokenizer, load_tokenizer
 
 from .config import TrainConfig
@@ -57,6 +58,14 @@ class RunPlan:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.run_dir.name).strip("-") or "run"
         path = os.fsencode(os.path.realpath(self.run_dir))
         return f"{name}-{hashlib.sha256(path).hexdigest()[:6]}"
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        """The loss scale to begin with; None unless products are float16."""
+        if self.config.train.dtype != "float16":
+            return None
+        stored = open_checkpoint(self.resume_from).progress if self.resume_from else {}
+        return LossScale(**stored.get("loss_scale", {}))
 
     def from_newest_checkpoint(self) -> "RunPlan":
         """The plan as it stands now: it goes on from the newest complete checkpoint."""

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -32,7 +32,7 @@ from gptmoe.text import load_tokenizer
 from .assemble import build_or_load, samples_of, step_settings
 from .elastic import fit
 from .ledger import Ledger, next_attempt
-from .loop import Trainer, run_steps
+from .loop import Scaler, Trainer, run_steps
 from .plan import RunPlan
 from .recorders import make_recorders
 from .saving import Saver
@@ -133,6 +133,7 @@ class Worker:
             updater=updater,
             samples=samples_of(plan, "train"),
             settings=step_settings(plan, mesh),
+            scaler=Scaler(plan.loss_scale),
         )
         saver = Saver(
             plan.run_dir / "checkpoints",
@@ -226,8 +227,17 @@ class Worker:
         self.saver.start(
             checkpoint.checkpoint_name(step),
             {"weights": weight_pieces(owned), "optimizer": self.updater.state_pieces()},
-            {"step": step, "samples": step * self.plan.config.batch_sequences},
+            self._progress(step),
         )
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        progress: dict[str, Any] = {
+            "step": step,
+            "samples": step * self.plan.config.batch_sequences,
+        }
+        if self.trainer.scaler.state is not None:
+            progress["loss_scale"] = asdict(self.trainer.scaler.state)
+        return progress
 
     def _epoch_ends(self, step: int) -> bool:
         size, count = self.plan.config.batch_sequences, self.trainer.samples.num_samples

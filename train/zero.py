@@ -11,6 +11,7 @@ Gradients are summed, by the rule in gptmoe/parallel/updater.py: `gradient_avera
 every division out; with it on, expert gradients too would be divided by the number of all ranks.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -32,11 +33,11 @@ from gptmoe.parallel.ownership import Owned, owned_parameters
 from gptmoe.parallel.updater import (
     BUCKET_BYTES,
     Read,
-    clip,
     complete_gradients,
     global_norm,
     make_optimizer,
     parameter_groups,
+    rescale,
 )
 
 from .zero_state import fragments, load_moments, moment_pieces, spoken_for
@@ -62,15 +63,19 @@ class ZeroUpdater:
         if self.stage == 2:
             self._reduce(last=last)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, loss_scale: float = 1.0) -> float:
         """Reduce, clip, update; see Updater.step."""
         if self.stage == 1:
             self._reduce(last=True)
         # DeepSpeed's own norm is as exact and slower, and its own clipping divides by norm + 1e-6.
         partitions: dict[int, list[Tensor]] = self.zero.averaged_gradients
-        norm = global_norm(spoken_for(partitions, self.fragments), self.mesh)
+        norm = global_norm(spoken_for(partitions, self.fragments), self.mesh) / loss_scale
+        if not math.isfinite(norm):
+            self.zero.averaged_gradients = dict.fromkeys(partitions)
+            self.zero.zero_grad()
+            return norm
         for gradients in partitions.values():
-            clip(gradients, norm, self.spec.max_grad_norm)
+            rescale(gradients, norm, self.spec.max_grad_norm, loss_scale)
         for group in self.zero.optimizer.param_groups:
             group["lr"] = learning_rate
         self.zero.step()

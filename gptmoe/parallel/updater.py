@@ -18,6 +18,7 @@ parameter w and the ranks that hold the same boxes of it:
 The norm counts each parameter once: of all ranks that hold a box one speaks for it.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -46,8 +47,12 @@ class Updater(Protocol):
         """After each backward pass: gradients may be reduced and cut up now to save memory."""
         ...
 
-    def step(self, learning_rate: float) -> float:
-        """Use the gradients in `.grad`, clear them, and return their norm before clipping."""
+    def step(self, learning_rate: float, loss_scale: float = 1.0) -> float:
+        """Use the gradients in `.grad`, clear them, and return their norm before clipping.
+
+        The gradients are those of the loss times `loss_scale`; the norm is that of the loss's own.
+        If it is not finite nothing is updated.
+        """
         ...
 
     def state_pieces(self) -> list[Piece]:
@@ -71,16 +76,18 @@ class PlainUpdater:
     def microbatch_done(self, *, last: bool) -> None:
         """Gradients are added up and reduced at the end."""
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, loss_scale: float = 1.0) -> float:
         """Reduce, clip, update; see Updater.step."""
         complete_gradients(self.owned, self.mesh)
         sum_over(gradients(o for o in self.owned if not o.cut.is_expert), self.mesh.data_group)
         sum_over(gradients(o for o in self.owned if o.cut.is_expert), self.mesh.replica_group)
-        norm = global_norm(gradients(o for o in self.owned if o.writes), self.mesh)
-        clip(gradients(self.owned), norm, self.spec.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+        spoken_for = gradients(o for o in self.owned if o.writes)
+        norm = global_norm(spoken_for, self.mesh) / loss_scale
+        if math.isfinite(norm):
+            rescale(gradients(self.owned), norm, self.spec.max_grad_norm, loss_scale)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -172,10 +179,16 @@ def global_norm(spoken_for: Sequence[Tensor], mesh: Mesh) -> float:
     return float(total.sqrt())
 
 
-def clip(gradients: Sequence[Tensor], norm: float, max_norm: float) -> None:
-    """Scale the gradients in place so that their norm is at most `max_norm`; 0 = leave them."""
-    if 0 < max_norm < norm:
-        torch._foreach_mul_(list(gradients), max_norm / norm)
+def rescale(
+    gradients: Sequence[Tensor], norm: float, max_norm: float, loss_scale: float = 1.0
+) -> None:
+    """Take the loss scale out of the gradients and clip their norm to `max_norm`, in place.
+
+    `norm` is that without the scale; max_norm 0 = no clipping.
+    """
+    factor = max_norm / norm if 0 < max_norm < norm else 1.0
+    if factor != 1.0 or loss_scale != 1.0:
+        torch._foreach_mul_(list(gradients), factor / loss_scale)
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:

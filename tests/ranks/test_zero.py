@@ -256,6 +256,37 @@ def test_norm_of_ones_counts_each_parameter_once(
         assert norm == pytest.approx(math.sqrt(count), rel=1e-6)
 
 
+def step_over_an_infinity(
+    rank: int, layout: Layout, make: Callable[..., PlainUpdater | ZeroUpdater]
+) -> tuple[list[float], list[bool]]:
+    """Norms of a step with an infinity on one rank and of one without; whether weights moved."""
+    mesh = meshes.join(layout, rank)
+    model = build(MOE, mesh, torch.device("cpu"), seed=5)
+    updater = make(model, mesh, SGD)
+    norms, moved = [], []
+    for infinite in (True, False):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 4.0)
+        if infinite and rank == 1:
+            next(iter(model.parameters())).grad[0] = math.inf
+        norms.append(updater.step(0.1, loss_scale=4.0))
+        pairs = zip(before, model.parameters(), strict=True)
+        moved.append(any(not torch.equal(old, new) for old, new in pairs))
+    return norms, moved
+
+
+@pytest.mark.parametrize("layout", [Layout(dp=2, ep=2), Layout(tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize("make", [PlainUpdater, ZeroUpdater])
+def test_an_infinity_anywhere_leaves_the_step_out_everywhere(
+    pool: RankPool, layout: Layout, make: Callable[..., PlainUpdater | ZeroUpdater]
+) -> None:
+    for norms, moved in pool.run(layout.world, step_over_an_infinity, layout, make):
+        assert norms[0] == math.inf
+        assert 0 < norms[1] < math.inf
+        assert moved == [False, True]
+
+
 def step_with_gradients_on_one_rank(rank: int, layout: Layout) -> float:
     mesh = meshes.join(layout, rank)
     model = build(MOE, mesh, torch.device("cpu"), seed=5)

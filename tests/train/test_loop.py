@@ -20,13 +20,14 @@ from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel.apply import build
 from gptmoe.parallel.layout import Layout
+from gptmoe.parallel.loss_scale import LossScale
 from gptmoe.parallel.mesh import Mesh, single
 from gptmoe.parallel.optimizer import OptimizerSpec
 from gptmoe.parallel.pipeline import Pipeline
 from gptmoe.parallel.updater import PlainUpdater
 from gptmoe.text import load_tokenizer
 from tests.train.conftest import TOKENIZER
-from train.loop import StepSettings, Trainer, run_steps
+from train.loop import Scaler, StepSettings, Trainer, run_steps
 from train.schedule import ScheduleSpec
 
 MIXTURE = ModelSpec(
@@ -273,3 +274,41 @@ def test_the_loop_takes_the_steps_that_are_left_and_records_first(
     learner = trainer(prepared, rate=1e-3)
     run_steps(learner, done=done, max_steps=3, recorders=[_Notes(notes)], after_step=note)
     assert notes == [item for step in steps for item in ((step, 16 * step), step)]
+
+
+def scaled(folder: Path, value: float) -> Trainer:
+    learner = trainer(folder, dtype=torch.float32, optimizer=OptimizerSpec(), rate=1e-3)
+    return dataclasses.replace(learner, scaler=Scaler(LossScale(value=value, grow_after=2)))
+
+
+def test_a_power_of_two_as_loss_scale_changes_no_bit(prepared: Path) -> None:
+    plain = trainer(prepared, dtype=torch.float32, optimizer=OptimizerSpec(), rate=1e-3)
+    learner = scaled(prepared, 2.0**10)
+    for step in (1, 2, 3):
+        ours, theirs = learner.step(step), plain.step(step)
+        assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
+    assert torch.equal(weights(learner.model), weights(plain.model))
+    assert learner.scaler.state == LossScale(value=2.0**11, clean_steps=1, grow_after=2)
+
+
+def test_a_step_that_overflows_is_left_out_and_the_scale_halved(prepared: Path) -> None:
+    learner, plain = scaled(prepared, 1024.0), scaled(prepared, 512.0)
+    before = weights(learner.model)
+    handle = learner.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    values = learner.step(1)
+    handle.remove()
+    assert (values["overflow"], values["loss_scale"]) == (1.0, 1024.0)
+    assert "grad_norm" not in values
+    assert torch.equal(weights(learner.model), before)
+    assert all(parameter.grad is None for parameter in learner.model.parameters())
+    assert learner.scaler.state == LossScale(value=512.0, grow_after=2)
+    plain_values = plain.step(2)
+    assert learner.step(2)["grad_norm"] == plain_values["grad_norm"]
+    assert torch.equal(weights(learner.model), weights(plain.model))
+
+
+def test_what_overflows_without_a_scale_has_diverged(prepared: Path) -> None:
+    learner = scaled(prepared, 1.0)
+    learner.model.norm.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(ConfigError, match="training diverged at step 1"):
+        learner.step(1)

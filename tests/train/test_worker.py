@@ -127,3 +127,13 @@ def test_a_disk_without_room_keeps_the_earlier_checkpoint(configure: Configure) 
     assert checkpoints(config.run.dir) == ["step-00000002"]
     assert open_checkpoint(config.run.dir).progress["step"] == 2
     assert losses(run_alone(make_plan("pretrain", config)))[-1][0] == 4
+
+
+def test_float16_goes_on_with_its_loss_scale(configure: Configure) -> None:
+    parts = ("train.dtype=float16", "train.validation_samples=8", "checkpoint.every_steps=0")
+    records = run_alone(make_plan("pretrain", configure(*parts, "train.max_steps=2")))
+    assert [record["loss_scale"] for record in records if "loss" in record] == [2.0**16] * 2
+    second = make_plan("pretrain", configure(*parts, "train.max_steps=3"))
+    assert second.loss_scale is not None
+    assert second.loss_scale.clean_steps == 2
+    assert len(losses(run_alone(second))) == 3
