@@ -24,12 +24,15 @@ def tier_of(path: Path) -> str:
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C reach the processes that tests start, also where a shell started us with `&`.
+    """Let Ctrl-C and a lost terminal reach the processes that tests start.
 
-    Such a shell has its children ignore SIGINT, and they hand that on to theirs.
+    A shell that starts us with `&` or nohup has its children ignore SIGINT or SIGHUP, and they hand
+    that on to theirs.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
