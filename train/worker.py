@@ -33,6 +33,7 @@ from .assemble import build_or_load, samples_of, step_settings
 from .elastic import fit
 from .ledger import Ledger, next_attempt
 from .loop import Scaler, Trainer, run_steps
+from .memory import check_fits, free_bytes
 from .plan import RunPlan
 from .recorders import make_recorders
 from .saving import Saver
@@ -62,6 +63,8 @@ def work(settings: dict[str, Any]) -> None:
         log.warning("worker %d of %d stays idle: the layout uses %d", rank, workers, layout.world)
         meshes.stand_by(layout, GROUP_TIMEOUT)
         return
+    device = ray.train.torch.get_device()
+    check_fits(plan.config, plan.spec, free_bytes(device, context.get_local_world_size()))
     mesh = meshes.join(layout, rank, GROUP_TIMEOUT, spare=workers - layout.world)
     run_name: str = settings["run_name"]
     with contextlib.ExitStack() as held:
@@ -72,7 +75,7 @@ def work(settings: dict[str, Any]) -> None:
         worker = Worker.start(
             plan,
             mesh,
-            ray.train.torch.get_device(),
+            device,
             recorders=recorders,
             heartbeat=_register(plan, mesh, run_name).heartbeat,
             attempt=attempt,

@@ -49,18 +49,23 @@ def compare(
     goal: float | None = None,
     rounds: int = 9,
     warmups: int = 2,
+    after_each: Act = lambda: None,
 ) -> Comparison:
-    """Run both `rounds` times in turns; who begins changes with the round."""
+    """Run both `rounds` times in turns; who begins changes with the round.
+
+    `after_each` is called after every run and not timed.
+    """
     (our_name, our_act), (peer_name, peer_act) = ours, peer
-    for _ in range(warmups):
-        our_act()
-        peer_act()
+    for act in (our_act, peer_act) * warmups:
+        act()
+        after_each()
     ours_s: list[float] = []
     peer_s: list[float] = []
     for number in range(rounds):
         turns = [(our_act, ours_s), (peer_act, peer_s)]
         for act, seconds in turns[:: 1 if number % 2 else -1]:
             seconds.append(seconds_of(act))
+            after_each()
     return Comparison(
         title=title, ours=our_name, peer=peer_name, goal=goal, ours_s=ours_s, peer_s=peer_s
     )

@@ -1,5 +1,6 @@
 """A run on several Ray nodes of one machine that are lost, drained and added while it trains."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,17 +33,27 @@ WORDS = (
     "train.validate_every_steps=0",
     "checkpoint.every_steps=5",
 )
-CLUSTER = """
-import sys
+NOTICE_S = 40
+CLUSTER = f"""
+import sys, time
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
 
-options = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000}
+def drain(node):
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    until_ms = int((time.time() + {NOTICE_S}) * 1000)
+    GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", until_ms)
+
+options = dict(num_cpus=0, include_dashboard=False, object_store_memory=80_000_000)
 cluster = Cluster(initialize_head=True, head_node_args=options)
 nodes = []
 print(cluster.address, flush=True)
 for line in sys.stdin:
     if line.startswith("add"):
         nodes.append(cluster.add_node(num_cpus=1, object_store_memory=80_000_000))
+    elif line.startswith("drain"):
+        drain(nodes[-1])
     else:
         cluster.remove_node(nodes.pop(), allow_graceful=False)
     print(len(nodes), flush=True)
@@ -61,7 +72,7 @@ class Nodes:
         self.address = self._answer()
 
     def change(self, word: str, count: int) -> None:
-        """`add` or `remove` so many nodes; removed ones are killed."""
+        """`add`, `remove` (kill) or `drain` (with notice) so many nodes."""
         assert self.process.stdin is not None
         for _ in range(count):
             self.process.stdin.write(word + "\n")
@@ -119,3 +130,34 @@ def test_a_run_goes_on_with_whatever_nodes_there_are(nodes: Nodes, tmp_path: Pat
     whole = losses(run_alone(make_plan("pretrain", config)))
     found = losses(metrics.read(run_dir / "metrics.jsonl"))
     assert found == pytest.approx(whole, rel=1e-6)
+
+
+def test_a_node_that_is_to_go_is_saved_first(nodes: Nodes, tmp_path: Path) -> None:
+    """No checkpoint is due in this run: the one that it goes on from was made upon the notice."""
+    run_dir = tmp_path / "run"
+    nodes.change("add", 2)
+    words = [*WORDS, "parallel.dp=2", "checkpoint.every_steps=0", "train.max_steps=60"]
+    run = ["pretrain", str(TINY), *words, f"run.dir={run_dir}", "--address", nodes.address]
+    command = Command(tmp_path, *run, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
+    command.wait_until(lambda: workers(run_dir) == 2 and newest_step(run_dir) > 5)
+    nodes.change("drain", 1)
+    command.wait_until(lambda: workers(run_dir) == 1)
+    nodes.change("remove", 1)
+    ended = command.end()
+    assert ended.code == 0, ended.stderr
+
+    first, second = (page.read_text().splitlines() for page in ledger_pages(run_dir))
+    last_of_first, begin_of_second = json.loads(first[-1]), json.loads(second[0])
+    assert last_of_first["step"] == begin_of_second["done"]  # not one step was done twice
+    assert begin_of_second["done"] < 60
+    steps = ledger.read(run_dir)
+    ledger.check(steps, 48)
+    assert list(steps) == list(range(1, 61))
+    topology = topology_file.read(run_dir)
+    assert topology is not None
+    assert "preempt" in topology.failures[0].reason
+
+
+def ledger_pages(run_dir: Path) -> list[Path]:
+    """Those of data rank 0, by attempt."""
+    return sorted((run_dir / "ledger").glob("*-00000.jsonl"))

@@ -1,0 +1,99 @@
+"""Whether a rank's part of a run fits where it is to run, before any of it is allocated."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from cluster.planner.job import Choice, Job
+from cluster.planner.memory import Memory, fullest
+from gptmoe.errors import ConfigError, LayoutError
+from gptmoe.model.spec import ModelSpec
+
+from .config import TrainConfig
+
+GIGA = 1e9
+
+
+def check_fits(config: TrainConfig, spec: ModelSpec, free_bytes: float | None) -> None:
+    """Raise ConfigError if the fullest rank needs more than `free_bytes`; None = nobody knows.
+
+    The message names the largest item and the nearest change that would fit.
+    """
+    need = predicted(config, spec)
+    if free_bytes is None or need.total <= free_bytes:
+        return
+    name = need.largest
+    raise ConfigError(
+        f"not enough memory: a rank needs {need.total / GIGA:.1f} GB and has "
+        f"{free_bytes / GIGA:.1f}; the largest item is {name.replace('_', ' ')} with "
+        f"{need.items()[name] / GIGA:.1f} GB; {_advice(config, spec, free_bytes)}"
+    )
+
+
+def predicted(config: TrainConfig, spec: ModelSpec) -> Memory:
+    """What the fullest rank of a run needs, item by item."""
+    job = Job(
+        spec=spec,
+        batch_sequences=config.batch_sequences,
+        seq_len=config.data.seq_len,
+        dtype="float32" if config.train.dtype == "float32" else "bfloat16",
+    )
+    choice = Choice(
+        layout=config.parallel.layout(),
+        microbatch_size=config.train.microbatch_size,
+        zero=config.parallel.zero,
+        recompute=config.train.recompute,
+        schedule=config.parallel.schedule,
+    )
+    return fullest(job, choice)
+
+
+def free_bytes(device: torch.device, ranks_here: int) -> float | None:
+    """Memory that one of `ranks_here` ranks of a machine may use; None where it cannot be told."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(available[0]) * 1024 / ranks_here if available else None
+
+
+def _advice(config: TrainConfig, spec: ModelSpec, free: float) -> str:
+    for words, changed in _changes(config):
+        try:
+            changed.check_model(spec, tokenizer_vocab=0)
+        except (ConfigError, LayoutError):
+            continue
+        if predicted(changed, spec).total <= free:
+            return f"it would fit with {words}"
+    return "use more devices (gptmoe plan says how many), larger ones, or a smaller model"
+
+
+def _changes(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """Small changes first: what costs time, then what costs devices."""
+    group, parallel = config.router.group_sequences, config.parallel
+    yield from _changed(config, "train", recompute="sel")
+    yield from _changed(config, "train", recompute="full")
+    yield from _changed(config, "train", microbatch_size=group, recompute="full")
+    yield from _changed(config, "parallel", zero=1)
+    for more in (2, 4, 8):
+        yield from _changed(config, "parallel", ep=parallel.ep * more)
+        yield from _changed(config, "parallel", tp=parallel.tp * more)
+        yield from _changed(config, "parallel", pp=parallel.pp * more)
+
+
+def _changed(
+    config: TrainConfig, table: str, **values: object
+) -> Iterator[tuple[str, TrainConfig]]:
+    words = " ".join(f"{table}.{key}={value}" for key, value in values.items())
+    if "ep" in values:
+        values = values | {"dp": None}
+    try:
+        part = dataclasses.replace(getattr(config, table), **values)
+        yield words, dataclasses.replace(config, **{table: part})
+    except (ConfigError, LayoutError):
+        return
