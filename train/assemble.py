@@ -12,7 +12,7 @@ from gptmoe.parallel.ownership import owned_parameters
 from gptmoe.parallel.updater import PlainUpdater, Updater
 
 from .config import TrainConfig
-from .loop import StepSettings
+from .passes import StepSettings
 from .plan import RunPlan
 from .zero import ZeroUpdater
 
@@ -70,4 +70,5 @@ def step_settings(plan: RunPlan, mesh: Mesh) -> StepSettings:
         num_sequences=share,
         schedule=config.schedule,
         pipeline=config.parallel.schedule,
+        copies=config.train.copies,
     )

@@ -154,6 +154,9 @@ class LoopConfig:
     preset's."""
     microbatch_size: int = 8
     """Sequences of one pass forward and backward of a rank; whole router.group_sequences."""
+    copies: int = 1
+    """Parts of a microbatch that take turns: one computes while the other's rows travel to experts
+    (the "multi-copy" of Rapidformer). Each is whole router.group_sequences."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the products; weights and optimizer stay float32. float16 scales the loss."""
     recompute: Literal["none", "sel", "full"] = "none"
@@ -169,7 +172,7 @@ class LoopConfig:
                 "train.max_steps or train.epochs must be given; "
                 "with both the run ends at the earlier"
             )
-        for name in ("max_steps", "epochs", "batch_tokens", "microbatch_size"):
+        for name in ("max_steps", "epochs", "batch_tokens", "microbatch_size", "copies"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"train.{name}={value} must be above 0")
@@ -250,10 +253,13 @@ class TrainConfig:
         if layout.sequence_parallel:
             layout.check_slices({"data.seq_len": self.data.seq_len})
         group = self.router.group_sequences
-        if spec.num_experts and self.train.microbatch_size % group:
+        if self.train.microbatch_size % self.train.copies or (
+            spec.num_experts and self.train.microbatch_size // self.train.copies % group
+        ):
             raise ConfigError(
                 f"train.microbatch_size={self.train.microbatch_size} must be a multiple of "
-                f"router.group_sequences={group}, whose sequences share the experts' capacity"
+                + (f"train.copies={self.train.copies} x " if self.train.copies > 1 else "")
+                + f"router.group_sequences={group}, whose sequences share the experts' capacity"
             )
         if self.data.seq_len > spec.max_seq_len:
             raise ConfigError(

@@ -1,9 +1,8 @@
 """The training loop. It does not know Ray: samples, updater and recorders are handed in."""
 
-import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,33 +14,17 @@ from gptmoe.metrics import Recorder, Value
 from gptmoe.model.dropout import SampleDropout
 from gptmoe.model.moe import MoE
 from gptmoe.model.routing import Statistics
-from gptmoe.model.transformer import GPT, Output
+from gptmoe.model.transformer import GPT
 from gptmoe.parallel.expert import AllToAllDispatcher
-from gptmoe.parallel.layout import Layout
 from gptmoe.parallel.loss_scale import LossScale
 from gptmoe.parallel.pipeline import Pipeline
-from gptmoe.parallel.schedules import Action, Kind, schedule
+from gptmoe.parallel.schedules import Action, schedule
 from gptmoe.parallel.updater import Updater
 from gptmoe.tensors import TensorBatch
 
 from . import report
-from .schedule import ScheduleSpec, learning_rate
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepSettings:
-    """The numbers that shape one optimizer step. Sequences are counted over the global batch."""
-
-    seed: int
-    seq_len: int
-    batch_sequences: int
-    microbatch_size: int
-    first_sequence: int
-    """Of the batch's sequences, this rank takes num_sequences from here on."""
-    num_sequences: int
-    schedule: ScheduleSpec
-    pipeline: Kind = "1f1b"
-    """The pipeline's schedule."""
+from .passes import StepSettings, Totals, TrainingPasses
+from .schedule import learning_rate
 
 
 @dataclass(slots=True)
@@ -189,82 +172,6 @@ class Trainer:
         return values
 
 
-@dataclass(slots=True)
-class Totals:
-    """Sums over a step's microbatches on one rank."""
-
-    losses: Tensor
-    """[lm loss sum, aux loss, z loss]"""
-    statistics: dict[int, Statistics]
-    """By MoE layer, those of this stage."""
-
-
-class TrainingPasses:
-    """Forward passes that give each rank its share of the global loss; it keeps the books."""
-
-    def __init__(
-        self,
-        model: GPT,
-        settings: StepSettings,
-        layout: Layout,
-        microbatches: Sequence[TensorBatch],
-        label_count: Tensor,
-        dropout: SampleDropout,
-        loss_scale: float = 1.0,
-    ) -> None:
-        self.totals = Totals(torch.zeros(3, dtype=torch.float64), {})
-        self._model = model
-        self._settings = settings
-        self._layout = layout
-        self.microbatches = microbatches
-        self.label_count = label_count
-        self._dropout = dropout
-        self._loss_scale = loss_scale
-
-    def shape(self, microbatch: int) -> tuple[int, int]:
-        """Sequences and tokens of each."""
-        sequences, length = self.microbatches[microbatch].token_BT.shape
-        return sequences, length
-
-    def forward(
-        self, microbatch: int, layers: range, x_BTD: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states, and what these layers add to the global loss, times the loss scale."""
-        batch = self.microbatches[microbatch]
-        first = self._dropout.first_sample + microbatch * self._settings.microbatch_size
-        output = self._model(
-            batch.token_BT,
-            valid_BT=batch.valid_BT,
-            drop=dataclasses.replace(self._dropout, first_sample=first),
-            layers=layers,
-            x_BTD=x_BTD,
-        )
-        lm_sum = torch.zeros((), device=output.hidden_BTD.device)
-        if layers.stop == self._model.spec.num_layers:
-            lm_sum = self._model.loss_sum(output.hidden_BTD, batch.label_BT, batch.weight_BT)
-        aux, z = self._balance(output)
-        self._keep_books([lm_sum, aux, z], layers, output)
-        # Each slice of a tensor group computes the balance losses of all rows: see updater.py.
-        loss = lm_sum / self.label_count + (aux + z) / self._layout.tp
-        return output.hidden_BTD, loss * self._loss_scale
-
-    def _balance(self, output: Output) -> tuple[Tensor, Tensor]:
-        """The mean over the batch's routing groups of each balance loss, times its coefficient."""
-        spec = self._model.spec.router
-        groups = self._settings.batch_sequences / spec.group_sequences
-        aux = _total(r.losses["aux_loss"] for r in output.routings) * (spec.aux_loss_coef / groups)
-        z = _total(r.losses["z_loss"] for r in output.routings) * (spec.z_loss_coef / groups)
-        return aux, z
-
-    def _keep_books(self, losses: Sequence[Tensor], layers: range, output: Output) -> None:
-        self.totals.losses += torch.stack([loss.detach().double().cpu() for loss in losses])
-        mine = self.totals.statistics
-        moe_layers = [layer for layer in layers if self._model.spec.experts_in_layer(layer)]
-        for layer, routing in zip(moe_layers, output.routings, strict=True):
-            counted = routing.statistics
-            mine[layer] = mine[layer] + counted if layer in mine else counted
-
-
 def run_steps(
     trainer: Trainer,
     *,
@@ -288,7 +195,3 @@ def _check_finite(step: int, rate: float, *values: Value) -> None:
             f"training diverged at step {step}: its loss or gradient is not a finite number; lower "
             f"schedule.learning_rate (this step took {rate:g}) and start again from a checkpoint"
         )
-
-
-def _total(losses: Iterable[Tensor]) -> Tensor:
-    return sum(losses, torch.zeros(()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .routing import Routing
+from .turns import Pausing
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,13 @@ class Sent:
 
 
 class Dispatcher(Protocol):
-    """Takes rows to experts and back."""
+    """Takes rows to experts and back. Both pause while rows travel, if they do."""
 
-    def dispatch(self, h_TD: Tensor, routing: Routing) -> Sent:
+    def dispatch(self, h_TD: Tensor, routing: Routing) -> Pausing[Sent]:
         """Send the rows of `routing` to their experts."""
         ...
 
-    def combine(self, rows_RD: Tensor, sent: Sent) -> Tensor:
+    def combine(self, rows_RD: Tensor, sent: Sent) -> Pausing[Tensor]:
         """Sum the weighted answers of each token, [T, D]; zero for a token without rows."""
         ...
 
@@ -46,8 +47,9 @@ class Dispatcher(Protocol):
 class LocalDispatcher:
     """All experts of the layer are in this process: dispatching is sorting."""
 
-    def dispatch(self, h_TD: Tensor, routing: Routing) -> Sent:
+    def dispatch(self, h_TD: Tensor, routing: Routing) -> Pausing[Sent]:
         """Sort the rows by expert."""
+        yield from ()
         order_S, rows_E = sort_by_expert(routing)
         token_S = routing.token_R[order_S]
         return Sent(
@@ -58,8 +60,9 @@ class LocalDispatcher:
             num_tokens=len(h_TD),
         )
 
-    def combine(self, rows_RD: Tensor, sent: Sent) -> Tensor:
+    def combine(self, rows_RD: Tensor, sent: Sent) -> Pausing[Tensor]:
         """Weigh the rows and add them to their tokens."""
+        yield from ()
         return weighted_sum(rows_RD, sent)
 
 

@@ -10,6 +10,7 @@ from .experts import Experts
 from .routing import Groups, Router, Routing
 from .spec import ModelSpec
 from .switch import SwitchRouter
+from .turns import Pausing, straight
 
 
 class MoE(nn.Module):
@@ -25,17 +26,22 @@ class MoE(nn.Module):
         self.dispatcher = LocalDispatcher()
 
     def forward(self, h_BTD: Tensor, groups: Groups) -> tuple[Tensor, Routing]:
+        """`steps` without a pause."""
+        return straight(self.steps(h_BTD, groups))
+
+    def steps(self, h_BTD: Tensor, groups: Groups) -> Pausing[tuple[Tensor, Routing]]:
         """Return the experts' answers, shaped as h and zero for tokens that none took, and the
         routing. Tokens are numbered through the batch; h may have any leading dimensions."""
         h_TD = h_BTD.flatten(0, -2)
         routing = self.router.route(h_TD, groups)
-        return self.answer(h_TD, routing).view_as(h_BTD), routing
+        out_TD = yield from self.answer(h_TD, routing)
+        return out_TD.view_as(h_BTD), routing
 
-    def answer(self, h_TD: Tensor, routing: Routing) -> Tensor:
+    def answer(self, h_TD: Tensor, routing: Routing) -> Pausing[Tensor]:
         """The weighted sum of the answers of each token's experts, [T, D]."""
-        sent = self.dispatcher.dispatch(h_TD, routing)
+        sent = yield from self.dispatcher.dispatch(h_TD, routing)
         rows_RD = self.experts(sent.rows_RD, sent.rows_per_expert)
-        return self.dispatcher.combine(rows_RD, sent)
+        return (yield from self.dispatcher.combine(rows_RD, sent))
 
 
 def make_router(spec: ModelSpec, num_experts: int) -> Router:

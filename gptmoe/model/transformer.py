@@ -14,6 +14,7 @@ from .loss import token_losses, weighted_sum
 from .moe import MoE
 from .routing import Groups, Routing
 from .spec import ModelSpec
+from .turns import Pausing, straight
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,18 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, groups: Groups, attend: Attend, drop: Drop
     ) -> tuple[Tensor, Routing | None]:
+        return straight(self.steps(x_BTD, groups, attend, drop))
+
+    def steps(
+        self, x_BTD: Tensor, groups: Groups, attend: Attend, drop: Drop
+    ) -> Pausing[tuple[Tensor, Routing | None]]:
+        """The layer; it pauses while rows travel to experts and back."""
         attended_BTD = self.attention(self.norm_attention(x_BTD), self.layer, attend)
         x_BTD = x_BTD + drop(attended_BTD, self.layer, "attention")
         h_BTD = self.norm_ffn(x_BTD)
         routing = None
         if isinstance(self.ffn, MoE):
-            out_BTD, routing = self.ffn(h_BTD, groups)
+            out_BTD, routing = yield from self.ffn.steps(h_BTD, groups)
         else:
             out_BTD = self.ffn(h_BTD)
         return x_BTD + drop(out_BTD, self.layer, "ffn"), routing
@@ -98,13 +105,31 @@ class GPT(nn.Module):
         of `spec.router.group_sequences` when there are experts. A pipeline stage names its layers;
         unless they begin with layer 0, `x_BTD` are the hidden states before them.
         """
+        return straight(
+            self.steps(token_BT, position_BT, valid_BT, attend, drop, layers=layers, x_BTD=x_BTD)
+        )
+
+    def steps(
+        self,
+        token_BT: Tensor,
+        position_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+        attend: Attend = attend_causally,
+        drop: Drop = keep_all,
+        *,
+        layers: range | None = None,
+        x_BTD: Tensor | None = None,
+    ) -> Pausing[Output]:
+        """What `forward` does, with a pause whenever rows travel; see turns.py."""
         layers = layers or range(self.spec.num_layers)
         groups = self._groups(token_BT, valid_BT)
         if x_BTD is None:
             x_BTD = self._begin(token_BT, position_BT, drop)
         routings = []
         for layer in layers:
-            x_BTD, routing = self.layers[layer](x_BTD, groups, attend, drop)
+            block = self.layers[layer]
+            assert isinstance(block, Block)
+            x_BTD, routing = yield from block.steps(x_BTD, groups, attend, drop)
             if routing is not None:
                 routings.append(routing)
         if layers.stop == self.spec.num_layers:

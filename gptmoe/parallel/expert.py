@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptmoe.model.dispatch import Sent, sort_by_expert, weighted_sum
 from gptmoe.model.routing import Routing
+from gptmoe.model.turns import Pausing
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class AllToAllDispatcher:
         self.size = size
         self.watch = Stopwatch()
 
-    def dispatch(self, h_TD: Tensor, routing: Routing) -> Sent:
+    def dispatch(self, h_TD: Tensor, routing: Routing) -> Pausing[Sent]:
         """Send each row to the owner of its expert; what arrives is sorted by local expert."""
         order_S, rows_E = sort_by_expert(routing)
         token_S = routing.token_R[order_S]
@@ -45,7 +46,7 @@ class AllToAllDispatcher:
         with self.watch.running():
             dist.all_to_all_single(counts_in, counts_out, group=self.group)
         sent, received = counts_out.sum(1).tolist(), counts_in.sum(1).tolist()
-        arrived_RD = exchange(h_TD[token_S], received, sent, self.group, self.watch)
+        arrived_RD = yield from exchange(h_TD[token_S], received, sent, self.group, self.watch)
         by_expert_R = _sort_sources(counts_in)
         return Sent(
             rows_RD=arrived_RD[by_expert_R],
@@ -56,13 +57,13 @@ class AllToAllDispatcher:
             route_back=_RouteBack(sent, received, by_expert_R),
         )
 
-    def combine(self, rows_RD: Tensor, sent: Sent) -> Tensor:
+    def combine(self, rows_RD: Tensor, sent: Sent) -> Pausing[Tensor]:
         """Return the answers to the ranks of their tokens and sum them there."""
         route = sent.route_back
         assert isinstance(route, _RouteBack)
         unsorted_RD = torch.empty_like(rows_RD).index_copy(0, route.by_expert_R, rows_RD)
         splits = route.sent_per_rank, route.received_per_rank
-        home_SD = exchange(unsorted_RD, *splits, self.group, self.watch)
+        home_SD = yield from exchange(unsorted_RD, *splits, self.group, self.watch)
         return weighted_sum(home_SD, sent)
 
 
@@ -87,36 +88,78 @@ class Stopwatch:
 
 def exchange(
     rows: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup, watch: Stopwatch
-) -> Tensor:
-    """All-to-all of rows with uneven splits; its gradient is the reverse exchange."""
-    result: Tensor = _Exchange.apply(  # type: ignore[no-untyped-call]
-        rows, receive, send, group, watch
-    )
-    return result
+) -> Pausing[Tensor]:
+    """All-to-all of rows with uneven splits; its gradient is the reverse exchange.
+
+    It pauses between sending and waiting, and so does its gradient: the nodes of whatever ran in
+    the pause lie between those of the two halves, and run between them on the way back.
+    """
+    travel = _Travel(receive, send, group, watch)
+    under_way: Tensor = _Depart.apply(rows, travel)  # type: ignore[no-untyped-call]
+    yield
+    arrived: Tensor = _Arrive.apply(under_way, travel)  # type: ignore[no-untyped-call]
+    return arrived
 
 
-class _Exchange(torch.autograd.Function):
+class _Travel:
+    """One exchange there and, for its gradient, back."""
+
+    def __init__(
+        self, receive: list[int], send: list[int], group: dist.ProcessGroup, watch: Stopwatch
+    ) -> None:
+        self._receive, self._send, self._group = receive, send, group
+        self._watch = watch
+        self._under_way: Any = None
+
+    def there(self, rows: Tensor) -> Tensor:
+        """Start; the result is not to be read before `wait`."""
+        return self._start(rows, self._receive, self._send)
+
+    def back(self, rows: Tensor) -> Tensor:
+        """Start the reverse."""
+        return self._start(rows, self._send, self._receive)
+
+    def wait(self) -> Tensor:
+        """Until what was started has arrived."""
+        work, out, _ = self._under_way
+        with self._watch.running():
+            work.wait()
+        self._under_way = None
+        return out
+
+    def _start(self, rows: Tensor, receive: list[int], send: list[int]) -> Tensor:
+        out = rows.new_empty(sum(receive), *rows.shape[1:])
+        # A non-contiguous input would be read in memory order, silently permuting the data.
+        rows = rows.contiguous()
+        with self._watch.running():
+            work = dist.all_to_all_single(
+                out, rows, receive, send, group=self._group, async_op=True
+            )
+        self._under_way = work, out, rows
+        return out
+
+
+class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, receive: list[int], send: list[int], group: Any, watch: Stopwatch
-    ) -> Tensor:
-        ctx.splits, ctx.group, ctx.watch = (receive, send), group, watch
-        with watch.running():
-            return _all_to_all(rows, receive, send, group)
+    def forward(ctx: Any, rows: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel = travel
+        return travel.there(rows)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        receive, send = ctx.splits
-        with ctx.watch.running():
-            back = _all_to_all(gradients[0], send, receive, ctx.group)
-        return back, None, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.travel.wait(), None  # _Arrive has started it
 
 
-def _all_to_all(rows: Tensor, receive: list[int], send: list[int], group: Any) -> Tensor:
-    out = rows.new_empty(sum(receive), *rows.shape[1:])
-    # A non-contiguous input would be read in memory order, silently permuting the data.
-    dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
-    return out
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, under_way: Tensor, travel: _Travel) -> Tensor:
+        ctx.travel = travel
+        return travel.wait().view_as(under_way)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.travel.back(gradients[0])
+        return gradients[0], None  # of the right shape, and not read: see _Depart
 
 
 def _sort_sources(counts_in: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gptmoe.model.layers import Attend, Attention
 from gptmoe.model.transformer import GPT, Block
+from gptmoe.model.turns import Pausing, straight
 
 Recompute = Literal["none", "sel", "full"]
 
@@ -27,10 +28,12 @@ def recompute(model: GPT, what: Recompute) -> None:
 
 
 class RecomputedBlock(Block):
-    """A layer that keeps its input alone."""
+    """A layer that keeps its input alone. It does not pause: it runs again as a whole."""
 
-    def forward(self, *arguments: Any) -> Any:
-        return _again(super().forward, *arguments)
+    def steps(self, *arguments: Any) -> Pausing[Any]:
+        yield from ()
+        plain = super().steps
+        return _again(lambda *given: straight(plain(*given)), *arguments)
 
 
 class RecomputedAttention(Attention):

@@ -21,6 +21,7 @@ from gptmoe.model.layers import Embedding, Linear, linear, wide
 from gptmoe.model.moe import MoE
 from gptmoe.model.routing import Groups, Routing
 from gptmoe.model.transformer import GPT
+from gptmoe.model.turns import Pausing
 
 from .collectives import gather, reduce_scatter, sum_backward, sum_forward, take_slice
 
@@ -107,12 +108,13 @@ class SpreadMoE(MoE):
 
     slices: Slices
 
-    def forward(self, h_BTD: Tensor, groups: Groups) -> tuple[Tensor, Routing]:
+    def steps(self, h_BTD: Tensor, groups: Groups) -> Pausing[tuple[Tensor, Routing]]:
         h_BTD = self.slices.enter(h_BTD)
         h_TD = h_BTD.flatten(0, -2)
         routing = self.router.route(h_TD, groups)
         mine = self._own_rows(routing, h_BTD.shape[1])
-        return self.slices.leave_own(self.answer(h_TD, mine).view_as(h_BTD)), routing
+        own_TD = yield from self.answer(h_TD, mine)
+        return self.slices.leave_own(own_TD.view_as(h_BTD)), routing
 
     def _own_rows(self, routing: Routing, length: int) -> Routing:
         first, stop = self.slices.span(length)
@@ -131,8 +133,8 @@ class SlicedMoE(MoE):
 
     slices: Slices
 
-    def forward(self, h_BTD: Tensor, groups: Groups) -> tuple[Tensor, Routing]:
-        partial_BTD, routing = super().forward(self.slices.enter(h_BTD), groups)
+    def steps(self, h_BTD: Tensor, groups: Groups) -> Pausing[tuple[Tensor, Routing]]:
+        partial_BTD, routing = yield from super().steps(self.slices.enter(h_BTD), groups)
         return self.slices.leave(partial_BTD), routing
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from gptmoe.model.routing import Routing, Statistics
+from gptmoe.model.turns import straight
 from gptmoe.parallel.expert import AllToAllDispatcher
 from gptmoe.parallel.layout import Layout
 from gptmoe.parallel.mesh import join
@@ -50,8 +51,8 @@ def exchange_in_turns(rank: int, rounds: int) -> tuple[list[float], list[float]]
         h_TD = torch.randn(len(plan.token_R), D_MODEL, requires_grad=True)
         mesh.barrier()
         began_s = time.perf_counter()
-        sent = dispatcher.dispatch(h_TD, plan)
-        dispatcher.combine(sent.rows_RD, sent).sum().backward()
+        sent = straight(dispatcher.dispatch(h_TD, plan))
+        straight(dispatcher.combine(sent.rows_RD, sent)).sum().backward()
         mesh.barrier()
         if number >= 4:
             seconds[skewed].append(time.perf_counter() - began_s)

@@ -25,7 +25,7 @@ from gptmoe.parallel.recompute import Recompute
 from gptmoe.parallel.schedules import Kind, schedule
 from gptmoe.parallel.updater import PlainUpdater
 from gptmoe.tensors import TensorBatch
-from train.loop import StepSettings, TrainingPasses
+from train.passes import StepSettings, TrainingPasses
 from train.schedule import ScheduleSpec
 
 NUM_SEQUENCES, LENGTH = 8, 8
@@ -47,6 +47,8 @@ class Case:
     learning_rate: float = 0.3
     schedule: Kind = "1f1b"
     recompute: Recompute = "none"
+    copies: int = 1
+    """Parts of a microbatch that take turns."""
 
 
 @dataclass(slots=True)
@@ -117,6 +119,7 @@ def make_passes(pipeline: Pipeline, case: Case, step: int) -> TrainingPasses:
             first_sequence=begin,
             num_sequences=share,
             schedule=ScheduleSpec(),
+            copies=case.copies,
         ),
         mesh.layout,
         [

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gptmoe.model.turns import straight
 from gptmoe.parallel.expert import Stopwatch, exchange
 from gptmoe.parallel.layout import Layout
 from gptmoe.parallel.mesh import Mesh, join
@@ -35,7 +36,7 @@ def send_and_return(rank: int, sends: list[list[int]]) -> tuple[Tensor, Tensor]:
     rows_RD = row_numbers(rank, sends).requires_grad_()
     world = join(Layout(dp=4), rank).world_group
     assert world is not None
-    arrived_RD = exchange(rows_RD, receive, sends[rank], world, Stopwatch())
+    arrived_RD = straight(exchange(rows_RD, receive, sends[rank], world, Stopwatch()))
     columns_DR = arrived_RD.detach().t().contiguous()
     (gradient_RD,) = torch.autograd.grad(arrived_RD, rows_RD, columns_DR.t())
     return arrived_RD.detach(), gradient_RD

@@ -141,6 +141,31 @@ def test_six_clipped_steps_equal_one_process(pool: RankPool, layout: Layout, cas
     torch.testing.assert_close(assemble(found), assemble([expected]), rtol=0, atol=1e-8)
 
 
+VARIANTS = {
+    "copies": Case(spec=SPEC, microbatch=4, copies=2),
+    "copies with full recompute": Case(spec=SPEC, microbatch=4, copies=2, recompute="full"),
+    "sel": Case(spec=SPEC, recompute="sel"),
+    "full": Case(spec=SPEC, recompute="full"),
+    "gpipe": Case(spec=SPEC, schedule="gpipe"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(dp=2, ep=2), Layout(tp=2, ep=2), Layout(pp=2), Layout(tp=2, pp=2, ep=2)],
+    ids=describe,
+)
+def test_no_way_to_compute_a_step_changes_it(pool: RankPool, layout: Layout, variant: Case) -> None:
+    expected, found = one_process(CASES["plain"]), pool.run(layout.world, train, layout, variant)
+    for rank in found:
+        assert rank.losses == pytest.approx(expected.losses, rel=1e-8)
+        assert rank.norms == pytest.approx(expected.norms, rel=1e-8)
+        assert rank.losses[0] == pytest.approx(expected.losses[0], rel=1e-10)
+        assert rank.norms[0] == pytest.approx(expected.norms[0], rel=1e-10)
+    torch.testing.assert_close(assemble(found), assemble([expected]), rtol=0, atol=1e-8)
+
+
 def test_the_cases_are_what_they_say(pool: RankPool) -> None:
     layout = Layout(dp=4, ep=4)
     plain, padded, crowded = (pool.run(4, train, layout, case) for case in CASES.values())

@@ -22,7 +22,8 @@ from gptmoe.parallel.ownership import owned_parameters, weight_pieces
 from gptmoe.parallel.pipeline import Pipeline
 from gptmoe.parallel.updater import PlainUpdater
 from tests.ranks.pool import RankPool
-from train.loop import StepSettings, Trainer
+from train.loop import Trainer
+from train.passes import StepSettings
 from train.schedule import ScheduleSpec
 from train.zero import ZeroUpdater
 

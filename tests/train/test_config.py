@@ -58,7 +58,7 @@ def spec_of(config: TrainConfig, vocabulary: int = 3072) -> ModelSpec:
             "or choose a smaller microbatch_size or dp",
         ),
         (["parallel.zero=4"], "parallel.zero=4 is not known; use one of 0, 1, 2"),
-        (["train.dtype=float16"], "train.dtype='float16' is not known"),
+        (["train.dtype=float8"], "train.dtype='float8' is not known"),
         (["optimiser.beta1=0.8"], "unknown config key optimiser; did you mean optimizer?"),
         (["train.max_step=3"], "unknown config key train.max_step; did you mean train.max_steps?"),
     ],

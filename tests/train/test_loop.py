@@ -27,7 +27,8 @@ from gptmoe.parallel.pipeline import Pipeline
 from gptmoe.parallel.updater import PlainUpdater
 from gptmoe.text import load_tokenizer
 from tests.train.conftest import TOKENIZER
-from train.loop import Scaler, StepSettings, Trainer, run_steps
+from train.loop import Scaler, Trainer, run_steps
+from train.passes import StepSettings
 from train.schedule import ScheduleSpec
 
 MIXTURE = ModelSpec(

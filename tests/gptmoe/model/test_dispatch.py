@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from gptmoe.model.dispatch import LocalDispatcher
 from gptmoe.model.routing import Routing, Statistics
+from gptmoe.model.turns import straight
 
 Row = tuple[int, int]
 NUM_TOKENS, NUM_EXPERTS = 7, 5
@@ -31,7 +32,7 @@ def make_routing(rows: list[Row]) -> Routing:
 @given(rows=any_rows)
 def test_rows_arrive_sorted_by_expert(rows: list[Row]) -> None:
     h_TD = torch.arange(NUM_TOKENS, dtype=torch.float64).unsqueeze(1)
-    sent = LocalDispatcher().dispatch(h_TD, make_routing(rows))
+    sent = straight(LocalDispatcher().dispatch(h_TD, make_routing(rows)))
     assert sent.rows_per_expert == [[e for _, e in rows].count(e) for e in range(NUM_EXPERTS)]
     arrived = torch.split(sent.rows_RD.squeeze(1), sent.rows_per_expert)
     for expert, tokens in enumerate(arrived):
@@ -43,9 +44,9 @@ def test_the_answers_of_a_token_are_weighed_and_summed(rows: list[Row]) -> None:
     h_TD = torch.arange(1, NUM_TOKENS + 1, dtype=torch.float64).unsqueeze(1)
     routing = make_routing(rows)
     dispatcher = LocalDispatcher()
-    sent = dispatcher.dispatch(h_TD, routing)
+    sent = straight(dispatcher.dispatch(h_TD, routing))
     expert_R = torch.arange(NUM_EXPERTS).repeat_interleave(torch.tensor(sent.rows_per_expert))
-    out_TD = dispatcher.combine(sent.rows_RD * 10.0 ** expert_R.unsqueeze(1), sent)
+    out_TD = straight(dispatcher.combine(sent.rows_RD * 10.0 ** expert_R.unsqueeze(1), sent))
     expected = [0.0] * NUM_TOKENS
     for (token, expert), weight in zip(rows, routing.weight_R.tolist(), strict=True):
         expected[token] += weight * (token + 1) * 10.0**expert
@@ -55,7 +56,7 @@ def test_the_answers_of_a_token_are_weighed_and_summed(rows: list[Row]) -> None:
 def test_narrow_rows_are_weighed_in_the_precision_of_the_weights() -> None:
     routing = make_routing([(0, 0), (1, 1)])
     dispatcher = LocalDispatcher()
-    sent = dispatcher.dispatch(torch.ones(2, 3, dtype=torch.bfloat16), routing)
-    out_TD = dispatcher.combine(sent.rows_RD, sent)
+    sent = straight(dispatcher.dispatch(torch.ones(2, 3, dtype=torch.bfloat16), routing))
+    out_TD = straight(dispatcher.combine(sent.rows_RD, sent))
     assert out_TD.dtype == torch.bfloat16
     assert out_TD[:, 0].tolist() == [1.0, 2.0]
