@@ -15,6 +15,7 @@ import ray
 import ray.actor
 import ray.exceptions
 import ray.util
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gptmoe.errors import ClusterError
 
@@ -95,7 +96,14 @@ def coordinating(run: str, folder: str | Path | None) -> Iterator[ActorChannel]:
     `folder` receives topology.json, unless it is a URI. Raises ClusterError if the run has one.
     """
     path = None if folder is None or "://" in str(folder) else str(Path(folder).absolute())
-    options = {"name": PREFIX + run, "namespace": NAMESPACE, "num_cpus": 0}
+    here = ray.get_runtime_context().get_node_id()
+    options = {
+        "name": PREFIX + run,
+        "namespace": NAMESPACE,
+        "num_cpus": 0,
+        # Beside the process that holds it: it must not go down with a worker's node.
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
+    }
     try:
         actor: Any = ray.remote(CoordinatorActor).options(**options).remote(run, path)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a checkpoint costs: the loop's wait, and its bandwidth against a plain copy.
+"""What a checkpoint costs: the wait of the loop, and its bandwidth against a plain copy.
 
     python -m tests.bench.bench_checkpoint [--rounds 5] [--json FILE]
 

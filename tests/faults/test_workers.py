@@ -85,7 +85,6 @@ def test_a_lost_worker_is_replaced_and_named(
     fault: Callable[[int], None],
     worker: str,
     reason: str,
-    record_property: Callable[[str, object], None],
 ) -> None:
     run_dir = tmp_path / "run"
     command = start(tmp_path, RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S="6")
@@ -93,9 +92,7 @@ def test_a_lost_worker_is_replaced_and_named(
     pid = pid_of(run_dir, worker)
     epoch = topology_epoch(run_dir)
     fault(pid)
-    began_s = time.monotonic()
     command.wait_until(lambda: topology_epoch(run_dir) > epoch and newest_step(run_dir) > 11)
-    record_property("recovery_s", time.monotonic() - began_s)
     ended = command.end()
     assert ended.code == 0, ended.stderr
     assert_nothing_was_lost(run_dir, whole)
@@ -138,7 +135,10 @@ def test_a_truncated_shard_is_named_and_the_checkpoint_before_it_is_used(
     run_dir = tmp_path / "run"
     command = start(tmp_path)
     command.wait_until(lambda: newest_step(run_dir) > 16)
+    workers = [pid_of(run_dir, name) for name in ("train-0", "train-1")]
     command.end(signal.SIGKILL)
+    while any(is_alive(pid) for pid in workers):  # for seconds, and may save meanwhile
+        time.sleep(0.1)
     newest = latest(run_dir)
     shard = newest / "weights-00001-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
