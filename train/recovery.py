@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 _DEAD = (WorkerHealthCheckFailedError, ray.exceptions.ActorDiedError)
 
 
+class PreemptedError(RuntimeError):
+    """A worker's node is about to go; all is saved, and another start of the workers goes on."""
+
+
 class RecoveryPolicy(DefaultFailurePolicy):
     """Starts all workers again, from the newest checkpoint, unless that could not help.
 
@@ -41,7 +45,10 @@ class RecoveryPolicy(DefaultFailurePolicy):
         )
         if any(own_error(failure) for failure in failures.values()):
             return FailureDecision.RAISE
-        decision = super().make_decision(training_failed_error)
+        if any(isinstance(failure, PreemptedError) for failure in failures.values()):
+            decision = FailureDecision.RETRY  # foreseen, and not counted
+        else:
+            decision = super().make_decision(training_failed_error)
         if decision is FailureDecision.RETRY:
             reason = what_failed(failures, training_failed_error)
             log.warning("%s; the workers start again from the newest checkpoint", reason)
@@ -66,6 +73,8 @@ def first_cause(error: BaseException) -> GptMoeError:
 def what_failed(failures: Mapping[int, BaseException], error: BaseException) -> str:
     """The first cause, in words: what other workers raised is what they saw of it."""
     for rank, failure in failures.items():
+        if isinstance(failure, PreemptedError):
+            return str(failure)
         if isinstance(failure, _DEAD):
             return f"the process of worker {rank} was killed or its node was lost"
         if isinstance(failure, WorkerHealthCheckTimeoutError):

@@ -36,6 +36,7 @@ from .loop import Scaler, Trainer, run_steps
 from .memory import check_fits, free_bytes
 from .plan import RunPlan
 from .recorders import make_recorders
+from .recovery import PreemptedError
 from .saving import Saver
 from .state import writing
 from .watchdog import Watchdog
@@ -43,10 +44,6 @@ from .watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 GROUP_TIMEOUT = timedelta(minutes=10)
-
-
-class PreemptedError(RuntimeError):
-    """This node is about to go; all is saved, and another start of the workers goes on."""
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -197,7 +194,7 @@ class Worker:
         if last or preempted:
             self.saver.finish()
         if preempted and not last:
-            raise PreemptedError(f"this node is being drained; saved at step {step}")
+            raise PreemptedError(f"a node is about to go; all was saved at step {step}")
 
     def validate(self, step: int) -> None:
         """Validation loss over all ranks' shares."""

@@ -155,7 +155,9 @@ def test_a_node_that_is_to_go_is_saved_first(nodes: Nodes, tmp_path: Path) -> No
     assert list(steps) == list(range(1, 61))
     topology = topology_file.read(run_dir)
     assert topology is not None
-    assert "preempt" in topology.failures[0].reason
+    step = begin_of_second["done"]
+    reason = f"a node is about to go; all was saved at step {step}"
+    assert topology.failures[0].reason == reason
 
 
 def ledger_pages(run_dir: Path) -> list[Path]:
