@@ -4,6 +4,7 @@ Letters: B batch, T tokens, D model width, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,26 +89,9 @@ class GPT(nn.Module):
         self.norm = LayerNorm(spec.d_model)
         self.packed_head: Tensor | None = None  # see gptmoe/generate/packed.py
 
-    def forward(
-        self,
-        token_BT: Tensor,
-        position_BT: Tensor | None = None,
-        valid_BT: Tensor | None = None,
-        attend: Attend = attend_causally,
-        drop: Drop = keep_all,
-        *,
-        layers: range | None = None,
-        x_BTD: Tensor | None = None,
-    ) -> Output:
-        """Hidden states [B, T, D] after `layers` (default: all of them).
-
-        `valid_BT` is False on padding, which is then not routed. In training, B must be a multiple
-        of `spec.router.group_sequences` when there are experts. A pipeline stage names its layers;
-        unless they begin with layer 0, `x_BTD` are the hidden states before them.
-        """
-        return straight(
-            self.steps(token_BT, position_BT, valid_BT, attend, drop, layers=layers, x_BTD=x_BTD)
-        )
+    def forward(self, *arguments: Any, **named: Any) -> Output:
+        """`steps` without a pause."""
+        return straight(self.steps(*arguments, **named))
 
     def steps(
         self,
@@ -120,7 +104,13 @@ class GPT(nn.Module):
         layers: range | None = None,
         x_BTD: Tensor | None = None,
     ) -> Pausing[Output]:
-        """What `forward` does, with a pause whenever rows travel; see turns.py."""
+        """Hidden states [B, T, D] after `layers` (default: all of them).
+
+        `valid_BT` is False on padding, which is then not routed. In training, B must be a multiple
+        of `spec.router.group_sequences` when there are experts. A pipeline stage names its layers;
+        unless they begin with layer 0, `x_BTD` are the hidden states before them.
+        It pauses whenever rows travel to experts and back; see turns.py.
+        """
         layers = layers or range(self.spec.num_layers)
         groups = self._groups(token_BT, valid_BT)
         if x_BTD is None:
