@@ -1,6 +1,7 @@
 """A real coordinator actor on a real local cluster, and workers in processes of their own."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def test_training_survives_its_coordinator(
     with coordinating("tiny", tmp_path):
         reporter = join("tiny", "first", worker="train-0", rank=0, shard=Shard())
         ray.kill(ray.get_actor("gptmoe-coordinator:tiny", namespace="gptmoe"))
+        while "tiny" in coordinator_actor.runs():  # killing does not wait for the end
+            time.sleep(0.05)
         reporter.heartbeat(1, last=True)
         reporter.heartbeat(2)
     assert caplog.text.count("no more heartbeats worker=train-0") == 1
