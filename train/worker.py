@@ -12,6 +12,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from ray.train.v2._internal.execution.context import get_train_context
 
 from cluster.coordinator_actor import join as join_coordinator
 from cluster.messages import ExpertRange, Shard
@@ -76,9 +77,19 @@ def work(settings: dict[str, Any]) -> None:
             recorders=recorders,
             heartbeat=_register(plan, mesh, run_name).heartbeat,
             attempt=attempt,
-            preempted=lambda: ray.train.get_preemption_info() is not None,
+            preempted=lambda: _noticed(mesh),
         )
         worker.run()
+
+
+def _noticed(mesh: Mesh) -> bool:
+    """Whether any rank was told that a node is about to go. Collective.
+
+    What Ray told this worker, added up here: `ray.train.get_preemption_info` agrees through an
+    actor instead, which takes longer than a small step.
+    """
+    told = get_train_context().preemption_context.preemption_info is not None
+    return bool(mesh.sum(torch.tensor(float(told))) > 0)
 
 
 def _agree(plan: RunPlan, rank: int, workers: int) -> tuple[RunPlan, int]:

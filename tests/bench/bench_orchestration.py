@@ -21,10 +21,9 @@ from cluster import env
 from tests.ray.command import Command, newest_step
 
 TINY = env.ROOT / "configs" / "train" / "tiny.toml"
-FIRST, LAST = 10, 60
+FIRST, LAST = 10, 50
 WORDS = (
     "parallel.ep=2",
-    "model.d_model=192",
     "train.validate_every_steps=0",
     "checkpoint.every_steps=0",
     f"train.max_steps={LAST}",
