@@ -28,6 +28,7 @@ def build_or_load(plan: RunPlan, mesh: Mesh, device: torch.device) -> tuple[GPT,
         compute_dtype=getattr(torch, config.train.dtype),
         seed=None if start else config.run.seed,
         recompute_what=config.train.recompute,
+        shards_on=torch.device("cpu") if config.parallel.offload else None,
     )
     stored = checkpoint.open_checkpoint(start) if start else None
     if stored is not None:
@@ -40,7 +41,7 @@ def build_or_load(plan: RunPlan, mesh: Mesh, device: torch.device) -> tuple[GPT,
 
 def make_updater(model: GPT, mesh: Mesh, config: TrainConfig) -> Updater:
     """The updater that parallel.zero names."""
-    if config.parallel.zero:
+    if config.parallel.zero in (1, 2):
         return ZeroUpdater(model, mesh, config.optimizer, config.parallel.zero)
     return PlainUpdater(model, mesh, config.optimizer)
 

@@ -7,7 +7,8 @@ from gptmoe.errors import ConfigError, LayoutError
 from gptmoe.model.spec import ModelSpec
 from gptmoe.parallel.layout import divisors
 
-from .config import ParallelConfig, TrainConfig
+from .config import TrainConfig
+from .parallel_config import ParallelConfig
 
 
 def fit(config: TrainConfig, spec: ModelSpec, workers: int) -> TrainConfig:

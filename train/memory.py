@@ -16,24 +16,27 @@ from .config import TrainConfig
 GIGA = 1e9
 
 
-def check_fits(config: TrainConfig, spec: ModelSpec, free_bytes: float | None) -> None:
+def check_fits(
+    config: TrainConfig, spec: ModelSpec, free_bytes: float | None, *, elsewhere: bool = False
+) -> None:
     """Raise ConfigError if the fullest rank needs more than `free_bytes`; None = nobody knows.
 
-    The message names the largest item and the nearest change that would fit.
+    `elsewhere`: what is offloaded lies in other memory than that. The message names the largest
+    item and the nearest change that would fit.
     """
-    need = predicted(config, spec)
+    need = predicted(config, spec, elsewhere=elsewhere)
     if free_bytes is None or need.total <= free_bytes:
         return
     name = need.largest
     raise ConfigError(
         f"not enough memory: a rank needs {need.total / GIGA:.1f} GB and has "
         f"{free_bytes / GIGA:.1f}; the largest item is {name.replace('_', ' ')} with "
-        f"{need.items()[name] / GIGA:.1f} GB; {_advice(config, spec, free_bytes)}"
+        f"{need.items()[name] / GIGA:.1f} GB; {_advice(config, spec, free_bytes, elsewhere)}"
     )
 
 
-def predicted(config: TrainConfig, spec: ModelSpec) -> Memory:
-    """What the fullest rank of a run needs, item by item."""
+def predicted(config: TrainConfig, spec: ModelSpec, *, elsewhere: bool = False) -> Memory:
+    """What the fullest rank of a run needs, item by item; without what is offloaded `elsewhere`."""
     job = Job(
         spec=spec,
         batch_sequences=config.batch_sequences,
@@ -47,7 +50,10 @@ def predicted(config: TrainConfig, spec: ModelSpec) -> Memory:
         recompute=config.train.recompute,
         schedule=config.parallel.schedule,
     )
-    return fullest(job, choice)
+    need = fullest(job, choice)
+    if elsewhere and config.parallel.offload:
+        return dataclasses.replace(need, weights=0.0, gradients=0.0, moments=0.0)
+    return need
 
 
 def free_bytes(device: torch.device, ranks_here: int) -> float | None:
@@ -62,13 +68,13 @@ def free_bytes(device: torch.device, ranks_here: int) -> float | None:
     return int(available[0]) * 1024 / ranks_here if available else None
 
 
-def _advice(config: TrainConfig, spec: ModelSpec, free: float) -> str:
+def _advice(config: TrainConfig, spec: ModelSpec, free: float, elsewhere: bool) -> str:
     for words, changed in _changes(config):
         try:
             changed.check_model(spec, tokenizer_vocab=0)
         except (ConfigError, LayoutError):
             continue
-        if predicted(changed, spec).total <= free:
+        if predicted(changed, spec, elsewhere=elsewhere).total <= free:
             return f"it would fit with {words}"
     return "use more devices (gptmoe plan says how many), larger ones, or a smaller model"
 
@@ -80,6 +86,8 @@ def _changes(config: TrainConfig) -> Iterator[tuple[str, TrainConfig]]:
     yield from _changed(config, "train", recompute="full")
     yield from _changed(config, "train", microbatch_size=group, recompute="full")
     yield from _changed(config, "parallel", zero=1)
+    yield from _changed(config, "parallel", zero=3)
+    yield from _changed(config, "parallel", zero=3, offload=True)
     for more in (2, 4, 8):
         yield from _changed(config, "parallel", ep=parallel.ep * more)
         yield from _changed(config, "parallel", tp=parallel.tp * more)

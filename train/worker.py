@@ -62,7 +62,8 @@ def work(settings: dict[str, Any]) -> None:
         meshes.stand_by(layout, GROUP_TIMEOUT)
         return
     device = ray.train.torch.get_device()
-    check_fits(plan.config, plan.spec, free_bytes(device, context.get_local_world_size()))
+    free = free_bytes(device, context.get_local_world_size())
+    check_fits(plan.config, plan.spec, free, elsewhere=device.type != "cpu")
     mesh = meshes.join(layout, rank, GROUP_TIMEOUT, spare=workers - layout.world)
     run_name: str = settings["run_name"]
     with contextlib.ExitStack() as held:

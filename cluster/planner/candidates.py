@@ -20,8 +20,8 @@ MOST_CHUNKS = 8
 MOST_TOKENS = 65_536
 """Of a microbatch: with more rows than that no product gets faster."""
 
-SEARCHED_ZEROS = (0, 1, 2)
-"""What training offers. ZeRO 3 is priced where it is asked for by name."""
+SEARCHED_ZEROS = (0, 1, 2, 3)
+"""What training offers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

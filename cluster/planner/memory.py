@@ -31,7 +31,8 @@ class Memory:
     master_copy: float
     """ZeRO's own flat float32 copy of the part that a rank updates."""
     cast_weights: float
-    """Weights in the type of the products, which the backward pass wants to see again."""
+    """Weights in the type of the products, which the backward pass wants to see again. With ZeRO 3
+    it gathers them again: the largest one."""
     activations: float
     """Kept from the forward to the backward pass, of all microbatches in flight."""
     working: float
@@ -39,7 +40,7 @@ class Memory:
     logits: float
     """Scores over the vocabulary with their gradient, on the last stage."""
     buffers: float
-    """Buckets of gradients under way."""
+    """Buckets of gradients under way. With ZeRO 3 the whole gradient of the largest weight."""
 
     @property
     def total(self) -> float:
@@ -80,18 +81,17 @@ def stage_memory(job: Job, choice: Choice, stage: Stage) -> Memory:
     own, shared = dense + expert, dense / layout.dp + expert / replicas
     flight = in_flight(job, choice, stage.index)
     layer = _largest_layer(job, choice, stage)
-    reduced = layout.dp > 1 or (expert and replicas > 1)
     return Memory(
-        weights=WEIGHT_BYTES * (shared + _one_layer(choice, stage) if zero == 3 else own),
+        weights=WEIGHT_BYTES * (shared if zero == 3 else own),
         gradients=GRADIENT_BYTES * (shared if zero >= 2 else own),
         moments=MOMENT_BYTES * (shared if zero else own),
-        master_copy=COPY_BYTES * shared if zero else 0.0,
+        master_copy=COPY_BYTES * shared if zero in (1, 2) else 0.0,
         cast_weights=_cast_weights(job, choice, stage, own, flight),
         activations=flight * _kept(job, choice, stage),
         working=_gradients_of_activations(job, choice)
         + (layer if choice.recompute == "full" else 0.0),
         logits=_logits(job, choice) if stage.last else 0.0,
-        buffers=BUCKET_BYTES * (2 if zero else 1) if reduced else 0.0,
+        buffers=_buffers(job, choice, replicas if expert else 1),
     )
 
 
@@ -177,17 +177,26 @@ def _gradients_of_activations(job: Job, choice: Choice) -> float:
 
 def _cast_weights(job: Job, choice: Choice, stage: Stage, own: float, flight: float) -> float:
     """Autograd keeps the narrow copy of each pass's weights; recompute keeps one layer's only."""
+    if choice.zero == 3:
+        return job.width_bytes * _largest_matrix(job.spec)
     if job.dtype == "float32":
         return 0.0
-    one = _one_layer(choice, stage)
-    if choice.recompute == "full" or choice.zero == 3:
-        return CAST_BYTES * one
+    if choice.recompute == "full":
+        dense, expert = stage.largest_layer
+        return CAST_BYTES * (dense / choice.layout.tp + expert / choice.layout.ep)
     return CAST_BYTES * own * max(flight, 1.0)
 
 
-def _one_layer(choice: Choice, stage: Stage) -> float:
-    dense, expert = stage.largest_layer
-    return dense / choice.layout.tp + expert / choice.layout.ep
+def _buffers(job: Job, choice: Choice, replicas: int) -> float:
+    if choice.zero == 3:  # as it is computed, then in float32 to be summed
+        return (job.width_bytes + GRADIENT_BYTES) * _largest_matrix(job.spec)
+    if choice.layout.dp == 1 and replicas == 1:
+        return 0.0
+    return BUCKET_BYTES * (2 if choice.zero else 1)
+
+
+def _largest_matrix(spec: ModelSpec) -> int:
+    return spec.d_model * max(spec.vocab_size, spec.d_ff, 3 * spec.d_model)
 
 
 def _logits(job: Job, choice: Choice) -> float:

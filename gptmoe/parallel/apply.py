@@ -8,7 +8,7 @@ from torch import nn
 
 from gptmoe.model.experts import Experts
 from gptmoe.model.initialize import initial_values
-from gptmoe.model.layers import Embedding
+from gptmoe.model.layers import Embedding, Linear
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT, Block
@@ -17,6 +17,7 @@ from .expert import AllToAllDispatcher
 from .mesh import Mesh
 from .ownership import Owned, owned_parameters
 from .recompute import Recompute, recompute
+from .shards import ShardedEmbedding, ShardedGPT, ShardedLinear, Shards
 from .stages import keep_stage
 from .tensor import (
     ColumnLinear,
@@ -41,21 +42,23 @@ def build(
     compute_dtype: torch.dtype | None = None,
     seed: int | None = 0,
     recompute_what: Recompute = "none",
+    shards_on: torch.device | None = None,
 ) -> GPT:
     """This rank's part of the model, with memory only for that part.
 
     `dtype` is the weights' type, `compute_dtype` the products' (default: the same). `seed` None
-    leaves the weights uninitialised, to be read from a checkpoint.
+    leaves the weights uninitialised, to be read from a checkpoint. `shards_on` is where rows shared
+    by data ranks lie (default: `device`).
     """
     mesh.layout.check_model(spec)
     with torch.device("meta"):
         model = GPT(spec, compute_dtype or dtype)
         keep_stage(model, mesh)
         slice_layers(model, mesh)
+        shard_layers(model, mesh)
         share_experts(model, mesh)
         recompute(model, recompute_what)
-        hold_parts(model, mesh)
-    model = model.to(dtype).to_empty(device=device)
+    hold_parts(model, mesh, dtype, device, shards_on or device)
     if seed is not None:
         initialize_parts(owned_parameters(model, mesh.layout, mesh.rank), spec, seed)
     return model
@@ -92,6 +95,23 @@ def _slice_experts(moe: MoE, slices: Slices, *, cut: bool) -> None:
         _become(moe, SpreadMoE).slices = slices
 
 
+def shard_layers(model: GPT, mesh: Mesh) -> None:
+    """ZeRO 3: layers that gather their weight from the data ranks when they need it."""
+    if not mesh.layout.sharded:
+        return
+    for module in list(model.modules()):
+        weight = getattr(module, "weight", None)
+        if weight is None or not mesh.layout.shards(weight.shape):
+            continue
+        sizes = mesh.layout.shard_sizes(len(weight))
+        shards = Shards(mesh.data_group, mesh.place.data, sizes)
+        if isinstance(module, Linear):
+            _become(module, ShardedLinear).shards = shards
+        elif isinstance(module, Embedding):
+            _become(module, ShardedEmbedding).shards = shards
+    _become(model, ShardedGPT)
+
+
 def share_experts(model: GPT, mesh: Mesh) -> None:
     """Expert parallelism: keep this rank's experts and reach the others by all-to-all."""
     for block in _blocks(model):
@@ -99,14 +119,18 @@ def share_experts(model: GPT, mesh: Mesh) -> None:
             block.ffn.dispatcher = AllToAllDispatcher(mesh.expert_group, mesh.layout.ep)
 
 
-def hold_parts(model: GPT, mesh: Mesh) -> None:
-    """Give each parameter the shape of this rank's part of it."""
+def hold_parts(
+    model: GPT, mesh: Mesh, dtype: torch.dtype, device: torch.device, shards_on: torch.device
+) -> None:
+    """Give each parameter memory for this rank's part of it."""
     for owned in owned_parameters(model, mesh.layout, mesh.rank):
         module_name, _, kind = owned.name.rpartition(".")
         module = model.get_submodule(module_name)
         boxes = owned.cut.boxes
         rows = sum(box.shape[0] for box in boxes)
-        setattr(module, kind, nn.Parameter(torch.empty(rows, *boxes[0].shape[1:])))
+        place = shards_on if owned.cut.is_sharded else device
+        part = torch.empty(rows, *boxes[0].shape[1:], dtype=dtype, device=place)
+        setattr(module, kind, nn.Parameter(part))
         if isinstance(module, Experts):
             module.first = boxes[0].start[0]
 

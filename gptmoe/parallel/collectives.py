@@ -4,6 +4,7 @@ Hidden states are [B, T, D]; slices of a sequence lie along T, in rank order. Ea
 collective over its group.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,6 +82,38 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return _gathered(gradients[0], ctx.group, ctx.count), None, None
+
+
+def gather_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """The rows of all ranks, `sizes` each, in rank order. Without a gradient of its own."""
+    if group is None:
+        return rows
+    most = max(sizes)  # the collective wants as many of each
+    out = rows.new_empty(most * len(sizes), *rows.shape[1:])
+    dist.all_gather_into_tensor(out, _padded(rows, most), group=group)
+    if min(sizes) == most:
+        return out
+    return torch.cat([part[:size] for part, size in zip(out.split(most), sizes, strict=True)])
+
+
+def scatter_rows(
+    x: Tensor, sizes: Sequence[int], index: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The rows of rank `index`, this one, of the sum over the group; rank i gets `sizes[i]`."""
+    if group is None:
+        return x
+    most = max(sizes)
+    if min(sizes) < most:
+        x = torch.cat([_padded(part, most) for part in x.split(list(sizes))])
+    out = x.new_empty(most, *x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    return out[: sizes[index]]
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    if len(rows) == count:
+        return rows.contiguous()
+    return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
 
 
 def _summed(x: Tensor, group: Any) -> Tensor:

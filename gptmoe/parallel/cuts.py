@@ -38,6 +38,8 @@ class Cut:
     is_expert: bool
     is_partial: bool
     """The ranks of its tensor group see parts of its gradient, which are to be summed."""
+    is_sharded: bool
+    """Data ranks hold different rows (ZeRO 3); gradients arrive summed over them."""
     is_tied: bool
     """First and last stage hold a copy each, whose gradients are to be summed."""
     is_first_copy: bool
@@ -52,6 +54,7 @@ def cut(name: str, shape: tuple[int, ...], layout: Layout, rank: int, num_layers
     """What `rank` holds of the parameter `name`, whose logical shape is `shape`."""
     place, part = layout.place(rank), local_name(name)
     is_expert = part.startswith(_EXPERTS)
+    is_sharded = layout.shards(shape)
     along = _along(part, layout)
     stages = {home_stage(name, layout, num_layers)}
     if name == "embed.tokens.weight":  # the head is the same table
@@ -61,16 +64,23 @@ def cut(name: str, shape: tuple[int, ...], layout: Layout, rank: int, num_layers
         box = Box.whole(shape)
         if is_expert:
             box = box.narrow(0, *layout.experts_of(rank, shape[0]))
+        if is_sharded:
+            box = _share(box, 0, place.data, layout.dp)
         boxes = (box,) if along is None else _slices(part, box, along, place.slice, layout.tp)
     is_sliced = along is not None or (is_expert and not layout.expert_tp)
+    turns = (layout.dp, place.data)
+    if is_expert:
+        turns = layout.expert_span // layout.ep, layout.expert_part(rank)[1]
+    copies, turn = (1, 0) if is_sharded else turns
     return Cut(
         boxes,
         is_expert,
         is_partial=layout.tp > 1 and not is_sliced and _is_partial(part, layout),
+        is_sharded=is_sharded,
         is_tied=len(stages) > 1,
         is_first_copy=(is_sliced or place.slice == 0) and place.stage == min(stages),
-        copies=layout.expert_span // layout.ep if is_expert else layout.dp,
-        turn=layout.expert_part(rank)[1] if is_expert else place.data,
+        copies=copies,
+        turn=turn,
     )
 
 

@@ -51,6 +51,8 @@ class Layout:
     """Groups of consecutive layers on each stage, dealt out in turn; more than 1 interleaves."""
     chunk_layers: tuple[int, ...] = ()
     """Layers of each of the pp x chunks groups; () = as equal as can be."""
+    sharded: bool = False
+    """ZeRO 3: data ranks share the rows of every large weight. For dense models, with dp alone."""
 
     def __post_init__(self) -> None:
         for name in ("ep", "dp", "tp", "pp", "chunks"):  # dp may have been taken from ep
@@ -61,6 +63,11 @@ class Layout:
             raise LayoutError(
                 f"parallel.ep={self.ep} must divide {span}={self.expert_span}; "
                 f"use {choices(divisors(self.expert_span))}"
+            )
+        if self.sharded and self.world * self.ep > self.dp:
+            raise LayoutError(
+                "parallel.zero=3 shares weights over parallel.dp alone, found "
+                f"tp={self.tp} ep={self.ep} pp={self.pp}; use 1 for each, or parallel.zero=1"
             )
 
     @property
@@ -134,6 +141,11 @@ class Layout:
     def check_model(self, spec: ModelSpec) -> None:
         """Raise LayoutError unless the ranks can share this model."""
         self.check_experts(spec.num_experts)
+        if self.sharded and spec.num_experts:
+            raise LayoutError(
+                f"parallel.zero=3 is for dense models, but {len(spec.moe_layers)} layers have "
+                "experts; spread these with parallel.ep and use parallel.zero=1 or 2"
+            )
         self.check_layers(spec.num_layers)
         self.check_slices({"model.num_heads": spec.num_heads, "model.d_ff": spec.d_ff})
 
@@ -190,6 +202,15 @@ class Layout:
     def pipelines(self) -> list[list[int]]:
         """Groups of ranks that hold the stages, in order, for the same samples and slices."""
         return self._groups(lambda rank, place: (place.data, place.slice))
+
+    def shards(self, shape: Sequence[int]) -> bool:
+        """Whether data ranks share a weight's rows: matrices with at least a row for each."""
+        return self.sharded and len(shape) == 2 and shape[0] >= self.dp
+
+    def shard_sizes(self, rows: int) -> tuple[int, ...]:
+        """Rows that each data rank keeps of a weight that is shared."""
+        ends = [rows * (index + 1) // self.dp for index in range(self.dp)]
+        return tuple(end - first for first, end in zip([0, *ends], ends, strict=False))
 
     def _groups(self, key: Callable[[int, Place], Hashable]) -> list[list[int]]:
         """Ranks with the same key, each group and the list of them in rank order."""

@@ -33,7 +33,7 @@ class RecomputedBlock(Block):
     def steps(self, *arguments: Any) -> Pausing[Any]:
         yield from ()
         plain = super().steps
-        return _again(lambda *given: straight(plain(*given)), *arguments)
+        return again(lambda *given: straight(plain(*given)), *arguments)
 
 
 class RecomputedAttention(Attention):
@@ -41,11 +41,12 @@ class RecomputedAttention(Attention):
 
     def forward(self, x_BTD: Tensor, layer: int, attend: Attend) -> Tensor:
         def attend_again(layer: int, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
-            result: Tensor = _again(attend, layer, q_BTHK, k_BTHK, v_BTHK)
+            result: Tensor = again(attend, layer, q_BTHK, k_BTHK, v_BTHK)
             return result
 
         return super().forward(x_BTD, layer, attend_again)
 
 
-def _again(function: Callable[..., Any], *arguments: Any) -> Any:
+def again(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function and keep its arguments alone: the backward pass calls it again."""
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)

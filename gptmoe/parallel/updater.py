@@ -1,4 +1,4 @@
-"""From gradients to new weights: reduce, norm, clip, step, state. The plain torch one (ZeRO 0).
+"""From gradients to new weights: reduce, norm, clip, step, state. The plain torch one (ZeRO 0, 3).
 
 The gradient rules. Each rank divides its loss by *global* counts, so that the gradient of the
 global loss L = sum_d L_d over data ranks d is the sum of theirs; nothing is averaged again. For a
@@ -13,7 +13,8 @@ parameter w and the ranks that hold the same boxes of it:
 2. Stages (pp). A parameter lives on one stage, but for the token table, which is the head, too:
    dL/dw = dL/dw_first + dL/dw_last, summed over these two.
 3. Samples (dp). Sum over the data group. An expert's rows have come from its whole expert group,
-   and the backward all-to-all has summed over that: sum over its replicas only.
+   and the backward all-to-all has summed over that: sum over its replicas only. Rows shared by
+   ZeRO 3 come summed from the backward pass (shards.py).
 
 The norm counts each parameter once: of all ranks that hold a box one speaks for it.
 """
@@ -79,7 +80,8 @@ class PlainUpdater:
     def step(self, learning_rate: float, loss_scale: float = 1.0) -> float:
         """Reduce, clip, update; see Updater.step."""
         complete_gradients(self.owned, self.mesh)
-        sum_over(gradients(o for o in self.owned if not o.cut.is_expert), self.mesh.data_group)
+        dense = [o for o in self.owned if not (o.cut.is_expert or o.cut.is_sharded)]
+        sum_over(gradients(dense), self.mesh.data_group)
         sum_over(gradients(o for o in self.owned if o.cut.is_expert), self.mesh.replica_group)
         spoken_for = gradients(o for o in self.owned if o.writes)
         norm = global_norm(spoken_for, self.mesh) / loss_scale
@@ -200,7 +202,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
     rows = [part for tensor in tensors for part in _rows(tensor.flatten())]
-    norms = [torch.linalg.vector_norm(part, dim=1) for part in rows]
+    norms = [torch.linalg.vector_norm(part, dim=1).to(rows[0].device) for part in rows]
     return torch.cat(norms).double().square().sum()
 
 

@@ -1,4 +1,6 @@
-"""What only a GPU can show: its grouped kernel, float16 in earnest, memory that recompute saves."""
+"""What only a GPU can show: its grouped kernel, float16 in earnest, memory saved and offloaded."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +10,9 @@ from gptmoe.model.dropout import SampleDropout
 from gptmoe.model.experts import Experts
 from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.parallel.apply import build
+from gptmoe.parallel.layout import Layout
 from gptmoe.parallel.loss_scale import LossScale
-from gptmoe.parallel.mesh import single
+from gptmoe.parallel.mesh import Mesh, single
 from gptmoe.parallel.optimizer import OptimizerSpec
 from gptmoe.parallel.recompute import Recompute
 from gptmoe.parallel.updater import PlainUpdater
@@ -56,6 +59,20 @@ def loss_of(device: torch.device, dtype: torch.dtype) -> float:
 )
 def test_a_gpu_has_the_cpus_loss(dtype: torch.dtype, close: float) -> None:
     assert loss_of(GPU, dtype) == pytest.approx(loss_of(CPU, torch.float32), rel=close)
+
+
+def test_offloaded_weights_train_as_those_on_the_gpu() -> None:
+    dense = replace(SPEC, num_experts=())
+    norms = []
+    for mesh, place in ((single(), None), (Mesh(Layout(sharded=True), 0), CPU)):
+        model = build(dense, mesh, GPU, seed=1, shards_on=place)
+        updater = PlainUpdater(model, mesh, OptimizerSpec())
+        token_BT = tokens().to(GPU)
+        everywhere = torch.ones_like(token_BT, dtype=torch.bool)
+        for _ in range(3):
+            model.loss_sum(model(token_BT).hidden_BTD, token_BT, everywhere).backward()
+            norms.append(updater.step(1e-3))
+    assert norms[3:] == pytest.approx(norms[:3], rel=1e-4)
 
 
 def test_float16_learns_with_a_scaled_loss_and_finds_its_scale() -> None:

@@ -85,7 +85,9 @@ def train(rank: int, layout: Layout, case: Case) -> Trained:
     optimizer = OptimizerSpec(kind="sgd", weight_decay=0.0, max_grad_norm=case.max_grad_norm)
     updater = PlainUpdater(model, mesh, optimizer)
     owned = owned_parameters(model, layout, rank)
-    seen = Trained([], [], owned, torch.zeros(case.spec.num_experts[0], dtype=torch.long), 0)
+    seen = Trained(
+        [], [], owned, torch.zeros(max((0, *case.spec.num_experts[:1])), dtype=torch.long), 0
+    )
     pipeline = Pipeline(model, mesh)
     for step in range(case.steps):
         passes = make_passes(pipeline, case, step)

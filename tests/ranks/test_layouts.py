@@ -62,11 +62,27 @@ LAYOUTS = [
 ]
 
 
+SHARDED = [
+    (layout, Case(spec=spec, recompute=what))
+    for layout in (
+        Layout(sharded=True),
+        Layout(dp=2, sharded=True),
+        Layout(dp=4, sharded=True),  # 41 rows of the table: shards of 10 and 11
+    )
+    for spec in (replace(SPEC, num_experts=()),)
+    for what in ("none", "full")
+]
+
+
 def describe(layout: Layout) -> str:
     """What differs from one rank, for a test's name."""
     fields = dataclasses.asdict(layout).items()
     changed = [f"{key}={value}" for key, value in fields if value != getattr(Layout(), key)]
     return " ".join(changed) or "one"
+
+
+def describe_sharded(value: Layout | Case) -> str:
+    return describe(value) if isinstance(value, Layout) else value.recompute
 
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -106,9 +122,23 @@ def layer_of(name: str) -> str:
     return ".".join(name.split(".")[:2]) if name.startswith("layers.") else name.split(".")[0]
 
 
+each_sharded = pytest.mark.parametrize(("layout", "case"), SHARDED, ids=describe_sharded)
+
+
 @each_case
 @each_layout
 def test_first_gradients_equal_one_process(pool: RankPool, layout: Layout, case: Case) -> None:
+    assert_first_gradients_equal(pool, layout, case)
+
+
+@each_sharded
+def test_first_gradients_of_shards_equal_one_process(
+    pool: RankPool, layout: Layout, case: Case
+) -> None:
+    assert_first_gradients_equal(pool, layout, case)
+
+
+def assert_first_gradients_equal(pool: RankPool, layout: Layout, case: Case) -> None:
     """Without clipping and at rate 1, the first step of SGD subtracts the gradient itself."""
     step = replace(case, steps=1, max_grad_norm=0.0, learning_rate=1.0)
     expected, start = one_process(step), assemble([one_process(replace(step, steps=0))])
@@ -132,6 +162,17 @@ def test_first_gradients_equal_one_process(pool: RankPool, layout: Layout, case:
 @each_case
 @each_layout
 def test_six_clipped_steps_equal_one_process(pool: RankPool, layout: Layout, case: Case) -> None:
+    assert_six_steps_equal(pool, layout, case)
+
+
+@each_sharded
+def test_six_clipped_steps_of_shards_equal_one_process(
+    pool: RankPool, layout: Layout, case: Case
+) -> None:
+    assert_six_steps_equal(pool, layout, case)
+
+
+def assert_six_steps_equal(pool: RankPool, layout: Layout, case: Case) -> None:
     expected, found = one_process(case), pool.run(layout.world, train, layout, fit(case, layout))
     assert min(expected.norms) > case.max_grad_norm
     for rank in found:

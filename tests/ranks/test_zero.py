@@ -1,4 +1,4 @@
-"""ZeRO 1 against the plain updater in one process: numbers, norm, state, resume, in each layout."""
+"""ZeRO 1, 2 and 3 against one process: numbers, norm, state, resume, in each layout."""
 
 import math
 from collections.abc import Callable
@@ -226,6 +226,22 @@ def test_two_ranks_have_the_plain_updaters_bits(pool: RankPool) -> None:
     assert on_ranks(pool, zero).loss == on_ranks(pool, plain).loss
 
 
+def zero_3(layout: Layout, **given: object) -> Run:
+    """Shards are the layout's; the step is the plain one."""
+    sharded = replace(layout, sharded=True)
+    return Run(layout=sharded, spec=DENSE, optimizer=ADAMW, updater=PlainUpdater, **given)
+
+
+@pytest.mark.parametrize("dp", [1, 2, 4])
+def test_zero_3_has_the_numbers_of_one_process(pool: RankPool, dp: int) -> None:
+    for optimizer in (SGD, ADAMW):
+        one = Run(layout=ONE, spec=DENSE, optimizer=optimizer, updater=PlainUpdater)
+        expected = train(0, one)
+        found = on_ranks(pool, replace(zero_3(Layout(dp=dp)), optimizer=optimizer))
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert found.norm == pytest.approx(expected.norm, rel=1e-5)
+
+
 def norm_of_ones(
     rank: int, layout: Layout, spec: ModelSpec, make: Callable[..., PlainUpdater | ZeroUpdater]
 ) -> float:
@@ -254,6 +270,14 @@ def test_norm_of_ones_counts_each_parameter_once(
     whole = build(spec, meshes.single(), torch.device("meta"), seed=None)
     count = sum(parameter.numel() for parameter in whole.parameters())
     for norm in pool.run(layout.world, norm_of_ones, layout, spec, make):
+        assert norm == pytest.approx(math.sqrt(count), rel=1e-6)
+
+
+def test_norm_of_ones_counts_each_shard_once(pool: RankPool) -> None:
+    layout = Layout(dp=4, sharded=True)
+    whole = build(DENSE, meshes.single(), torch.device("meta"), seed=None)
+    count = sum(parameter.numel() for parameter in whole.parameters())
+    for norm in pool.run(4, norm_of_ones, layout, DENSE, PlainUpdater):
         assert norm == pytest.approx(math.sqrt(count), rel=1e-6)
 
 
@@ -349,6 +373,19 @@ def test_a_resumed_run_repeats_the_bits(pool: RankPool, tmp_path: Path, layout: 
         assert_same(
             open_checkpoint(tmp_path / "straight"), open_checkpoint(tmp_path / "resumed"), group
         )
+
+
+def test_shards_pass_to_zero_1_and_back_without_a_difference(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    here, there, back = tmp_path / "three", tmp_path / "one", tmp_path / "back"
+    on_ranks(pool, zero_3(Layout(dp=4), last=2, target=here))
+    stage_1 = Run(layout=Layout(dp=2), spec=DENSE, optimizer=ADAMW, last=0)
+    on_ranks(pool, replace(stage_1, source=here, target=there))
+    on_ranks(pool, zero_3(Layout(dp=4), last=0, source=there, target=back))
+    for group in ("weights", "optimizer"):
+        assert_same(open_checkpoint(here), open_checkpoint(there), group)
+        assert_same(open_checkpoint(here), open_checkpoint(back), group)
 
 
 def test_a_run_goes_on_in_another_layout(pool: RankPool, tmp_path: Path) -> None:

@@ -83,7 +83,14 @@ def test_fragments_of_any_cut_hold_the_tensor_once(
     start = tuple(shift if dim == 0 else 0 for dim in range(len(shape)))
     full = tuple(start[dim] + size for dim, size in enumerate(shape))
     held = Cut(
-        (Box(start, tuple(shape)),), False, False, False, is_first_copy=True, copies=1, turn=0
+        (Box(start, tuple(shape)),),
+        is_expert=False,
+        is_partial=False,
+        is_sharded=False,
+        is_tied=False,
+        is_first_copy=True,
+        copies=1,
+        turn=0,
     )
     owned = Owned("p", parameter, full, held, writes=True)
     cuts = sorted(data.draw(st.sets(st.integers(0, count))) | {0, count})

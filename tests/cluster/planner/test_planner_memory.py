@@ -63,12 +63,15 @@ def test_experts_are_spread_over_ep_and_zero_splits_over_their_replicas() -> Non
     assert split.gradients == pytest.approx(zero.moments / 2)
 
 
-def test_zero_3_keeps_a_share_and_one_gathered_layer() -> None:
+def test_zero_3_keeps_a_share_and_gathers_one_matrix() -> None:
     job = Job(spec=preset("1.3B").spec, batch_sequences=512, seq_len=2048)
     total = parameters(job.spec).total
     memory = fullest(job, choose(dp=8, zero=3, microbatch_size=1))
-    layer = 4 * 2048**2 + 3 * 2048 + 2 * 2048 * 8192 + 8192
-    assert memory.weights == pytest.approx(4 * (total / 8 + layer))
+    assert memory.weights == memory.gradients == memory.moments / 2 == 4 * total / 8
+    table = 2048 * job.spec.vocab_size
+    assert memory.cast_weights == 2 * table
+    assert memory.buffers == (2 + 4) * table
+    assert memory.master_copy == 0
 
 
 @pytest.mark.parametrize("name", ["0.125B", "1.3B", "0.35B+MoE-64", "1.3B+MoE-32"])
