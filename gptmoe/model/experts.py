@@ -15,6 +15,9 @@ MIN_ROWS = {torch.float32: 4, torch.bfloat16: 2}
 FEW_ROWS = 64
 """Below this the rows must be a multiple of that: threads get a few each and must not get less."""
 
+BFLOAT16_STEP = 16
+"""More rows than this are computed in multiples of it."""
+
 
 class Experts(nn.Module):
     """Experts `first` to `first + count - 1` of a layer: two linear layers around GELU each."""
@@ -86,19 +89,38 @@ class _GroupedLinear(torch.autograd.Function):
         grad_bias = weight_EOI.new_empty(weight_EOI.shape[:2])
         parts = (torch.split(tensor, ctx.rows) for tensor in (grad_RO, x_RI, grad_x))
         for expert, (grad, x, out) in enumerate(zip(*parts, strict=True)):  # no rows: zeros
-            torch.mm(grad, weight_EOI[expert], out=out)
-            torch.mm(grad.t(), x, out=grad_weight[expert])
             torch.sum(grad, 0, out=grad_bias[expert])
+            if missing := product_rows(len(x), x.dtype) - len(x):
+                grad, x = F.pad(grad, (0, 0, 0, missing)), F.pad(x, (0, 0, 0, missing))
+                out.copy_(torch.mm(grad, weight_EOI[expert])[:-missing])
+            else:
+                torch.mm(grad, weight_EOI[expert], out=out)
+            torch.mm(grad.t(), x, out=grad_weight[expert])
         return grad_x, grad_weight, grad_bias, None
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Write x W^T + b to `out`; few rows are padded: a row's bits never depend on the others."""
-    missing = -len(x) % MIN_ROWS.get(x.dtype, 1) if len(x) < FEW_ROWS else 0
+    """Write x W^T + b to `out`."""
+    missing = product_rows(len(x), x.dtype) - len(x)
     if missing:
         out.copy_(F.linear(F.pad(x, (0, 0, 0, missing)), weight, bias)[: len(x)])
     else:
         torch.addmm(bias, x, weight.t(), out=out)
+
+
+def product_rows(rows: int, dtype: torch.dtype) -> int:
+    """With how many rows, the last ones padding, the CPU is to compute a product of `rows` rows.
+
+    In float32 few rows are padded, so that a row's bits do not depend on their number. For bfloat16
+    oneDNN compiles and keeps a kernel for each number that it meets, 0.7 ms and 0.7 MB each (here,
+    up to 1,024 of them): experts meet any number, so they get powers of two up to 16, then
+    multiples of 16, then such that at most a sixteenth is padding.
+    """
+    if dtype == torch.bfloat16 and rows > BFLOAT16_STEP:
+        return rows + -rows % max(BFLOAT16_STEP, 2 ** (rows.bit_length() - 5))
+    if dtype == torch.bfloat16 and rows:
+        return max(MIN_ROWS[dtype], 2 ** (rows - 1).bit_length())
+    return rows + (-rows % MIN_ROWS.get(dtype, 1) if rows < FEW_ROWS else 0)
 
 
 def expert_spans(rows_per_expert: list[int]) -> list[tuple[int, int, int]]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptmoe.model.experts import MIN_ROWS, Experts, grouped_linear
+from gptmoe.model.experts import MIN_ROWS, Experts, grouped_linear, product_rows
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
@@ -96,6 +96,30 @@ def test_a_row_alone_has_the_bits_it_has_among_others(dtype: torch.dtype) -> Non
             expert = int(row >= 10)
             alone = experts(rows_RD[row : row + 1], [1 - expert, expert])
             assert torch.equal(alone[0], together_RD[row])
+
+
+def test_products_meet_few_numbers_of_rows_and_little_padding() -> None:
+    given = range(4097)
+    got = [product_rows(rows, torch.bfloat16) for rows in given]
+    assert len(set(got)) < 150
+    assert got[:6] == [0, 2, 2, 4, 4, 8]
+    assert all(
+        0 <= more - rows <= max(15, rows / 16) for rows, more in zip(given, got, strict=True)
+    )
+
+
+@pytest.mark.parametrize("rows", [[1, 0, 3], [17, 40], [100, 5]])
+def test_padded_products_have_the_gradients_of_unpadded_ones(rows: list[int]) -> None:
+    """In bfloat16 products are padded; their sums stay those of float32 to its precision."""
+    exact = make_inputs(rows, 24, 32, torch.float32)
+    narrow = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    exact = [tensor.detach().float().requires_grad_() for tensor in narrow]
+    for tensors in (exact, narrow):
+        grouped_linear(*tensors, rows).float().square().sum().backward()
+    for wide, other in zip(exact, narrow, strict=True):
+        assert wide.grad is not None
+        assert other.grad is not None
+        assert (other.grad.float() - wide.grad).norm() <= 2e-2 * wide.grad.norm()
 
 
 def test_the_two_layers_with_gelu_between() -> None:
