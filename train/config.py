@@ -34,6 +34,10 @@ class RunConfig:
     """So often the workers start again by themselves after one was lost; -1 = always."""
     hang_s: float = 600.0
     """A worker that has made no progress for so long is taken for hung and ended; 0 = never."""
+    slow_factor: float = 3.0
+    """A worker whose products take so many times as long as the others' for `slow_s` is named, and
+    all start again from a new checkpoint, at most once an hour; 0 = never."""
+    slow_s: float = 120.0
 
     def __post_init__(self) -> None:
         scheme = re.match(r"([a-z][a-z0-9+.-]+):/", str(self.dir))
@@ -43,9 +47,11 @@ class RunConfig:
                 "checkpoints are committed by a rename and served through memory maps, which an "
                 "object store has not; mount it, or name a folder that all nodes share"
             )
-        for name, least in (("seed", 0), ("max_failures", -1), ("hang_s", 0)):
+        for name, least in (("seed", 0), ("max_failures", -1), ("hang_s", 0), ("slow_s", 0)):
             if not getattr(self, name) >= least:
                 raise ConfigError(f"run.{name}={getattr(self, name)} must be at least {least}")
+        if self.slow_factor and not self.slow_factor > 1:
+            raise ConfigError(f"run.slow_factor={self.slow_factor} must be 0 or above 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

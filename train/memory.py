@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from cluster.planner.devices import CPU, MACHINES, Machine
 from cluster.planner.job import Choice, Job
 from cluster.planner.memory import Memory, fullest
 from gptmoe.errors import ConfigError, LayoutError
@@ -37,12 +38,6 @@ def check_fits(
 
 def predicted(config: TrainConfig, spec: ModelSpec, *, elsewhere: bool = False) -> Memory:
     """What the fullest rank of a run needs, item by item; without what is offloaded `elsewhere`."""
-    job = Job(
-        spec=spec,
-        batch_sequences=config.batch_sequences,
-        seq_len=config.data.seq_len,
-        dtype="float32" if config.train.dtype == "float32" else "bfloat16",
-    )
     choice = Choice(
         layout=config.parallel.layout(),
         microbatch_size=config.train.microbatch_size,
@@ -50,10 +45,36 @@ def predicted(config: TrainConfig, spec: ModelSpec, *, elsewhere: bool = False) 
         recompute=config.train.recompute,
         schedule=config.parallel.schedule,
     )
-    need = fullest(job, choice)
+    need = fullest(job_of(config, spec), choice)
     if elsewhere and config.parallel.offload:
         return dataclasses.replace(need, weights=0.0, gradients=0.0, moments=0.0)
     return need
+
+
+def job_of(config: TrainConfig, spec: ModelSpec) -> Job:
+    """What the run trains, as the planner wants to know it."""
+    return Job(
+        spec=spec,
+        batch_sequences=config.batch_sequences,
+        seq_len=config.data.seq_len,
+        dtype="float32" if config.train.dtype == "float32" else "bfloat16",
+    )
+
+
+def machine_here(device: torch.device, ranks_here: int) -> Machine:
+    """A rank's device as the planner knows it, with the memory that is free now."""
+    machine = CPU
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device).lower()
+        known = [m for m in MACHINES.values() if m.device.name.partition("-")[0] in name]
+        machine = known[-1] if known else MACHINES["a100-80gb"]
+    free = free_bytes(device, ranks_here)
+    if free is None:
+        return machine
+    memory_bytes = free + machine.device.runtime_bytes
+    return dataclasses.replace(
+        machine, device=dataclasses.replace(machine.device, memory_bytes=memory_bytes)
+    )
 
 
 def free_bytes(device: torch.device, ranks_here: int) -> float | None:

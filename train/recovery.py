@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 _DEAD = (WorkerHealthCheckFailedError, ray.exceptions.ActorDiedError)
 
 
-class PreemptedError(RuntimeError):
-    """A worker's node is about to go; all is saved, and another start of the workers goes on."""
+class RestartError(RuntimeError):
+    """All is saved, and another start of the workers goes on; the message says why."""
 
 
 class RecoveryPolicy(DefaultFailurePolicy):
@@ -45,7 +45,7 @@ class RecoveryPolicy(DefaultFailurePolicy):
         )
         if any(own_error(failure) for failure in failures.values()):
             return FailureDecision.RAISE
-        if any(isinstance(failure, PreemptedError) for failure in failures.values()):
+        if any(isinstance(failure, RestartError) for failure in failures.values()):
             decision = FailureDecision.RETRY  # foreseen, and not counted
         else:
             decision = super().make_decision(training_failed_error)
@@ -73,7 +73,7 @@ def first_cause(error: BaseException) -> GptMoeError:
 def what_failed(failures: Mapping[int, BaseException], error: BaseException) -> str:
     """The first cause, in words: what other workers raised is what they saw of it."""
     for rank, failure in failures.items():
-        if isinstance(failure, PreemptedError):
+        if isinstance(failure, RestartError):
             return str(failure)
         if isinstance(failure, _DEAD):
             return f"the process of worker {rank} was killed or its node was lost"

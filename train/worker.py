@@ -16,6 +16,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from cluster.coordinator_actor import join as join_coordinator
 from cluster.messages import ExpertRange, Shard
+from cluster.planner.devices import Machine
 from cluster.provenance import code_digest
 from cluster.reporter import Reporter
 from gptmoe import checkpoint
@@ -34,10 +35,11 @@ from .assemble import build_or_load, samples_of, step_settings
 from .elastic import fit
 from .ledger import Ledger, next_attempt
 from .loop import Scaler, Trainer, run_steps
-from .memory import check_fits, free_bytes
+from .memory import check_fits, free_bytes, machine_here
+from .notices import Notices
 from .plan import RunPlan
 from .recorders import make_recorders
-from .recovery import PreemptedError
+from .recovery import RestartError
 from .saving import Saver
 from .state import writing
 from .watchdog import Watchdog
@@ -55,14 +57,14 @@ def work(settings: dict[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    plan, attempt = _agree(settings["plan"], rank, workers)
+    device, ranks_here = ray.train.torch.get_device(), context.get_local_world_size()
+    plan, attempt = _agree(settings["plan"], rank, workers, machine_here(device, ranks_here))
     layout = plan.config.parallel.layout()
     if rank >= layout.world:
         log.warning("worker %d of %d stays idle: the layout uses %d", rank, workers, layout.world)
         meshes.stand_by(layout, GROUP_TIMEOUT)
         return
-    device = ray.train.torch.get_device()
-    free = free_bytes(device, context.get_local_world_size())
+    free = free_bytes(device, ranks_here)
     check_fits(plan.config, plan.spec, free, elsewhere=device.type != "cpu")
     mesh = meshes.join(layout, rank, GROUP_TIMEOUT, spare=workers - layout.world)
     run_name: str = settings["run_name"]
@@ -78,26 +80,24 @@ def work(settings: dict[str, Any]) -> None:
             recorders=recorders,
             heartbeat=_register(plan, mesh, run_name).heartbeat,
             attempt=attempt,
-            preempted=lambda: _noticed(mesh),
+            notices=Notices(mesh, device, plan.config.run, told=_is_told),
         )
         worker.run()
 
 
-def _noticed(mesh: Mesh) -> bool:
-    """Whether any rank was told that a node is about to go. Collective.
+def _is_told() -> bool:
+    """Whether Ray told this worker that a node is about to go.
 
-    What Ray told this worker, added up here: `ray.train.get_preemption_info` agrees through an
-    actor instead, which takes longer than a small step.
+    `ray.train.get_preemption_info` agrees through an actor, which takes longer than a small step.
     """
-    told = get_train_context().preemption_context.preemption_info is not None
-    return bool(mesh.sum(torch.tensor(float(told))) > 0)
+    return get_train_context().preemption_context.preemption_info is not None
 
 
-def _agree(plan: RunPlan, rank: int, workers: int) -> tuple[RunPlan, int]:
+def _agree(plan: RunPlan, rank: int, workers: int, machine: Machine) -> tuple[RunPlan, int]:
     """Where to go on, by rank 0: newest checkpoint, layout, and number of this attempt."""
     if rank == 0:
         plan = plan.from_newest_checkpoint()
-        plan = replace(plan, config=fit(plan.config, plan.spec, workers))
+        plan = replace(plan, config=fit(plan.config, plan.spec, workers, machine))
     agreed: list[Any] = [plan, next_attempt(plan.run_dir) if rank == 0 else 0]
     if workers > 1:
         dist.broadcast_object_list(agreed, src=0)
@@ -119,7 +119,7 @@ class Worker:
     characters_per_token: list[int]
     recorders: Sequence[Recorder]
     heartbeat: Callable[..., None]
-    preempted: Callable[[], bool]
+    notices: Callable[[], str]
     watchdog: Watchdog
 
     @classmethod
@@ -132,12 +132,12 @@ class Worker:
         recorders: Sequence[Recorder],
         heartbeat: Callable[..., None],
         attempt: int = 1,
-        preempted: Callable[[], bool] = lambda: False,
+        notices: Callable[[], str] = lambda: "",
     ) -> "Worker":
         """Build this rank's part and load what there is to load.
 
-        `heartbeat(step)` is called after each step, with last=True at the end. `preempted()` is
-        asked after each step, by all ranks, and answers all the same.
+        `heartbeat(step)` is called after each step, with last=True at the end. `notices()` is
+        asked after each step, by all ranks, and tells all the same reason to start again, or none.
         """
         model, updater = build_or_load(plan, mesh, device)
         trainer = Trainer(
@@ -170,7 +170,7 @@ class Worker:
             characters_per_token=load_tokenizer(plan.tokenizer_path).characters_per_token(),
             recorders=recorders,
             heartbeat=heartbeat,
-            preempted=preempted,
+            notices=notices,
             watchdog=Watchdog(f"train-{mesh.rank}", plan.config.run.hang_s),
         )
 
@@ -200,13 +200,13 @@ class Worker:
         config, last = self.plan.config, step == self.plan.max_steps
         if last or _due(step, config.train.validate_every_steps) or self._epoch_ends(step):
             self.validate(step)
-        preempted = self.preempted()
-        if last or preempted or _due(step, config.checkpoint.every_steps):
+        reason = self.notices()
+        if last or reason or _due(step, config.checkpoint.every_steps):
             self.save(step)
-        if last or preempted:
+        if last or reason:
             self.saver.finish()
-        if preempted and not last:
-            raise PreemptedError(f"a node is about to go; all was saved at step {step}")
+        if reason and not last:
+            raise RestartError(f"{reason}; all was saved at step {step}")
 
     def validate(self, step: int) -> None:
         """Validation loss over all ranks' shares."""

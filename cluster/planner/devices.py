@@ -29,7 +29,9 @@ class Device:
     fused_attention: bool = True
     """Attention never writes its scores to memory (FlashAttention, arXiv 2205.14135)."""
     runtime_bytes: float = 1.5e9
-    """Taken by drivers, kernels and communication libraries before the first tensor."""
+    """Taken by drivers, kernels and communication libraries besides all tensors."""
+    kernel_bytes: float = 0.0
+    """Of these, what is taken only with the first step: code and scratch of products."""
     kernel_s: float = 5e-6
     """Time to start one kernel: a lower bound for each operation, however small."""
 
@@ -188,20 +190,22 @@ _ROWS = (
     ),
 )
 
-CPU = Machine(  # a rank with one core of a server with AVX512-BF16, over gloo
+CPU = Machine(  # a rank with one core of a server with AVX512-BF16, over gloo, as measured by
+    # tests/bench/bench_planner_here.py
     device=Device(
         name="cpu",
         memory_bytes=8 * GIBI,
-        bfloat16_flops_per_s=0.4 * TERA,
+        bfloat16_flops_per_s=0.26 * TERA,
         float32_flops_per_s=0.09 * TERA,
         memory_bytes_per_s=15 * GIGA,
         fused_attention=False,
         runtime_bytes=0.5e9,
+        kernel_bytes=0.125e9,
     ),
     devices_per_node=64,
     link_bytes_per_s=0.6 * GIGA,
     network_bytes_per_s=0.3 * GIGA,
-    latency_s=6e-4,
+    latency_s=1.6e-3,
 )
 
 MACHINES: Mapping[str, Machine] = MappingProxyType({row.device.name: row for row in (*_ROWS, CPU)})

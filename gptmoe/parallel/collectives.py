@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Renamed in torch 2.13, which warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def sum_forward(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum over the group; the gradient of each part is the gradient of the sum."""
@@ -90,7 +94,7 @@ def gather_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup | N
         return rows
     most = max(sizes)  # the collective wants as many of each
     out = rows.new_empty(most * len(sizes), *rows.shape[1:])
-    dist.all_gather_into_tensor(out, _padded(rows, most), group=group)
+    _all_gather(out, _padded(rows, most), group=group)
     if min(sizes) == most:
         return out
     return torch.cat([part[:size] for part, size in zip(out.split(most), sizes, strict=True)])
@@ -106,7 +110,7 @@ def scatter_rows(
     if min(sizes) < most:
         x = torch.cat([_padded(part, most) for part in x.split(list(sizes))])
     out = x.new_empty(most, *x.shape[1:])
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    _reduce_scatter(out, x.contiguous(), group=group)
     return out[: sizes[index]]
 
 
@@ -126,12 +130,12 @@ def _gathered(x_BTD: Tensor, group: Any, count: int) -> Tensor:
     """The collectives join along dimension 0: T comes first for them."""
     x_TBD = x_BTD.transpose(0, 1).contiguous()
     out_TBD = x_TBD.new_empty(len(x_TBD) * count, *x_TBD.shape[1:])
-    dist.all_gather_into_tensor(out_TBD, x_TBD, group=group)
+    _all_gather(out_TBD, x_TBD, group=group)
     return out_TBD.transpose(0, 1)
 
 
 def _scattered(x_BTD: Tensor, group: Any, count: int) -> Tensor:
     x_TBD = x_BTD.transpose(0, 1).contiguous()
     out_TBD = x_TBD.new_empty(len(x_TBD) // count, *x_TBD.shape[1:])
-    dist.reduce_scatter_tensor(out_TBD, x_TBD, group=group)
+    _reduce_scatter(out_TBD, x_TBD, group=group)
     return out_TBD.transpose(0, 1)

@@ -1,6 +1,6 @@
 """A rank's place in the layout, with the process groups that it talks through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -44,6 +44,14 @@ class Mesh:
         total = tensor.clone() if self.place.slice == 0 else torch.zeros_like(tensor)
         dist.all_reduce(total, group=self.world_group)
         return total
+
+    def gather(self, row: Sequence[float]) -> Tensor:
+        """Each rank's row of numbers, [world, len(row)] on the CPU, on every rank. Collective."""
+        rows = torch.zeros(self.layout.world, len(row), dtype=torch.float64)
+        rows[self.rank] = torch.tensor(row, dtype=torch.float64)
+        if self.world_group is not None:
+            dist.all_reduce(rows, group=self.world_group)
+        return rows
 
     def barrier(self) -> None:
         """Wait for every rank."""

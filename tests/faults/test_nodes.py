@@ -97,7 +97,10 @@ def workers(run_dir: Path) -> int:
 
 
 def test_a_run_goes_on_with_whatever_nodes_there_are(nodes: Nodes, tmp_path: Path) -> None:
-    """Four workers, two of their nodes lost, one added: each sample once, the curve as in one."""
+    """Four workers, two of their nodes lost, one added: each sample once, the curve as in one.
+
+    For three workers the planner gives up ep=2, which they could not share.
+    """
     run_dir = tmp_path / "run"
     nodes.change("add", 4)
     words = ["pretrain", str(TINY), *WORDS, f"run.dir={run_dir}", "--address", nodes.address]
@@ -116,16 +119,16 @@ def test_a_run_goes_on_with_whatever_nodes_there_are(nodes: Nodes, tmp_path: Pat
     until(4, 12)
     nodes.change("remove", 2)
     until(2, 12)
-    nodes.change("add", 2)
-    until(4, 2)
+    nodes.change("add", 1)
+    until(3, 2)
     ended = command.end()
     assert ended.code == 0, ended.stderr
-    assert seen == [4, 2, 4]
+    assert seen == [4, 2, 3]
 
     steps = ledger.read(run_dir)
     ledger.check(steps, 48)
     assert list(steps) == list(range(1, STEPS + 1))
-    assert {len(ranges) for ranges in steps.values()} == {2, 4}  # data ranks
+    assert {len(ranges) for ranges in steps.values()} == {2, 3, 4}  # data ranks
     config = load(TrainConfig, TINY, [*WORDS, f"run.dir={tmp_path / 'alone'}", "data.workers=0"])
     whole = losses(run_alone(make_plan("pretrain", config)))
     found = losses(metrics.read(run_dir / "metrics.jsonl"))

@@ -1,7 +1,10 @@
 """What real faults cost a run of two workers: nothing. It ends as if they had not happened."""
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -147,3 +150,36 @@ def test_a_truncated_shard_is_named_and_the_checkpoint_before_it_is_used(
     assert shard.name in ended.stderr
     assert newest.name in ended.stderr
     assert_nothing_was_lost(run_dir, whole)
+
+
+def test_a_slow_worker_is_named_and_all_start_again(
+    tmp_path: Path, whole: dict[float, float]
+) -> None:
+    """One worker shares a core with other programs until it is noticed; nothing is done twice."""
+    run_dir = tmp_path / "run"
+    command = start(tmp_path, "run.slow_s=4", "checkpoint.every_steps=0")
+    command.wait_until(lambda: newest_step(run_dir) > 2)
+    pid, epoch = pid_of(run_dir, "train-1"), topology_epoch(run_dir)
+    for task in os.listdir(f"/proc/{pid}/task"):
+        os.sched_setaffinity(int(task), {0})
+    spin = [sys.executable, "-c", "while True: pass"]
+    hogs = [subprocess.Popen(spin, start_new_session=True) for _ in range(6)]
+    try:
+        for hog in hogs:
+            os.sched_setaffinity(hog.pid, {0})
+        command.wait_until(lambda: topology_epoch(run_dir) > epoch)
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+    ended = command.end()
+    assert ended.code == 0, ended.stderr
+    assert_nothing_was_lost(run_dir, whole)
+    topology = topology_file.read(run_dir)
+    assert topology is not None
+    (failure,) = topology.failures
+    assert re.fullmatch(
+        r"worker 1 is slow: for 4 s its products have taken [\d.]+ times as long as the others'; "
+        r"all was saved at step \d+",
+        failure.reason,
+    )

@@ -1,18 +1,23 @@
 """train.elastic: the layout for the workers that there are."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
+from cluster.planner.devices import CPU
 from gptmoe import config as configs
 from gptmoe.errors import ConfigError, LayoutError
-from gptmoe.model.spec import ModelSpec
+from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.parallel.layout import Layout
 from tests.train.conftest import TINY
 from train.config import TrainConfig
 from train.elastic import fit
+from train.memory import predicted
 
 SPEC = ModelSpec(num_layers=4, d_model=64, num_heads=4, d_ff=128, num_experts=(4, 8))
+"""Its routing groups are larger than the run's microbatch: no plan for it."""
+PLANNED = replace(SPEC, num_experts=(12, 12), router=RouterSpec(group_sequences=4))
 
 
 def asked(*words: str) -> TrainConfig:
@@ -41,13 +46,32 @@ def test_enough_workers_change_nothing() -> None:
         (["pp=2", "chunks=2", "schedule=interleaved"], 1, Layout()),
     ],
 )
-def test_fewer_workers_get_the_nearest_layout(
+def test_where_the_planner_knows_none_the_nearest_layout_is_taken(
     words: list[str], workers: int, expected: Layout
 ) -> None:
     config = asked(*(f"parallel.{word}" for word in words))
     found = fit(config, SPEC, workers)
     assert found.parallel.layout() == expected
     assert found.batch_sequences == config.batch_sequences
+
+
+def test_fewer_workers_get_the_planners_layout() -> None:
+    """Three workers are all used, though the run asks for an even number of expert ranks."""
+    config = asked("parallel.dp=4", "parallel.ep=2", "train.recompute=sel")
+    found = fit(config, PLANNED, 3)
+    assert found.parallel.layout().world == found.parallel.layout().dp == 3
+    assert replace(found, parallel=config.parallel) == config
+
+
+def test_the_planner_heeds_the_memory_of_a_worker() -> None:
+    config = asked("parallel.dp=6")
+    spec = replace(PLANNED, d_model=1536, num_heads=12, d_ff=6144, num_layers=12, num_experts=())
+    whole = replace(config, parallel=replace(config.parallel, dp=4))
+    assert predicted(whole, spec).total > 4e9
+    small = replace(CPU, device=replace(CPU.device, memory_bytes=4e9))
+    found = fit(config, spec, 4, small)
+    assert found.parallel.tp * found.parallel.pp > 1
+    assert predicted(found, spec).total < 4e9
 
 
 @pytest.mark.parametrize("workers", range(1, 8))

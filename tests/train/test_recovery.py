@@ -14,7 +14,7 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from gptmoe.errors import CheckpointError, ClusterError, GptMoeError
-from train.recovery import PreemptedError, RecoveryPolicy, first_cause, what_failed
+from train.recovery import RecoveryPolicy, RestartError, first_cause, what_failed
 
 RETRY, RAISE = FailureDecision.RETRY, FailureDecision.RAISE
 SAVING = CheckpointError("checkpoint a was not saved: No space left on device")
@@ -113,7 +113,7 @@ def test_errors_of_ours_are_not_tried_again(told: list[str]) -> None:
 
 def test_a_notice_is_not_counted_as_a_failure(told: list[str]) -> None:
     decide = policy().make_decision
-    notice = WorkerGroupError("...", {0: PreemptedError("a node is about to go"), 1: died()})
+    notice = WorkerGroupError("...", {0: RestartError("a node is about to go"), 1: died()})
     assert [decide(notice) for _ in range(5)] == [RETRY] * 5
     assert set(told) == {"a node is about to go"}
 
