@@ -137,13 +137,14 @@ def channel(run: str) -> ActorChannel:
         ) from None
 
 
-def report_failure(run: str, reason: str) -> None:
-    """Tell the coordinator of `run` why its workers are about to start again, if it is there."""
+def report_failure(run: str, reason: str, *, goes_on: bool = False) -> None:
+    """Tell the coordinator of `run`, if it is there, what failed: its workers are about to start
+    again, or go on."""
     try:
         line = channel(run)
         topology = line.ask(TopologyRequest())
         if isinstance(topology, Topology):
-            line.ask(Failure(epoch=topology.epoch, reason=reason))
+            line.ask(Failure(epoch=topology.epoch, reason=reason, goes_on=goes_on))
     except ClusterError as error:
         log.warning("failure not told to the coordinator run=%s error=%s", run, error)
 

@@ -33,7 +33,7 @@ def draw_run(run: RunStatus) -> RenderableType:
     if run.topology:
         parts.append(draw_topology(run.topology, running=running))
         for failure in run.topology.failures:
-            parts.append(Text(f"epoch {failure.epoch} ended: {failure.reason}", style="yellow"))
+            parts.append(Text(str(failure), style="yellow"))
     return Group(*parts)
 
 

@@ -13,8 +13,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from . import runs
+from gptmoe.errors import ClusterError
+
+from . import runs, topology_file
+from .messages import Failure
 
 POLL_S = 0.2
 _PLAIN_EVERY_S = 5.0
@@ -56,12 +60,30 @@ class Tail:
         return status.st_ino, status.st_size
 
 
+class _Failures:
+    """What has failed in a run since the last look."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: set[Failure] = set()
+        self._known = set(self.new())
+
+    def new(self) -> list[Failure]:
+        try:
+            topology = topology_file.read(self._folder)
+        except ClusterError:  # `gptmoe status` says what is wrong with it
+            return []
+        found = [f for f in topology.failures if f not in self._known] if topology else []
+        self._known.update(found)
+        return found
+
+
 def follow(folder: Path, console: Console, is_over: Callable[[], bool]) -> None:
     """Draw the run in `folder` until `is_over`, and what came in until then.
 
     A bar with loss, tokens/s and time left on a terminal; a line every few seconds elsewhere.
     """
-    tail = Tail(folder / "metrics.jsonl")
+    tail, failures = Tail(folder / "metrics.jsonl"), _Failures(folder)
     before = runs.read_state(folder)
     view = _Bar(console) if console.is_terminal else _Lines(console)
     with view:
@@ -69,6 +91,8 @@ def follow(folder: Path, console: Console, is_over: Callable[[], bool]) -> None:
             over = is_over()
             if (state := runs.read_state(folder)) != before:  # not what an earlier run left
                 view.state(state)
+            for failure in failures.new():
+                view.failure(failure)
             for record in tail.new():
                 view.record(record)
             if over:
@@ -106,13 +130,19 @@ class _Lines:
     def state(self, state: runs.State) -> None:
         if state.state != self._state:
             self._state = state.state
-            self._console.print(f"{state.state} {state.dashboard_url}".strip(), highlight=False)
+            self._print(f"{state.state} {state.dashboard_url}".strip())
+
+    def failure(self, failure: Failure) -> None:
+        self._print(Text(str(failure), style="yellow"))
 
     def record(self, record: Mapping[str, Any]) -> None:
         kind = "val_loss" if "val_loss" in record else "loss"
         if time.monotonic() >= self._due_at_s[kind]:
             self._due_at_s[kind] = time.monotonic() + _PLAIN_EVERY_S
-            self._console.print(f"step {record['step']}  {describe(record)}", highlight=False)
+            self._print(f"step {record['step']}  {describe(record)}")
+
+    def _print(self, text: str | Text) -> None:
+        self._console.print(text, highlight=False)
 
 
 class _Bar(_Lines):
@@ -144,7 +174,6 @@ class _Bar(_Lines):
 
     def record(self, record: Mapping[str, Any]) -> None:
         if "val_loss" in record:
-            text = f"step {record['step']}  {describe(record)}"
-            self._progress.console.print(text, highlight=False)
+            self._print(f"step {record['step']}  {describe(record)}")
         if "loss" in record:
             self._progress.update(self._task, completed=record["step"], numbers=describe(record))

@@ -67,10 +67,15 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Workers of an epoch failed, and all start again; answered with Accepted."""
+    """Something failed in an epoch; answered with Accepted."""
 
     epoch: int
     reason: str
+    goes_on: bool = False
+    """The workers go on; else all start again."""
+
+    def __str__(self) -> str:
+        return self.reason if self.goes_on else f"epoch {self.epoch} ended: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +99,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
-    """The owners of the live epoch, in rank order, and why earlier ones ended."""
+    """The owners of the live epoch, in rank order, and what failed so far."""
 
     epoch: int
     run: str

@@ -39,14 +39,16 @@ class Saver:
         config: Mapping[str, Any],
         copy_files: Callable[[Path], None],
         keep: int,
+        warn: Callable[[str], None] = log.warning,
     ) -> None:
-        """`barrier` is used by the writing thread alone."""
+        """`barrier` is used by the writing thread alone. `warn` tells people of a failure."""
         self._folder = folder
         self._rank, self._world = rank, world
         self._barrier = barrier
         self._config = config
         self._copy_files = copy_files
         self._keep = keep
+        self._warn = warn
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
         self._memory: dict[tuple[str, str, Box], Tensor] = {}
@@ -91,7 +93,7 @@ class Saver:
         except CheckpointError as error:
             if fatal:
                 raise
-            log.warning("TRAINING GOES ON WITHOUT A NEW CHECKPOINT: %s", error)
+            self._warn(f"TRAINING GOES ON WITHOUT A NEW CHECKPOINT: {error}")
         finally:
             self._under_way = None
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ray.train.v2._internal.execution.context import get_train_context
 
 from cluster.coordinator_actor import join as join_coordinator
+from cluster.coordinator_actor import report_failure
 from cluster.messages import ExpertRange, Shard
 from cluster.planner.devices import Machine
 from cluster.provenance import code_digest
@@ -81,8 +82,15 @@ def work(settings: dict[str, Any]) -> None:
             heartbeat=_register(plan, mesh, run_name).heartbeat,
             attempt=attempt,
             notices=Notices(mesh, device, plan.config.run, told=_is_told),
+            warn=lambda reason: _warn(run_name, reason),
         )
         worker.run()
+
+
+def _warn(run_name: str, reason: str) -> None:
+    """In the worker's log, and to whoever watches the run."""
+    log.warning("%s", reason)
+    report_failure(run_name, reason, goes_on=True)
 
 
 def _is_told() -> bool:
@@ -133,11 +141,13 @@ class Worker:
         heartbeat: Callable[..., None],
         attempt: int = 1,
         notices: Callable[[], str] = lambda: "",
+        warn: Callable[[str], None] = log.warning,
     ) -> "Worker":
         """Build this rank's part and load what there is to load.
 
         `heartbeat(step)` is called after each step, with last=True at the end. `notices()` is
         asked after each step, by all ranks, and tells all the same reason to start again, or none.
+        `warn(reason)` is for failures that training survives.
         """
         model, updater = build_or_load(plan, mesh, device)
         trainer = Trainer(
@@ -155,6 +165,7 @@ class Worker:
             config=plan.stored_config(),
             copy_files=load_tokenizer(plan.tokenizer_path).save,
             keep=plan.config.checkpoint.keep,
+            warn=warn,
         )
         place = mesh.place
         keeps_ledger = place.stage == 0 and place.slice == 0

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster import follow
+from cluster import follow, topology_file
+from cluster.messages import Failure, Topology
 from gptmoe.metrics import cut_after
 
 
@@ -104,3 +105,28 @@ def test_the_tail_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('ep": 2}\nbroken\n{"step": 3}\n')
     assert [record["step"] for record in tail.new()] == [2, 3]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_fails_is_said_once(tmp_path: Path, terminal: bool) -> None:
+    old = Failure(epoch=1, reason="an earlier run's worker was killed")
+    new = Failure(epoch=2, reason="worker 1 was killed")
+    warning = Failure(epoch=3, reason="the disk is full", goes_on=True)
+
+    def failed(*failures: Failure) -> None:
+        topology_file.write(tmp_path, Topology(epoch=3, run="a", failures=failures))
+
+    failed(old)
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=terminal, width=100)
+    events = (
+        lambda: state(tmp_path, "running"),
+        lambda: failed(old, new),
+        lambda: failed(old, new, warning),
+        lambda: failed(old, new, warning),
+    )
+    follow.follow(tmp_path, console, script(*events))
+    text = file.getvalue()
+    assert "earlier run" not in text
+    assert text.count("epoch 2 ended: worker 1 was killed") == 1
+    assert text.count("the disk is full") == 1

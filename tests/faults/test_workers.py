@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -150,6 +151,37 @@ def test_a_truncated_shard_is_named_and_the_checkpoint_before_it_is_used(
     assert shard.name in ended.stderr
     assert newest.name in ended.stderr
     assert_nothing_was_lost(run_dir, whole)
+
+
+def test_training_goes_on_while_a_disk_is_full(tmp_path: Path, whole: dict[float, float]) -> None:
+    """One worker's files may not grow for a while: the old checkpoint stays, and new ones follow.
+
+    To the program the limit is an error of its writes, as a full disk is.
+    """
+    run_dir = tmp_path / "run"
+    command = start(tmp_path)
+    command.wait_until(lambda: saved_step(run_dir) > 0)
+    pid, full_at = pid_of(run_dir, "train-1"), newest_step(run_dir)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    command.wait_until(lambda: newest_step(run_dir) > full_at + 12)
+    assert 0 < saved_step(run_dir) <= full_at + 5  # one may have been under way
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    ended = command.end()
+    assert ended.code == 0, ended.stderr
+    topology = topology_file.read(run_dir)
+    assert topology is not None
+    assert topology.epoch == 1
+    assert all(failure.goes_on for failure in topology.failures)
+    (words,) = {failure.reason.partition(":")[0] for failure in topology.failures}
+    assert words == "TRAINING GOES ON WITHOUT A NEW CHECKPOINT"
+    assert saved_step(run_dir) == STEPS
+    assert_nothing_was_lost(run_dir, whole)
+
+
+def saved_step(run_dir: Path) -> int:
+    """Of the newest complete checkpoint; 0 = there is none."""
+    saved = (run_dir / "checkpoints").glob("step-*/manifest.json")
+    return max((int(path.parent.name.rpartition("-")[2]) for path in saved), default=0)
 
 
 def test_a_slow_worker_is_named_and_all_start_again(
