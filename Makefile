@@ -22,8 +22,8 @@ demo: .venv/.installed  ## train a small GPT-MoE on the bundled poems and stream
 test: .venv/.installed-dev  ## all tests that need no GPU, tier by tier (TIERS="static unit" for some)
 	@$(BIN)/python .ci/tiers.py $(TIERS)
 
-test-full: .venv/.installed-dev  ## the same, then the GPU tests and the benches
-	@$(BIN)/python .ci/tiers.py $(TIERS) gpu bench
+test-full: .venv/.installed-dev  ## the same, then the whole matrix of layouts, the GPU tests and the benches
+	@$(BIN)/python .ci/tiers.py $(TIERS) matrix gpu bench
 
 check: .venv/.installed-dev  ## style, types, who imports whom, generated code
 	@$(BIN)/python .ci/tiers.py static

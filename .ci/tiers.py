@@ -24,6 +24,7 @@ TESTS = {
     "ranks": ["ranks"],
     "ray": ["ray"],
     "faults": ["faults"],
+    "matrix": ["matrix"],
     "gpu": ["gpu"],
     "bench": ["bench"],
 }

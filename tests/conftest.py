@@ -11,7 +11,7 @@ settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
 
 TESTS = Path(__file__).parent
-TIERS = ("ranks", "ray", "faults", "gpu", "bench")
+TIERS = ("ranks", "ray", "faults", "matrix", "gpu", "bench")
 """Folders that are a tier of their own. Files beside them are static, other folders unit tests."""
 
 

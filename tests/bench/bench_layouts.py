@@ -10,9 +10,11 @@ import argparse
 import json
 from pathlib import Path
 
+from gptmoe.parallel.layout import Layout
+from tests.ranks.cover import Cell
+from tests.ranks.matrix import LAYOUTS, assemble, case_of, describe, one_process
 from tests.ranks.pool import RankPool
 from tests.ranks.sgd import Trained, train
-from tests.ranks.test_layouts import CASES, LAYOUTS, assemble, describe, fit, one_process
 
 GOAL = 1e-8
 
@@ -24,17 +26,30 @@ def difference(found: Trained, expected: Trained) -> float:
     return max(abs(ours / theirs - 1) for ours, theirs in pairs)
 
 
+def plain_cell(layout: Layout) -> Cell:
+    """The layout without recompute or copies."""
+    schedule = "interleaved" if layout.chunks > 1 else "1f1b"
+    return {
+        "layout": layout,
+        "case": "plain",
+        "recompute": "none",
+        "schedule": schedule,
+        "copies": 1,
+    }
+
+
 def main() -> None:
     """Print a row a layout."""
     parser = argparse.ArgumentParser(description="Each layout against one process.")
     parser.add_argument("--json", type=Path, help="write all rows to this file")
     arguments = parser.parse_args()
-    case, rows = CASES["plain"], []
-    expected = one_process(case)
-    weights = assemble([expected])
+    rows = []
     with RankPool(4) as pool:
         for layout in LAYOUTS[1:]:
-            ranks = pool.run(layout.world, train, layout, fit(case, layout))
+            case = case_of(plain_cell(layout))
+            expected = one_process(case)
+            weights = assemble([expected])
+            ranks = pool.run(layout.world, train, layout, case)
             largest = max(
                 float((ours - weights[name]).norm() / weights[name].norm().clamp(min=1e-12))
                 for name, ours in assemble(ranks).items()

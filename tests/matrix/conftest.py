@@ -1,0 +1,5 @@
+"""The pool of the ranks tier."""
+
+from tests.ranks.conftest import pool
+
+__all__ = ["pool"]
