@@ -11,6 +11,7 @@ compared.
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -79,7 +80,8 @@ class Notices:
         if len(self._slow) < FEWEST or now_s - self._slow_since_s < self._run.slow_s:
             return ""
         if self._mesh.rank == 0:
-            (self._run.dir / MARK).touch()
+            with suppress(OSError):  # a full disk is told of elsewhere
+                (self._run.dir / MARK).touch()
         rank, factor = self._slow[-1][0], statistics.median(times for _, times in self._slow)
         return (
             f"worker {rank} is slow: for {self._run.slow_s:g} s its products have taken "
@@ -118,5 +120,5 @@ def _wait(device: torch.device) -> None:
 def _age_s(path: Path) -> float:
     try:
         return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return float("inf")
