@@ -38,6 +38,8 @@ class Shard:
     slice: int = 0
     slices: int = 1
     experts: tuple[ExpertRange, ...] = ()
+    data: int = 0
+    experts_only: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,105 @@ class Topology:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """To a shard, first in an epoch: who is who; older groups are left at once."""
+
+    epoch: int
+    sequence: int
+    rank: int
+    shards: tuple[Shard, ...]
+    checkpoint: str
+    version: int
+    config_digest: str
+    dtype: str
+    slots: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """To a shard: read the weights of the plan; answered with Ready."""
+
+    epoch: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Join:
+    """To a shard: meet the others and make the groups; answered with Ready."""
+
+    epoch: int
+    sequence: int
+    host: str
+    port: int
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refresh:
+    """To a shard: read new weights beside the old ones; answered with Ready."""
+
+    epoch: int
+    sequence: int
+    checkpoint: str
+    version: int
+    oldest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """To a shard: leave the groups, take no more steps; answered with Ready."""
+
+    epoch: int
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """From a shard: command `sequence` was carried out."""
+
+    epoch: int
+    sequence: int
+    weights_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Tokens start .. start + count - 1 of the sequence in a slot enter a step."""
+
+    slot: int
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one step runs on one data rank; the header of the activations."""
+
+    epoch: int
+    sequence: int
+    version: int
+    spans: tuple[Span, ...] = ()
+    num_decoding: int = 0
+    token_ids: tuple[int, ...] = ()
+    most_rows: int = 0
+    fixed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    """From the last stage to the engine; scores follow."""
+
+    epoch: int
+    sequence: int
+    rows: int = 0
+    compute_s: float = 0.0
+    exchange_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
     """The message was taken, or had been taken before."""
 
@@ -122,7 +223,22 @@ class Refusal:
     reason: str
 
 
+Command = Plan | Load | Join | Refresh | Drain
+"""What a supervisor tells a shard, in order, each once."""
+
 Message = (
-    Begin | Begun | Register | Heartbeat | Failure | TopologyRequest | Topology | Accepted | Refusal
+    Begin
+    | Begun
+    | Register
+    | Heartbeat
+    | Failure
+    | TopologyRequest
+    | Topology
+    | Accepted
+    | Refusal
+    | Command
+    | Ready
+    | Step
+    | StepDone
 )
 """What an envelope can carry."""

@@ -29,18 +29,22 @@ class ExpertRange(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., first: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class Shard(_message.Message):
-    __slots__ = ("stage", "layers", "slice", "slices", "experts")
+    __slots__ = ("stage", "layers", "slice", "slices", "experts", "data", "experts_only")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     SLICE_FIELD_NUMBER: _ClassVar[int]
     SLICES_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_ONLY_FIELD_NUMBER: _ClassVar[int]
     stage: int
     layers: _containers.RepeatedScalarFieldContainer[int]
     slice: int
     slices: int
     experts: _containers.RepeatedCompositeFieldContainer[ExpertRange]
-    def __init__(self, stage: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., slice: _Optional[int] = ..., slices: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ...) -> None: ...
+    data: int
+    experts_only: bool
+    def __init__(self, stage: _Optional[int] = ..., layers: _Optional[_Iterable[int]] = ..., slice: _Optional[int] = ..., slices: _Optional[int] = ..., experts: _Optional[_Iterable[_Union[ExpertRange, _Mapping]]] = ..., data: _Optional[int] = ..., experts_only: _Optional[bool] = ...) -> None: ...
 
 class Register(_message.Message):
     __slots__ = ("epoch", "sequence", "worker", "rank", "node", "pid", "shard", "digest")
@@ -82,6 +86,132 @@ class Heartbeat(_message.Message):
     step: int
     counters: _containers.ScalarMap[str, float]
     def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., worker: _Optional[str] = ..., step: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("epoch", "sequence", "rank", "shards", "checkpoint", "version", "config_digest", "dtype", "slots", "threads")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    sequence: int
+    rank: int
+    shards: _containers.RepeatedCompositeFieldContainer[Shard]
+    checkpoint: str
+    version: int
+    config_digest: str
+    dtype: str
+    slots: int
+    threads: int
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., rank: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., version: _Optional[int] = ..., config_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., slots: _Optional[int] = ..., threads: _Optional[int] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("epoch", "sequence")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    sequence: int
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class Join(_message.Message):
+    __slots__ = ("epoch", "sequence", "host", "port", "timeout_s")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    sequence: int
+    host: str
+    port: int
+    timeout_s: float
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., host: _Optional[str] = ..., port: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class Refresh(_message.Message):
+    __slots__ = ("epoch", "sequence", "checkpoint", "version", "oldest")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    sequence: int
+    checkpoint: str
+    version: int
+    oldest: int
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., checkpoint: _Optional[str] = ..., version: _Optional[int] = ..., oldest: _Optional[int] = ...) -> None: ...
+
+class Drain(_message.Message):
+    __slots__ = ("epoch", "sequence")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    sequence: int
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ...) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("epoch", "sequence", "weights_bytes", "seconds")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    sequence: int
+    weights_bytes: int
+    seconds: float
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Span(_message.Message):
+    __slots__ = ("slot", "start", "count", "samples")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    start: int
+    count: int
+    samples: bool
+    def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., samples: _Optional[bool] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("epoch", "sequence", "version", "spans", "num_decoding", "token_ids", "most_rows", "fixed")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DECODING_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MOST_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FIXED_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    sequence: int
+    version: int
+    spans: _containers.RepeatedCompositeFieldContainer[Span]
+    num_decoding: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    most_rows: int
+    fixed: bool
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., version: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., num_decoding: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., most_rows: _Optional[int] = ..., fixed: _Optional[bool] = ...) -> None: ...
+
+class StepDone(_message.Message):
+    __slots__ = ("epoch", "sequence", "rows", "compute_s", "exchange_s")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGE_S_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    sequence: int
+    rows: int
+    compute_s: float
+    exchange_s: float
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., rows: _Optional[int] = ..., compute_s: _Optional[float] = ..., exchange_s: _Optional[float] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("epoch", "reason", "goes_on")
@@ -151,7 +281,7 @@ class Refusal(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Envelope(_message.Message):
-    __slots__ = ("version", "begin", "begun", "register", "heartbeat", "topology_request", "topology", "accepted", "refusal", "failure")
+    __slots__ = ("version", "begin", "begun", "register", "heartbeat", "topology_request", "topology", "accepted", "refusal", "failure", "plan", "load", "join", "refresh", "drain", "ready", "step", "step_done")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     BEGUN_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +292,14 @@ class Envelope(_message.Message):
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    JOIN_FIELD_NUMBER: _ClassVar[int]
+    REFRESH_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEP_DONE_FIELD_NUMBER: _ClassVar[int]
     version: int
     begin: Begin
     begun: Begun
@@ -172,4 +310,12 @@ class Envelope(_message.Message):
     accepted: Accepted
     refusal: Refusal
     failure: Failure
-    def __init__(self, version: _Optional[int] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., topology_request: _Optional[_Union[TopologyRequest, _Mapping]] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    plan: Plan
+    load: Load
+    join: Join
+    refresh: Refresh
+    drain: Drain
+    ready: Ready
+    step: Step
+    step_done: StepDone
+    def __init__(self, version: _Optional[int] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., topology_request: _Optional[_Union[TopologyRequest, _Mapping]] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., refresh: _Optional[_Union[Refresh, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ...) -> None: ...

@@ -21,7 +21,7 @@ from gptmoe.model.experts import MIN_ROWS
 from gptmoe.model.layers import wide
 
 from .cache import KVCache, Segment
-from .scheduler import Span
+from .scheduler import SlotSpan
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class CachedAttend:
     Rows beyond the spans are padding: they repeat the last token, and its result.
     """
 
-    def __init__(self, cache: KVCache, spans: Sequence[Span], num_decoding: int) -> None:
+    def __init__(self, cache: KVCache, spans: Sequence[SlotSpan], num_decoding: int) -> None:
         self.cache = cache
         self.count = sum(span.count for span in spans)
         end = max(span.start + span.count for span in spans)
@@ -88,6 +88,7 @@ class CachedAttend:
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
         """Store the new keys and values, then attend."""
         q_THK, k_THK, v_THK = q_BTHK[0], k_BTHK[0], v_BTHK[0]
+        layer -= self.cache.layers.start
         for store in self.stores:
             keys, values = store.segment.keys[layer], store.segment.values[layer]
             keys[store.slot_N, :, store.offset_N] = k_THK[store.rows]
@@ -130,7 +131,7 @@ def attend(
     return out_BNK.unflatten(0, (slots, heads))[:, :, :rows]
 
 
-def _stores(segments: Sequence[Segment], spans: Sequence[Span]) -> list[_Store]:
+def _stores(segments: Sequence[Segment], spans: Sequence[SlotSpan]) -> list[_Store]:
     """Where each token of the step goes, segment by segment."""
     places = [(span.slot, position) for span in spans for position in range(span.start, _end(span))]
     stores = []
@@ -147,7 +148,7 @@ def _stores(segments: Sequence[Segment], spans: Sequence[Span]) -> list[_Store]:
     return stores
 
 
-def _decoding(cache: KVCache, spans: Sequence[Span]) -> _Readers:
+def _decoding(cache: KVCache, spans: Sequence[SlotSpan]) -> _Readers:
     slots = [span.slot for span in spans]
     first, end = min(slots), max(slots) + 1
     place_N = [slot - first for slot in slots]
@@ -167,7 +168,7 @@ def _decoding(cache: KVCache, spans: Sequence[Span]) -> _Readers:
     )
 
 
-def _chunk(cache: KVCache, span: Span, row: int) -> _Readers:
+def _chunk(cache: KVCache, span: SlotSpan, row: int) -> _Readers:
     num_segments = cache.reserve(_end(span))
     rows = span.count + -span.count % MIN_ROWS.get(cache.dtype, 1)
     position_N1 = torch.arange(span.start, span.start + rows, device=cache.device).unsqueeze(-1)
@@ -187,5 +188,5 @@ def _bias(cache: KVCache, num_segments: int, position: Tensor) -> Tensor:
     return torch.where(key_C <= position, bias, -math.inf)
 
 
-def _end(span: Span) -> int:
+def _end(span: SlotSpan) -> int:
     return span.start + span.count

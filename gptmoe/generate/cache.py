@@ -27,15 +27,24 @@ class Segment:
 class KVCache:
     """Memory for `slots` sequences, in segments that double: 0-127, 128-255, 256-511, 512-1023, ...
 
+    Of all layers and heads of a model, or of consecutive `layers` and one of `slices` of the heads.
     A segment exists once a sequence has reached it, and is read whole: its products have one shape
     and dense operands, however long the sequences are. Positions beyond a sequence's length hold
     stale but finite numbers: attention gives them a weight of exactly 0.
     """
 
     def __init__(
-        self, spec: ModelSpec, slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        spec: ModelSpec,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: range | None = None,
+        slices: int = 1,
     ) -> None:
         self.spec = spec
+        self.layers = layers or range(spec.num_layers)
+        self.num_heads = spec.num_heads // slices
         self.slots = slots
         self.dtype = dtype
         self.device = device
@@ -52,7 +61,7 @@ class KVCache:
         return count
 
     def _zeros(self, size: int) -> Tensor:
-        shape = (self.spec.num_layers, self.slots, self.spec.num_heads, size, self.spec.head_dim)
+        shape = (len(self.layers), self.slots, self.num_heads, size, self.spec.head_dim)
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
         # numpy asks the system for zero pages, which cost nothing until written; torch writes all.

@@ -4,6 +4,7 @@ Letters: T flat tokens, D model width, S sampled rows, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -13,7 +14,7 @@ from gptmoe.model.transformer import GPT
 
 from .attention import CachedAttend
 from .cache import KVCache
-from .scheduler import Span, StepPlan
+from .scheduler import SlotSpan, Span, StepPlan
 
 ROW_MULTIPLE = 4
 """Products run over multiples of this many rows, so that a row's bits do not depend on the others
@@ -29,51 +30,80 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """The whole model and its KV cache in this process.
-
-    Padding to ROW_MULTIPLE repeats the last row: it asks for no expert that nobody asks for.
-    """
+    """The whole model and its KV cache in this process."""
 
     def __init__(self, model: GPT, slots: int) -> None:
         self.model = model.eval()
-        self.device = model.embed.tokens.weight.device
-        self.cache = KVCache(model.spec, slots, model.compute_dtype, self.device)
+        self.cache = KVCache(
+            model.spec, slots, model.compute_dtype, model.embed.tokens.weight.device
+        )
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         """See Executor.run."""
         hidden_TD = self.hidden(plan.spans, plan.num_decoding, tokens)
-        row, sampled = -1, []
-        for span in plan.spans:
-            row += span.count
-            if span.samples:
-                sampled.append(row)
-        if not sampled:
-            return hidden_TD.new_empty(0, self.model.spec.vocab_size)
-        return self.logits(hidden_TD[torch.tensor(sampled, device=self.device)])
+        return self.logits(hidden_TD[sampled_rows(plan.spans)])
 
-    @torch.inference_mode()
     def hidden(
         self, spans: Sequence[Span], num_decoding: int, tokens: Mapping[str, Sequence[int]]
     ) -> Tensor:
         """Final hidden states of all tokens of the spans, [T, D]."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        for span in spans:
-            token_ids += tokens[span.request_id][span.start : span.start + span.count]
-            positions += range(span.start, span.start + span.count)
-        count = len(token_ids)
-        padding = -count % ROW_MULTIPLE
-        token_1T = torch.tensor([token_ids + token_ids[-1:] * padding], device=self.device)
-        position_1T = torch.tensor([positions + positions[-1:] * padding], device=self.device)
-        attend = CachedAttend(self.cache, spans, num_decoding)
-        return self.model(token_1T, position_1T, attend=attend).hidden_BTD[0, :count]
+        return hidden_states(self.model, self.cache, spans, num_decoding, tokens_of(spans, tokens))
 
-    @torch.inference_mode()
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Scores over the vocabulary, [S, V]."""
-        count = len(hidden_SD)
-        padding = -count % ROW_MULTIPLE
-        if padding:
-            hidden_SD = torch.cat((hidden_SD, hidden_SD[-1:].expand(padding, -1)))
-        return self.model.logits(hidden_SD)[:count]
+        return scores(self.model, hidden_SD)
+
+
+def tokens_of(spans: Sequence[Span], tokens: Mapping[str, Sequence[int]]) -> list[int]:
+    """The token ids of the spans, one after the other."""
+    ids: list[int] = []
+    for span in spans:
+        ids += tokens[span.request_id][span.start : span.start + span.count]
+    return ids
+
+
+def sampled_rows(spans: Sequence[SlotSpan]) -> list[int]:
+    """The row of the last token of each span that samples."""
+    ends = accumulate(span.count for span in spans)
+    return [end - 1 for span, end in zip(spans, ends, strict=True) if span.samples]
+
+
+@torch.inference_mode()
+def hidden_states(
+    model: GPT,
+    cache: KVCache,
+    spans: Sequence[SlotSpan],
+    num_decoding: int,
+    token_ids: Sequence[int],
+    x_TD: Tensor | None = None,
+) -> Tensor:
+    """Hidden states [T, D] behind the layers of the cache, which a stage may have few of.
+
+    `x_TD` are those before them, unless they begin with layer 0. Padding to ROW_MULTIPLE repeats
+    the last row: it asks for no expert that nobody asks for.
+    """
+    positions = [place for span in spans for place in range(span.start, span.start + span.count)]
+    count = len(token_ids)
+    padding = -count % ROW_MULTIPLE
+    ids = [*token_ids, *[token_ids[-1]] * padding]
+    token_1T = torch.tensor([ids], device=cache.device)
+    position_1T = torch.tensor([positions + positions[-1:] * padding], device=cache.device)
+    attend = CachedAttend(cache, spans, num_decoding)
+    x_1TD = None if x_TD is None else _padded(x_TD, padding).unsqueeze(0)
+    output = model(token_1T, position_1T, attend=attend, layers=cache.layers, x_BTD=x_1TD)
+    return output.hidden_BTD[0, :count]
+
+
+@torch.inference_mode()
+def scores(model: GPT, hidden_SD: Tensor) -> Tensor:
+    """Scores over the vocabulary, [S, V]."""
+    count = len(hidden_SD)
+    if not count:
+        return hidden_SD.new_empty(0, model.spec.vocab_size)
+    return model.logits(_padded(hidden_SD, -count % ROW_MULTIPLE))[:count]
+
+
+def _padded(rows_TD: Tensor, padding: int) -> Tensor:
+    if not padding:
+        return rows_TD
+    return torch.cat((rows_TD, rows_TD[-1:].expand(padding, -1)))

@@ -14,16 +14,17 @@ from gptmoe.model.switch import SwitchRouter
 from gptmoe.model.transformer import GPT
 
 
-def pack(network: GPT) -> bool:
+def pack(network: GPT, *, head: bool = True) -> bool:
     """Pack the weights of a network for inference in place; False if this machine cannot.
 
     Each plain weight is given up as its packed copy is made; only the token table, which is read by
-    rows too, is kept beside the copy that serves as the head. A packed network cannot be trained.
+    rows too, is kept beside the copy that serves as the `head`. A packed network cannot be trained.
     """
-    dtype, table = network.compute_dtype, network.embed.tokens.weight
-    if not _can_pack(dtype, table.device):
+    dtype = network.compute_dtype
+    if not can_pack(dtype, next(network.parameters()).device):
         return False
-    network.packed_head = _packed(table, dtype)
+    if head:
+        network.packed_head = _packed(network.embed.tokens.weight, dtype)
     for module in list(network.modules()):
         if isinstance(module, Linear):
             module.weight = nn.Parameter(_packed(module.weight, dtype), requires_grad=False)
@@ -70,7 +71,8 @@ class PackedExperts(Experts):
         return linear(hidden_RF, self.down[expert], self.down_bias[expert])[:rows]
 
 
-def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this machine has kernels for packed weights of that type."""
     if device.type != "cpu" or dtype not in MIN_ROWS or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

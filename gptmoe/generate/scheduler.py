@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from gptmoe.errors import ConfigError
 
@@ -41,6 +42,19 @@ class Progress:
     """Tokens whose keys and values are in the cache."""
 
 
+class SlotSpan(Protocol):
+    """What computing needs to know of a Span."""
+
+    @property
+    def slot(self) -> int: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def samples(self) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """Tokens start .. start+count-1 of one sequence enter this step."""
@@ -59,6 +73,8 @@ class StepPlan:
 
     spans: tuple[Span, ...]
     num_decoding: int
+    version: int = 0
+    """Of the weights."""
 
 
 def plan_step(running: Sequence[Progress], token_budget: int) -> StepPlan:

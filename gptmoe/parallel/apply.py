@@ -66,9 +66,9 @@ def build(
 
 def slice_layers(model: GPT, mesh: Mesh) -> None:
     """Tensor parallelism: each layer in its sliced form."""
-    if mesh.tensor_group is None:
-        return
     layout, place = mesh.layout, mesh.place
+    if layout.tp == 1:
+        return
     slices = Slices(mesh.tensor_group, place.slice, layout.tp, layout.sequence_parallel)
     _become(model, SlicedGPT).slices = slices
     if isinstance(model.embed.tokens, Embedding):

@@ -11,6 +11,7 @@ Letters: B sequences, T tokens of a whole sequence, D model width, V vocabulary,
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ from .collectives import gather, reduce_scatter, sum_backward, sum_forward, take
 class Slices:
     """How hidden states enter and leave a pair of sliced products. Collective."""
 
-    group: dist.ProcessGroup
+    group: Any  # a ProcessGroup; None until the ranks have met
     index: int
     count: int
     sequence_parallel: bool

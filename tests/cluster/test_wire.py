@@ -1,7 +1,7 @@
 """Control messages survive the wire, and nothing else does."""
 
 from dataclasses import fields, replace
-from typing import Any, get_args
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -14,60 +14,27 @@ from protos import control_pb2
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 numbers = st.integers(0, 2**32 - 1)
-ranges = st.builds(ExpertRange, layer=numbers, first=numbers, end=numbers)
-shards = st.builds(
-    Shard,
-    stage=numbers,
-    layers=st.lists(numbers, max_size=3).map(tuple),
-    slice=numbers,
-    slices=numbers,
-    experts=st.lists(ranges, max_size=3).map(tuple),
-)
-counters = st.dictionaries(names, st.floats(allow_nan=False), max_size=3)
-owners = st.builds(
-    Owner,
-    worker=names,
-    rank=numbers,
-    node=names,
-    pid=numbers,
-    shard=shards,
-    step=numbers,
-    heartbeat_age_s=st.floats(0, 1e9),
-    counters=counters,
-)
-messages_of_each_kind = st.one_of(
-    st.builds(messages.Begin, group=names),
-    st.builds(messages.Begun, epoch=numbers),
-    st.builds(
-        messages.Register,
-        epoch=numbers,
-        sequence=numbers,
-        worker=names,
-        rank=numbers,
-        node=names,
-        pid=numbers,
-        shard=shards,
-        digest=names,
-    ),
-    st.builds(
-        messages.Heartbeat,
-        epoch=numbers,
-        sequence=numbers,
-        worker=names,
-        step=numbers,
-        counters=counters,
-    ),
-    st.builds(messages.TopologyRequest),
-    st.builds(
-        messages.Topology,
-        epoch=numbers,
-        run=names,
-        owners=st.lists(owners, max_size=2).map(tuple),
-    ),
-    st.builds(messages.Accepted, epoch=numbers),
-    st.builds(messages.Failure, epoch=numbers, reason=names),
-    st.builds(messages.Refusal, epoch=numbers, reason=names),
-)
+
+
+def values(kind: Any) -> st.SearchStrategy[Any]:
+    """Values of a field's type that the wire can carry."""
+    if kind in BASIC:
+        return BASIC[kind]
+    if get_origin(kind) is tuple:
+        return st.lists(values(get_args(kind)[0]), max_size=3).map(tuple)
+    if get_origin(kind) is dict:
+        return st.dictionaries(*map(values, get_args(kind)), max_size=3)
+    hints = get_type_hints(kind)
+    return st.builds(kind, **{field.name: values(hints[field.name]) for field in fields(kind)})
+
+
+BASIC: dict[Any, st.SearchStrategy[Any]] = {
+    str: names,
+    int: numbers,
+    bool: st.booleans(),
+    float: st.floats(allow_nan=False),
+}
+messages_of_each_kind = st.one_of(*[values(kind) for kind in get_args(messages.Message)])
 
 
 def test_a_topology_crosses_the_wire() -> None:

@@ -1,0 +1,136 @@
+"""The data plane of one epoch: control messages as headers, tensors behind them, between ranks.
+
+Everything travels by torch.distributed: the ranks of the shards, and as the last one the engine's.
+A group lives as long as its epoch. Sends never wait; receives do, up to the group's timeout.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cluster import wire
+from cluster.messages import Message
+from gptmoe.errors import ClusterError
+from gptmoe.shard.parts import Part, stage_ranks
+
+HEADER_BYTES = 1024
+"""Size of a header; what does not fit follows in a second message."""
+_LENGTH_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The groups of one rank; None where it would be alone."""
+
+    rows: Any = None
+    """Of its stage, those with experts alone included."""
+    slices: Any = None
+    """Of the slices of the same layers and samples."""
+
+
+def meet(
+    host: str, port: int, parts: Sequence[Part], rank: int, timeout_s: float, *, within_s: float
+) -> Groups:
+    """Join the others at a store; rank len(parts) is the engine's, which runs the store there.
+
+    Collective: all shards and the engine call it. Raises ClusterError if they do not meet in time.
+    """
+    world = len(parts) + 1
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, world, is_master=False, timeout=timedelta(seconds=within_s)
+        )
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        groups = groups_of(parts, rank, timeout)
+        dist.barrier()
+    except (RuntimeError, ValueError) as error:
+        leave()
+        raise ClusterError(
+            f"rank {rank} did not meet the others at {host}:{port}: {error}"
+        ) from None
+    return groups
+
+
+def groups_of(parts: Sequence[Part], rank: int, timeout: timedelta) -> Groups:
+    """Make the groups within the default group. Collective, as `meet`."""
+    rows = _my_group(stage_ranks(parts), rank, timeout)
+    return Groups(rows, _my_group(_slice_ranks(parts), rank, timeout))
+
+
+def leave() -> None:
+    """Destroy all groups of this process, if there are any; a call that waits in one fails once its
+    peers have left too."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Links:
+    """Messages and tensors to and from the ranks of this epoch. One thread uses it."""
+
+    def __init__(self) -> None:
+        self._sent: list[tuple[Any, Tensor]] = []
+
+    def send(self, message: Message, to: int) -> None:
+        """Start sending a control message."""
+        data = wire.encode(message)
+        head = _LENGTH_BYTES + len(data)
+        buffer = torch.zeros(max(HEADER_BYTES, head), dtype=torch.uint8)
+        framed = len(data).to_bytes(_LENGTH_BYTES, "little") + data
+        buffer[:head] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
+        self.send_tensor(buffer[:HEADER_BYTES], to)
+        if head > HEADER_BYTES:
+            self.send_tensor(buffer[HEADER_BYTES:], to)
+
+    def receive(self, source: int) -> Message:
+        """Wait for a control message. Raises ClusterError for a lost peer or malformed bytes."""
+        first = self.receive_tensor(torch.empty(HEADER_BYTES, dtype=torch.uint8), source)
+        framed = first.numpy().tobytes()
+        length = int.from_bytes(framed[:_LENGTH_BYTES], "little")
+        missing = _LENGTH_BYTES + length - HEADER_BYTES
+        if missing > 0:
+            rest = self.receive_tensor(torch.empty(missing, dtype=torch.uint8), source)
+            framed += rest.numpy().tobytes()
+        return wire.decode(framed[_LENGTH_BYTES : _LENGTH_BYTES + length])
+
+    def send_tensor(self, tensor: Tensor, to: int) -> None:
+        """Start sending a tensor, which must not change until it has left."""
+        self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
+        tensor = tensor.contiguous()
+        self._sent.append((_talk(dist.isend, tensor, to), tensor))
+
+    def receive_tensor(self, into: Tensor, source: int) -> Tensor:
+        """Wait for a tensor of this shape and type."""
+        _talk(dist.recv, into, source)
+        return into
+
+
+def _talk(call: Any, tensor: Tensor, peer: int) -> Any:
+    try:
+        return call(tensor, peer)
+    except (RuntimeError, ValueError) as error:
+        raise ClusterError(f"rank {peer} is lost: {error}") from None
+
+
+def _slice_ranks(parts: Sequence[Part]) -> list[list[int]]:
+    groups: dict[tuple[int, int], list[int]] = {}
+    for rank, part in enumerate(parts):
+        if not part.experts_only:
+            groups.setdefault((part.stage, part.data), []).append(rank)
+    return list(groups.values())
+
+
+def _my_group(groups: Sequence[list[int]], rank: int, timeout: timedelta) -> Any:
+    mine = None
+    for ranks in groups:
+        if len(ranks) > 1:
+            group = dist.new_group(ranks, timeout=timeout)
+            if rank in ranks:
+                mine = group
+    return mine

@@ -1,0 +1,1 @@
+"""What one rank owns of a served model: layers, a slice of them, experts."""

@@ -1,0 +1,209 @@
+"""A model on several ranks, served: the bits of one process, whatever the layout."""
+
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gptmoe
+from cluster.messages import Drain, Step
+from cluster.shards.executor import ShardsExecutor
+from cluster.shards.links import Links, groups_of
+from cluster.shards.routes import route_of
+from cluster.shards.step_loop import run_steps
+from gptmoe.checkpoint import open_checkpoint, save, whole
+from gptmoe.config import to_dict
+from gptmoe.errors import ClusterError
+from gptmoe.generate.engine import Engine
+from gptmoe.generate.executor import Executor
+from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.scheduler import EngineConfig, StepPlan
+from gptmoe.model.initialize import initialize
+from gptmoe.model.spec import ModelSpec
+from gptmoe.model.transformer import GPT
+from gptmoe.shard.parts import ExpertSpan, Part, arrange
+from gptmoe.shard.shard import Shard
+from gptmoe.text import Tokenizer, load_tokenizer
+from tests.ranks.pool import RankPool
+
+ROOT = Path(__file__).parents[2]
+ENGINE = EngineConfig(max_batch_size=5, token_budget=48)
+PROMPTS = ["春风又绿江南岸，明月何时照我还。" * 6, "明月", "白日依山尽，黄河入海流。", "千山鸟飞绝"]
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "ep": {"dp": 2, "ep": 2},
+    "dp": {"dp": 2},
+    "pp": {"pp": 2},
+    "tp": {"tp": 2},
+    "pp, ep": {"pp": 2, "dp": 2, "ep": 2},
+    "dp, ep": {"dp": 4, "ep": 2},
+    "ep 4": {"dp": 4, "ep": 4},
+    "tp, ep": {"tp": 2, "ep": 2},
+    "tp, dp, ep": {"tp": 2, "dp": 2, "ep": 4},
+    "pp 4": {"pp": 4},
+    "expert ranks": {"ep": 2, "expert_ranks": 2},
+    "dp, expert ranks": {"dp": 2, "ep": 2, "expert_ranks": 2},
+    "two copies": {"dp": 2, "ep": 1, "expert_ranks": 2},
+    "pp, expert ranks": {"pp": 2, "ep": 1, "expert_ranks": 1},
+    "hot": {"ep": 2, "expert_ranks": 2, "hot": (ExpertSpan(1, 1, 3), ExpertSpan(3, 6, 7))},
+}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[RankPool]:
+    """Four ranks and the engine's."""
+    with RankPool(5) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(ROOT / "configs" / "corpus")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    spec = ModelSpec(
+        num_layers=4,
+        d_model=96,
+        num_heads=4,
+        d_ff=192,
+        vocab_size=tokenizer.vocab_size + 3,
+        max_seq_len=320,
+        num_experts=(8, 8),
+        init_std=0.25,
+    )
+    network = GPT(spec)
+    initialize(network, seed=3)
+    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step-00000007"
+    save(
+        folder,
+        rank=0,
+        world=1,
+        barrier=lambda: None,
+        groups={"weights": [whole(n, p.detach()) for n, p in network.named_parameters()]},
+        config={"model": to_dict(spec)},
+        progress={"step": 7, "samples": 0, "tokens": 0},
+        copy_files=tokenizer.save,
+    )
+    return folder
+
+
+class Recording:
+    """An executor that keeps the scores of each step."""
+
+    def __init__(self, inner: Executor) -> None:
+        self.inner = inner
+        self.scores: list[torch.Tensor] = []
+
+    def run(self, plan: StepPlan, tokens: Any) -> torch.Tensor:
+        self.scores.append(self.inner.run(plan, tokens))
+        return self.scores[-1]
+
+
+def generate(
+    executor: Executor, tokenizer: Tokenizer
+) -> tuple[dict[str, list[int]], list[torch.Tensor]]:
+    """Tokens of each prompt, which come one after the other, and all scores."""
+    recording = Recording(executor)
+    engine = Engine(recording, tokenizer, 320, ENGINE)
+    tokens: dict[str, list[int]] = {}
+    waiting = list(enumerate(PROMPTS))
+    while waiting or engine.has_work:
+        if waiting:
+            index, prompt = waiting.pop(0)
+            sampling = SamplingParams(
+                max_new_tokens=6 + 2 * index, temperature=index % 2, seed=index, ignore_end=True
+            )
+            engine.add(Request(str(index), tuple(tokenizer.encode(prompt)), sampling))
+        for delta in engine.step():
+            tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    return tokens, recording.scores
+
+
+def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype) -> Any:
+    """What a rank does: the last one is the engine's."""
+    stored = open_checkpoint(checkpoint)
+    spec = gptmoe.loaded.spec_of(stored)
+    groups = groups_of(parts, rank, timedelta(seconds=30))
+    line = Links()
+    if rank == len(parts):
+        executor = ShardsExecutor(parts, line, 1, spec.vocab_size, dtype)
+        executor.beat()
+        result = generate(executor, load_tokenizer(ROOT / "configs" / "corpus"))
+        for shard_rank in range(len(parts)):
+            if route_of(parts, shard_rank).source == rank:
+                line.send(Drain(epoch=1, sequence=1), shard_rank)
+        return result
+    shard = Shard(spec, parts, rank, ENGINE.max_batch_size, dtype, torch.device("cpu"))
+    shard.load(stored, version=0)
+    shard.connect(groups.rows, groups.slices)
+    route, steps = route_of(parts, rank), 0
+
+    def accept(step: Step) -> bool:
+        nonlocal steps
+        steps += 1
+        assert (step.epoch, step.sequence) == (1, steps)
+        return True
+
+    try:
+        run_steps(shard, line, route, accept)
+    except ClusterError as error:
+        if "Drain" not in str(error):
+            raise
+    if route.target != len(parts):
+        line.send(Drain(epoch=1, sequence=1), route.target)
+    return shard.load_of
+
+
+EXACT = [name for name, layout in LAYOUTS.items() if "tp" not in layout]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", EXACT)
+def test_products_that_keep_their_shape_have_the_bits_of_one_process(
+    pool: RankPool, checkpoint: Path, tokenizer: Tokenizer, name: str, dtype: str
+) -> None:
+    model = gptmoe.load(checkpoint, dtype=dtype)
+    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer)
+    assert sum(map(len, scores)) == sum(map(len, tokens.values())) == 6 + 8 + 10 + 12
+    parts = arrange(model.spec, **LAYOUTS[name])
+    arguments = parts, checkpoint, getattr(torch, dtype)
+    *_, (served_tokens, served_scores) = pool.run(len(parts) + 1, serve, *arguments)
+    assert served_tokens == tokens
+    assert len(served_scores) == len(scores)
+    assert all(map(torch.equal, served_scores, scores))
+
+
+@pytest.mark.parametrize("name", sorted(set(LAYOUTS) - set(EXACT)))
+def test_split_sums_differ_by_rounding_and_the_text_is_the_same(
+    pool: RankPool, checkpoint: Path, tokenizer: Tokenizer, name: str
+) -> None:
+    model = gptmoe.load(checkpoint)
+    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer)
+    parts = arrange(model.spec, **LAYOUTS[name])
+    *_, (served_tokens, served_scores) = pool.run(
+        len(parts) + 1, serve, parts, checkpoint, torch.float32
+    )
+    assert served_tokens == tokens
+    whole_scores, whole_served = torch.cat(scores), torch.cat(served_scores)
+    assert (whole_served - whole_scores).abs().max() < 1e-5 * whole_scores.abs().max()
+    assert not torch.equal(whole_served, whole_scores)  # else no sum was split
+
+
+def test_each_expert_counts_its_rows_and_hot_ones_share_them(
+    pool: RankPool, checkpoint: Path, tokenizer: Tokenizer
+) -> None:
+    spec = gptmoe.loaded.spec_of(open_checkpoint(checkpoint))
+    rows = {}
+    for name in ("expert ranks", "hot"):
+        parts = arrange(spec, **LAYOUTS[name])
+        *loads, _ = pool.run(len(parts) + 1, serve, parts, checkpoint, torch.float32)
+        rows[name] = [load[1][1] for load in loads]
+    alone, shared = rows["expert ranks"], rows["hot"]
+    assert alone[0] == alone[2] == 0 < alone[1]
+    assert shared[0] == 0
+    assert sum(shared) == sum(alone)
+    assert abs(shared[1] - shared[2]) <= 0.5 * sum(shared)
