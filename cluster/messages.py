@@ -123,6 +123,7 @@ class Plan:
     dtype: str
     slots: int
     threads: int
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

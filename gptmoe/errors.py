@@ -6,6 +6,7 @@ GptMoeError
   LayoutError       a parallel layout does not divide or does not fit; gives both numbers
   CheckpointError   a checkpoint is missing, incomplete, corrupt or of another shape; names the part
   ClusterError      a Ray cluster is unreachable, too small or lost a part
+    Unavailable     for now: `retry_after_s` says when to try again
   RequestError      a generation request is invalid; `field` names what to change
   Overloaded        a queue is full; `retry_after_s` says when to come back
 
@@ -36,6 +37,18 @@ class CheckpointError(GptMoeError):
 
 class ClusterError(GptMoeError):
     """A Ray cluster is unreachable, too small or lost a part."""
+
+
+class Unavailable(ClusterError):
+    """A part is away and may come back; try again after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class RequestError(GptMoeError):

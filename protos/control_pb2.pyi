@@ -88,7 +88,7 @@ class Heartbeat(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., worker: _Optional[str] = ..., step: _Optional[int] = ..., counters: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("epoch", "sequence", "rank", "shards", "checkpoint", "version", "config_digest", "dtype", "slots", "threads")
+    __slots__ = ("epoch", "sequence", "rank", "shards", "checkpoint", "version", "config_digest", "dtype", "slots", "threads", "group")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,7 @@ class Plan(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence: int
     rank: int
@@ -109,7 +110,8 @@ class Plan(_message.Message):
     dtype: str
     slots: int
     threads: int
-    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., rank: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., version: _Optional[int] = ..., config_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., slots: _Optional[int] = ..., threads: _Optional[int] = ...) -> None: ...
+    group: str
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., rank: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., checkpoint: _Optional[str] = ..., version: _Optional[int] = ..., config_digest: _Optional[str] = ..., dtype: _Optional[str] = ..., slots: _Optional[int] = ..., threads: _Optional[int] = ..., group: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
     __slots__ = ("epoch", "sequence")

@@ -27,6 +27,8 @@ _LENGTH_BYTES = 4
 class Groups:
     """The groups of one rank; None where it would be alone."""
 
+    everyone: Any
+    """All shards and the engine."""
     rows: Any = None
     """Of its stage, those with experts alone included."""
     slices: Any = None
@@ -61,7 +63,7 @@ def meet(
 def groups_of(parts: Sequence[Part], rank: int, timeout: timedelta) -> Groups:
     """Make the groups within the default group. Collective, as `meet`."""
     rows = _my_group(stage_ranks(parts), rank, timeout)
-    return Groups(rows, _my_group(_slice_ranks(parts), rank, timeout))
+    return Groups(dist.group.WORLD, rows, _my_group(_slice_ranks(parts), rank, timeout))
 
 
 def leave() -> None:
@@ -71,10 +73,18 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-class Links:
-    """Messages and tensors to and from the ranks of this epoch. One thread uses it."""
+def is_loss(error: Exception) -> bool:
+    """Whether a collective or message failed because a peer is gone or too late."""
+    return isinstance(error, (RuntimeError, ValueError)) and any(
+        word in str(error) for word in ("gloo", "NCCL", "process group", "ProcessGroup")
+    )
 
-    def __init__(self) -> None:
+
+class Links:
+    """Messages and tensors to and from the ranks of one epoch. One thread uses it."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group  # named at each call: the default one may be another epoch's by then
         self._sent: list[tuple[Any, Tensor]] = []
 
     def send(self, message: Message, to: int) -> None:
@@ -103,19 +113,25 @@ class Links:
         """Start sending a tensor, which must not change until it has left."""
         self._sent = [(work, kept) for work, kept in self._sent if not work.is_completed()]
         tensor = tensor.contiguous()
-        self._sent.append((_talk(dist.isend, tensor, to), tensor))
+        self._sent.append((self._talk(dist.isend, tensor, to), tensor))
 
     def receive_tensor(self, into: Tensor, source: int) -> Tensor:
         """Wait for a tensor of this shape and type."""
-        _talk(dist.recv, into, source)
+        self._talk(dist.recv, into, source)
         return into
 
+    def wait(self) -> None:
+        """Until all that was sent has left: what is dropped before may never leave."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
 
-def _talk(call: Any, tensor: Tensor, peer: int) -> Any:
-    try:
-        return call(tensor, peer)
-    except (RuntimeError, ValueError) as error:
-        raise ClusterError(f"rank {peer} is lost: {error}") from None
+    def _talk(self, call: Any, tensor: Tensor, peer: int) -> Any:
+        try:
+            return call(tensor, peer, group=self._group)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).partition("] ")[2].partition(".")[0] or str(error)
+            raise ClusterError(f"rank {peer} is lost: {reason}") from None
 
 
 def _slice_ranks(parts: Sequence[Part]) -> list[list[int]]:

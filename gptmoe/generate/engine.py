@@ -8,7 +8,7 @@ from torch import Tensor
 from gptmoe.errors import Overloaded, RequestError
 from gptmoe.text import Tokenizer
 
-from .executor import Executor
+from .executor import CacheLost, Executor
 from .output import TextStream
 from .request import Request
 from .sampling import choose, log_probability
@@ -114,13 +114,24 @@ class Engine:
         return len(self.waiting) < before
 
     def step(self) -> list[Delta]:
-        """Run one step; what is new for each request that got a token."""
+        """Run one step; what is new for each request that got a token.
+
+        Where the executor has lost its cache there is nothing new: the next steps compute prompts
+        and what was generated again, and go on with the same tokens. Raises Unavailable if it
+        cannot go on for now; all requests are still here.
+        """
         self._admit()
         plan = plan_step([s.progress() for s in self.running.values()], self.config.token_budget)
         if not plan.spans:
             return []
         tokens = {span.request_id: self.running[span.request_id].tokens for span in plan.spans}
-        return self._account(plan, self.executor.run(plan, tokens))
+        try:
+            logits_SV = self.executor.run(plan, tokens)
+        except CacheLost:
+            for sequence in self.running.values():
+                sequence.computed = 0
+            return []
+        return self._account(plan, logits_SV)
 
     def _admit(self) -> None:
         while self.waiting and self.free_slots:

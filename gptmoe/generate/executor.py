@@ -21,11 +21,19 @@ ROW_MULTIPLE = 4
 (float32 routers included, whatever the model's type). Four rows are about as fast as one."""
 
 
+class CacheLost(Exception):
+    """The step was not run and what was computed before is gone: tokens enter anew."""
+
+
 class Executor(Protocol):
     """Runs step plans. It never decides; the engine never touches tensors of the model."""
 
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
-        """Scores for the last token of each span that samples, [S, V]; `tokens` by request id."""
+        """Scores for the last token of each span that samples, [S, V]; `tokens` by request id.
+
+        Raises CacheLost if all sequences are to be computed again, Unavailable if not even that is
+        possible for now.
+        """
         ...
 
 

@@ -117,6 +117,10 @@ class Shard:
         self._versions[version] = weights
         self._attach(weights)
 
+    def keep(self, version: int) -> None:
+        """Let go of all other versions."""
+        self._versions = {version: self._versions[version]}
+
     def forget(self, oldest: int) -> None:
         """Let go of versions before `oldest`."""
         self._versions = {v: weights for v, weights in self._versions.items() if v >= oldest}

@@ -128,7 +128,7 @@ def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype
     stored = open_checkpoint(checkpoint)
     spec = gptmoe.loaded.spec_of(stored)
     groups = groups_of(parts, rank, timedelta(seconds=30))
-    line = Links()
+    line = Links(groups.everyone)
     if rank == len(parts):
         executor = ShardsExecutor(parts, line, 1, spec.vocab_size, dtype)
         executor.beat()
@@ -136,6 +136,7 @@ def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype
         for shard_rank in range(len(parts)):
             if route_of(parts, shard_rank).source == rank:
                 line.send(Drain(epoch=1, sequence=1), shard_rank)
+        line.wait()
         return result
     shard = Shard(spec, parts, rank, ENGINE.max_batch_size, dtype, torch.device("cpu"))
     shard.load(stored, version=0)
@@ -155,6 +156,7 @@ def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype
             raise
     if route.target != len(parts):
         line.send(Drain(epoch=1, sequence=1), route.target)
+    line.wait()
     return shard.load_of
 
 
