@@ -26,8 +26,9 @@ from .shard_actor import ShardActor
 
 log = logging.getLogger(__name__)
 
-CONTROL_THREADS = 4
-"""Commands that an actor hears at once: one that hangs must not keep the next from being heard."""
+CONTROL_THREADS = 5
+"""Calls that an actor takes at once: a command that hangs must not keep the next from being heard,
+and one call never returns (ShardActor.live)."""
 
 
 class Actors:
@@ -41,6 +42,7 @@ class Actors:
         self._parts, self._run = parts, run
         self._num_cpus, self._threads = num_cpus, threads
         self._actors: dict[int, Any] = {}
+        self._lives: dict[int, Any] = {}
         self._groups: dict[bool, PlacementGroup] = {}
 
     def make_room(self, within_s: float) -> None:
@@ -72,17 +74,26 @@ class Actors:
             "runtime_env": {"env_vars": env.worker_environment(self._threads, use_gpu=False)},
         }
         kind: Any = ray.remote(ShardActor).options(**options)
-        self._actors[rank] = kind.remote(partial(coordinator_actor.channel, self._run))
+        self._actors[rank] = actor = kind.remote(partial(coordinator_actor.channel, self._run))
+        self._lives[rank] = actor.live.remote()
 
     def kill(self, rank: int, owner: Owner | None = None) -> None:
         """End a rank's actor at once. One that is frozen takes Ray 7 s, unless `owner` says that it
         is a process of this machine."""
         actor = self._actors.pop(rank, None)
+        self._lives.pop(rank, None)
         if actor is not None:
             if owner is not None and owner.node == socket.gethostname() and _is_shard(owner.pid):
                 with suppress(ProcessLookupError):
                     os.kill(owner.pid, signal.SIGKILL)
             ray.kill(actor)
+
+    def dead(self) -> list[int]:
+        """Ranks whose process has ended."""
+        if not self._lives:
+            return []
+        ended, _ = ray.wait(list(self._lives.values()), num_returns=len(self._lives), timeout=0)
+        return [rank for rank, life in self._lives.items() if life in ended]
 
     def known(self) -> list[int]:
         """Ranks that have an actor, alive or not."""

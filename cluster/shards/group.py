@@ -10,40 +10,25 @@ lost shard took along. What to do when is decided in supervisor.py; here it is d
 import logging
 import threading
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from dataclasses import asdict
 from typing import Any
 
-import ray.util
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cluster.coordinator_actor import coordinating
 from cluster.messages import (
-    Begin,
-    Begun,
-    ExpertRange,
-    Failure,
-    Join,
-    Load,
-    Plan,
     Topology,
-    TopologyRequest,
 )
-from cluster.messages import Shard as ShardMessage
 from gptmoe.errors import ClusterError, Unavailable
 from gptmoe.generate.executor import CacheLost
 from gptmoe.generate.scheduler import StepPlan
-from gptmoe.shard.parts import Part
 
 from . import links, supervisor
 from .actors import Actors
 from .executor import ShardsExecutor
-from .orders import order
+from .muster import GroupJob, Muster
 
 log = logging.getLogger(__name__)
 
@@ -54,29 +39,6 @@ LOOK_AGAIN_S = 0.1
 """The engine's thread waits so long for shards that are away before it hears its callers again."""
 PLAN_S = 2.0
 """A shard that is alive answers Plan at once, whatever it computes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupJob:
-    """What a group is to serve."""
-
-    run: str
-    """Its name on the cluster, for status and actors."""
-    parts: tuple[Part, ...]
-    checkpoint: str
-    version: int
-    config_digest: str
-    dtype: str
-    vocab_size: int
-    slots: int
-    num_cpus: float
-    """That each shard asks Ray for."""
-    threads: int
-    """That it computes with."""
-    start_s: float = 120.0
-    """Room, actors and weights get so long."""
-    group_timeout_s: float = 10.0
-    limits: supervisor.Limits = field(default_factory=supervisor.Limits)
 
 
 class ShardGroup:
@@ -101,7 +63,8 @@ class ShardGroup:
     def __enter__(self) -> "ShardGroup":
         """Start all shards; ClusterError if there is no room or one cannot load its part."""
         try:
-            self._coordinator = self._stack.enter_context(coordinating(self.job.run, None))
+            coordinator = self._stack.enter_context(coordinating(self.job.run, None))
+            self._muster = Muster(self.job, self._actors, coordinator)
             self._stack.callback(links.leave)
             self._stack.callback(self._actors.stop)
             self._actors.make_room(self.job.start_s)
@@ -144,9 +107,7 @@ class ShardGroup:
 
     def topology(self) -> Topology:
         """Who owns what, and when it was last heard of."""
-        answer = self._coordinator.ask(TopologyRequest())
-        assert isinstance(answer, Topology)
-        return answer
+        return self._muster.topology()
 
     @property
     def costs(self) -> Mapping[str, float]:
@@ -192,8 +153,10 @@ class ShardGroup:
             return todo
         if self._live is not None and now_s - self._used_s > BEAT_AFTER_S:
             self._beat(self._live)
-        if self._failure:
-            self._state, todo = supervisor.failed(self._state, self._failure, now_s, limits)
+        dead = tuple(self._actors.dead())
+        if dead or self._failure:
+            reason = f"rank {', '.join(map(str, dead))} died" if dead else self._failure
+            self._state, todo = supervisor.failed(self._state, reason, now_s, limits, dead)
             return todo
         ages_s = {owner.rank: owner.heartbeat_age_s for owner in self.topology().owners}
         busy = self._step_began_s is not None
@@ -228,106 +191,7 @@ class ShardGroup:
                 self._recover(again)
 
     def _bring_up(self, suspects: Sequence[int] = (), reason: str = "") -> dict[str, float]:
-        """One epoch's start: kill, plan, replace, load, meet. Raises ClusterError."""
-        clock = _Phases()
-        ranks = range(len(self.job.parts))
-        owners = {owner.rank: owner for owner in self.topology().owners}
-        for rank in suspects:
-            self._actors.kill(rank, owners.get(rank))
-        epoch, group = self._begin()
-        known = self._actors.known()
-        answers = order(self._actors, known, self._plans(epoch, group), PLAN_S)
-        lost = {*answers.lost, *answers.refusals}
-        with self._in_use:  # whoever ran a step has failed by now: its peers have left
-            links.leave()
-        clock.end("leave_s")
-        new = sorted(set(ranks) - set(known) | lost)
-        if reason:
-            away = ", ".join(map(str, new)) or "none"
-            text = f"{reason}; shards started again: {away}"
-            self._coordinator.ask(Failure(epoch=epoch - 1, reason=text))
-        for rank in new:
-            self._actors.kill(rank, owners.get(rank))
-            self._actors.start(rank)
-        start_s = self.job.start_s
-        order(self._actors, new, self._plans(epoch, group), start_s).check("a shard's start")
-        clock.end("start_s")
-        loads = order(self._actors, ranks, lambda rank: Load(epoch=epoch, sequence=2), start_s)
-        loads.check("loading")
-        clock.end("load_s")
-        live = self._meet(epoch)
-        clock.end("meet_s")
+        live, phases = self._muster.bring_up(suspects, reason)
         self._state = supervisor.started(self._state)
         self._set_live(live)
-        return clock.phases
-
-    def _begin(self) -> tuple[int, str]:
-        group = uuid.uuid4().hex
-        answer = self._coordinator.ask(Begin(group=group))
-        assert isinstance(answer, Begun)
-        return answer.epoch, group
-
-    def _plans(self, epoch: int, group: str) -> Any:
-        job = self.job
-        shards = tuple(_message(part) for part in job.parts)
-        return lambda rank: Plan(
-            epoch=epoch,
-            sequence=1,
-            rank=rank,
-            shards=shards,
-            checkpoint=job.checkpoint,
-            version=job.version,
-            config_digest=job.config_digest,
-            dtype=job.dtype,
-            slots=job.slots,
-            threads=job.threads,
-            group=group,
-        )
-
-    def _meet(self, epoch: int) -> ShardsExecutor:
-        job, ranks = self.job, range(len(self.job.parts))
-        host = ray.util.get_node_ip_address()
-        self._store = dist.TCPStore(  # type: ignore[attr-defined]
-            host, 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20)
-        )
-        port = self._store.port
-        join = Join(epoch=epoch, sequence=3, host=host, port=port, timeout_s=job.group_timeout_s)
-        mine: list[links.Groups] = []
-        me = threading.Thread(target=lambda: mine.append(self._my_groups(host, port)), daemon=True)
-        me.start()
-        order(self._actors, ranks, lambda rank: join, 30.0).check("meeting")
-        me.join(30.0)
-        if not mine:
-            raise ClusterError("the engine did not meet its shards")
-        dtype = getattr(torch, job.dtype)
-        line = links.Links(mine[0].everyone)
-        return ShardsExecutor(job.parts, line, epoch, job.vocab_size, dtype)
-
-    def _my_groups(self, host: str, port: int) -> links.Groups:
-        job = self.job
-        return links.meet(host, port, job.parts, len(job.parts), job.group_timeout_s, within_s=20.0)
-
-
-class _Phases:
-    """Seconds of one thing after the other."""
-
-    def __init__(self) -> None:
-        self.phases: dict[str, float] = {}
-        self._since_s = time.monotonic()
-
-    def end(self, name: str) -> None:
-        """The phase of this name ends now."""
-        now_s = time.monotonic()
-        self.phases[name], self._since_s = round(now_s - self._since_s, 3), now_s
-
-
-def _message(part: Part) -> ShardMessage:
-    return ShardMessage(
-        stage=part.stage,
-        layers=part.layers,
-        slice=part.slice,
-        slices=part.slices,
-        experts=tuple(ExpertRange(layer=e.layer, first=e.first, end=e.end) for e in part.experts),
-        data=part.data,
-        experts_only=part.experts_only,
-    )
+        return phases

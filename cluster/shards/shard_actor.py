@@ -73,6 +73,10 @@ class ShardActor:
             answer = Refusal(epoch=self._state.epoch, reason=str(error))
         return wire.encode(answer)
 
+    def live(self) -> None:
+        """Never returns: whoever calls it hears at once when this process dies."""
+        threading.Event().wait()
+
     def counters(self) -> tuple[int, dict[str, float]]:
         """Steps so far, and numbers for people: what a heartbeat says."""
         counters: dict[str, float] = {"weights_bytes": float(self._read_bytes)}
