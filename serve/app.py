@@ -12,6 +12,7 @@ DEPLOYMENT = "Generator"
 def build(config: ServeConfig, num_cpus: float) -> ray.serve.Application:
     """Describe the application; a replica asks Ray for `num_cpus`, computes with config.threads.
 
+    One whose model lies on shards asks for nothing itself: each of its shards does.
     Queues: an engine holds max_batch_size + max_queue requests and refuses the next. Ray Serve lets
     through twice as many, so that the engine is asked and its refusal heard; then it refuses too.
     """
@@ -19,7 +20,7 @@ def build(config: ServeConfig, num_cpus: float) -> ray.serve.Application:
     bound = 2 * (config.engine.max_batch_size + config.engine.max_queue)
     deployment = ray.serve.deployment(
         name=DEPLOYMENT,
-        ray_actor_options={"num_cpus": num_cpus},
+        ray_actor_options={"num_cpus": num_cpus if config.parallel.world == 1 else 0},
         max_ongoing_requests=bound,
         max_queued_requests=bound,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),
@@ -29,11 +30,11 @@ def build(config: ServeConfig, num_cpus: float) -> ray.serve.Application:
         max_constructor_retry_count=2,
     )(ray.serve.ingress()(Generator))
     if replicas.min == replicas.max:
-        return deployment.options(num_replicas=replicas.max).bind(config)
+        return deployment.options(num_replicas=replicas.max).bind(config, num_cpus)
     scaling = AutoscalingConfig(
         min_replicas=replicas.min,
         max_replicas=replicas.max,
         initial_replicas=replicas.initial,
         target_ongoing_requests=replicas.target_ongoing,
     )
-    return deployment.options(autoscaling_config=scaling).bind(config)
+    return deployment.options(autoscaling_config=scaling).bind(config, num_cpus)

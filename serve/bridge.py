@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from gptmoe.errors import ClusterError, GptMoeError
+from gptmoe.errors import ClusterError, GptMoeError, Unavailable
 from gptmoe.generate.engine import Delta
 from gptmoe.generate.request import Request
 
@@ -68,7 +68,8 @@ class EngineThread:
         """Yield the request's deltas; the last one has a finish_reason.
 
         Leaving early (a cancelled task, a closed generator) frees its place in the engine. Raises
-        RequestError and Overloaded before the first delta; ClusterError if the engine stops.
+        RequestError and Overloaded before the first delta; ClusterError if the engine stops, as
+        Unavailable if it will go on.
         """
         outbox = _Outbox(asyncio.get_running_loop())
         self._inbox.put(partial(self._admit, request, outbox))
@@ -105,8 +106,11 @@ class EngineThread:
         try:
             while self._obey():
                 self._step_began_s = time.monotonic()
-                for delta in self._engine.step():
-                    self._deliver(delta)
+                try:
+                    for delta in self._engine.step():
+                        self._deliver(delta)
+                except Unavailable as refusal:
+                    self._send_away(refusal)
                 self._step_began_s = None
         except Exception:
             log.exception("engine failed")
@@ -146,6 +150,13 @@ class EngineThread:
             outbox.put(delta)
             if delta.finish_reason:
                 del self._outboxes[delta.request_id]
+
+    def _send_away(self, refusal: Unavailable) -> None:
+        """Nothing can be computed for now: who waits is told when to come again."""
+        for request_id, outbox in self._outboxes.items():
+            outbox.put(refusal)
+            self._engine.abort(request_id)
+        self._outboxes.clear()
 
     def _fail(self, failure: GptMoeError) -> None:
         self._failure = failure

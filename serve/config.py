@@ -7,6 +7,9 @@ from typing import Literal
 from gptmoe.config import INPUT_PATH, Location
 from gptmoe.errors import ConfigError
 from gptmoe.generate.scheduler import EngineConfig
+from gptmoe.model.spec import ModelSpec
+from gptmoe.parallel.layout import smallest_dp
+from gptmoe.shard.parts import Part, arrange
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,59 @@ class HealthConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the shards of one replica share its model; all 1: the replica holds it alone."""
+
+    dp: int = 0
+    """Data parallel: shards with different requests. 0: as few as ep needs."""
+    tp: int = 1
+    """Tensor parallel: slices of each weight."""
+    ep: int = 1
+    """Expert parallel: shards that together hold one copy of the experts."""
+    pp: int = 1
+    """Pipeline parallel: stages with different layers."""
+    expert_ranks: int = 0
+    """Shards a stage that hold its experts and nothing else; 0: those with attention hold them."""
+
+    @property
+    def world(self) -> int:
+        """Shards of a replica."""
+        return self.pp * (self._dp * self.tp + self.expert_ranks)
+
+    def parts(self, spec: ModelSpec) -> tuple[Part, ...]:
+        """What each shard owns. Raises LayoutError if they cannot share the model."""
+        return arrange(
+            spec, dp=self._dp, tp=self.tp, ep=self.ep, pp=self.pp, expert_ranks=self.expert_ranks
+        )
+
+    @property
+    def _dp(self) -> int:
+        return self.dp or (1 if self.expert_ranks else smallest_dp(self.ep, self.tp))
+
+    def __post_init__(self) -> None:
+        for name, least in (("dp", 0), ("tp", 1), ("ep", 1), ("pp", 1), ("expert_ranks", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be at least {least}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsConfig:
+    """When a shard counts as lost, and how long requests wait for it. Only with several shards."""
+
+    silent_s: float = 2.0
+    """One that was not heard of for longer, while a step is under way, is replaced."""
+    wait_s: float = 30.0
+    """Requests wait so long for shards that are away; then they are refused for now."""
+    group_timeout_s: float = 10.0
+    """The longest that shards wait for each other in a step."""
+
+    def __post_init__(self) -> None:
+        for name in ("silent_s", "wait_s", "group_timeout_s"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise ConfigError(f"shards.{name}={value} must be a positive number of seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """One model served as one Ray Serve application."""
 
@@ -75,7 +131,9 @@ class ServeConfig:
     address: str = ""
     """The Ray cluster to join; empty: a local one is started, and stopped at the end."""
     threads: int = 0
-    """Threads of a replica; 0: its share of the cores."""
+    """Threads of a replica, or of each of its shards; 0: their share of the cores."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    shards: ShardsConfig = field(default_factory=ShardsConfig)
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     health: HealthConfig = field(default_factory=HealthConfig)

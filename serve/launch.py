@@ -24,6 +24,7 @@ from cluster.client import Client, GenerationError
 from gptmoe.checkpoint import latest_uri, open_checkpoint
 from gptmoe.config import Location, Uri
 from gptmoe.errors import ClusterError, ConfigError
+from gptmoe.loaded import spec_of
 
 from . import app
 from .config import ServeConfig
@@ -54,7 +55,8 @@ def running(config: ServeConfig) -> Iterator[Endpoints]:
     config = dataclasses.replace(config, checkpoint=pinned(config.checkpoint))
     joins = bool(config.address) or env.inside_job()
     config = choose_ports(config, check=not joins)
-    workers = config.replicas.min if joins else config.replicas.max
+    check_parallel(config)
+    workers = config.parallel.world * (config.replicas.min if joins else config.replicas.max)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with local.session(workers=workers, address=config.address or None) as cluster:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own, set by now, aborts after 3 s
@@ -76,6 +78,13 @@ def pinned(location: Location) -> Location:
     if isinstance(location, Uri):
         return latest_uri(location)
     return open_checkpoint(location, verify=False).path.resolve()  # a replica verifies all of it
+
+
+def check_parallel(config: ServeConfig) -> None:
+    """Raise LayoutError unless the shards can share the model; unknown behind a URI."""
+    if config.parallel.world > 1 and not isinstance(config.checkpoint, Uri):
+        spec = spec_of(open_checkpoint(config.checkpoint, verify=False))
+        config.parallel.parts(spec)
 
 
 def choose_ports(config: ServeConfig, *, check: bool) -> ServeConfig:

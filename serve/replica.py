@@ -3,19 +3,29 @@
 Plain Python: app.py makes it a Ray Serve deployment.
 """
 
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 from fastapi import FastAPI
 
 import gptmoe
+from cluster.shards.group import ShardGroup
+from cluster.shards.muster import GroupJob
+from cluster.shards.shard_actor import model_digest
+from cluster.shards.supervisor import Limits
+from gptmoe.checkpoint import open_checkpoint
 from gptmoe.config import Uri
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.request import SamplingParams, make_request
+from gptmoe.loaded import spec_of
 from gptmoe.model.counts import parameters
 from gptmoe.model.spec import ModelSpec
 from gptmoe.remote import fetch
+from gptmoe.shard.parts import layout_of
+from gptmoe.text import load_tokenizer
 
 from . import routes
 from .bridge import EngineThread
@@ -27,12 +37,21 @@ from .service import ModelCard, Service
 class Generator(Servicer):
     """One replica: gRPC by its methods (Servicer), HTTP by the application it builds."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, num_cpus: float) -> None:
         torch.set_num_threads(config.threads)
-        model = gptmoe.load(local_checkpoint(config), dtype=config.dtype)
-        engine, encode = model.engine(config.engine), model.tokenizer.encode
-        _warm_up(engine, encode, model.spec.max_seq_len)
-        self.service = Service(EngineThread(engine), encode, _card(model.spec, config))
+        self._stack = ExitStack()
+        if config.parallel.world == 1:
+            model = gptmoe.load(local_checkpoint(config), dtype=config.dtype)
+            engine, spec = model.engine(config.engine), model.spec
+        else:
+            engine, spec = self._stack.enter_context(sharded(config, num_cpus))
+        encode = engine.tokenizer.encode
+        try:
+            _warm_up(engine, encode, spec.max_seq_len)
+        except BaseException:
+            self._stack.close()
+            raise
+        self.service = Service(EngineThread(engine), encode, _card(spec, config))
         self._stall_s = config.health.stall_s
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -47,6 +66,35 @@ class Generator(Servicer):
         """What Ray Serve calls at the end, once running requests had their time to finish."""
         if hasattr(self, "service"):  # else the constructor failed
             self.service.stop()
+            self._stack.close()
+
+
+@contextmanager
+def sharded(config: ServeConfig, num_cpus: float) -> Iterator[tuple[Engine, ModelSpec]]:
+    """An engine whose model lies on actors of its own; they end with the block.
+
+    Raises LayoutError, CheckpointError, or ClusterError if there is no room for them.
+    """
+    checkpoint = open_checkpoint(local_checkpoint(config))
+    spec, tokenizer = spec_of(checkpoint), load_tokenizer(checkpoint.path)
+    parts = config.parallel.parts(spec)
+    job = GroupJob(
+        run=f"{config.name}#{uuid.uuid4().hex[:8]}",
+        parts=parts,
+        checkpoint=str(config.checkpoint),
+        cache_dir=str(config.cache_dir),
+        config_digest=model_digest(spec),
+        dtype=config.dtype,
+        vocab_size=spec.vocab_size,
+        slots=-(-config.engine.max_batch_size // layout_of(parts).dp),
+        num_cpus=num_cpus,
+        threads=config.threads,
+        start_s=config.health.start_s,
+        group_timeout_s=config.shards.group_timeout_s,
+        limits=Limits(silent_s=config.shards.silent_s, wait_s=config.shards.wait_s),
+    )
+    with ShardGroup(job) as group:
+        yield Engine(group, tokenizer, spec.max_seq_len, config.engine), spec
 
 
 def local_checkpoint(config: ServeConfig) -> Path:

@@ -20,7 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from gptmoe.errors import GptMoeError, Overloaded, RequestError
+from gptmoe.errors import GptMoeError, Overloaded, RequestError, Unavailable
 from gptmoe.generate.engine import Delta
 from gptmoe.generate.request import SamplingParams
 
@@ -129,6 +129,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, Overloaded):
         retry = {"Retry-After": str(math.ceil(error.retry_after_s))}
         return _refusal(429, error.message, "", retry)
+    if isinstance(error, Unavailable):
+        retry = {"Retry-After": str(math.ceil(error.retry_after_s))}
+        return _refusal(503, error.message, "", retry)
     return _refusal(503, str(error), "")
 
 

@@ -7,6 +7,7 @@ import typer
 
 from cluster.child import Child
 from cluster.resolve import resolve, split_words
+from gptmoe.errors import ConfigError
 
 from . import lazy
 from .output import Json, examples, print_facts
@@ -26,6 +27,7 @@ Words = Annotated[
     epilog=examples(
         "gptmoe serve --checkpoint runs/tiny",
         "gptmoe serve --checkpoint runs/tiny configs/serve/local.toml grpc_port=0 http_port=0",
+        "gptmoe serve --checkpoint runs/tiny --layout pp=2,ep=2",
         "gptmoe serve --checkpoint /shared/runs/a --address http://head:8265",
         "gptmoe serve --checkpoint s3://bucket/runs/a --address http://head:8265",
     )
@@ -33,13 +35,20 @@ Words = Annotated[
 def serve(
     words: Words = None,
     checkpoint: Checkpoint = "",
+    layout: Annotated[
+        str,
+        typer.Option(
+            metavar="pp=2,ep=2",
+            help="Share each replica's model between actors: dp, tp, ep, pp, expert_ranks.",
+        ),
+    ] = "",
     address: Annotated[
         str, typer.Option(help="Serve as a job on this Ray cluster; else on this machine.")
     ] = "",
     json: Json = False,
 ) -> None:
     """Serve a checkpoint over gRPC and HTTP until Ctrl-C."""
-    file, overrides = split_words(words_of(words, checkpoint))
+    file, overrides = split_words([*words_of(words, checkpoint), *layout_words(layout)])
     if address:
         job = lazy.jobs().make_job("serve", file, overrides)
         raise typer.Exit(run_job(lazy.dashboard().Dashboard(address), job))
@@ -78,3 +87,12 @@ def words_of(words: list[str] | None, checkpoint: str) -> list[str]:
     """The words of a command line with --checkpoint as an override."""
     chosen = jsonlib.dumps(checkpoint, ensure_ascii=False)
     return [*(words or []), *([f"checkpoint={chosen}"] if checkpoint else [])]
+
+
+def layout_words(layout: str) -> list[str]:
+    """`pp=2,ep=2` as overrides of a serve config."""
+    words = [word.strip() for word in layout.split(",") if word.strip()]
+    for word in words:
+        if "=" not in word:
+            raise ConfigError(f"--layout {layout}: {word!r} is not of the form pp=2")
+    return [f"parallel.{word}" for word in words]

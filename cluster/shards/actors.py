@@ -38,8 +38,10 @@ class Actors:
     alone are spread, so that copies of an expert do not die together.
     """
 
-    def __init__(self, parts: Sequence[Part], run: str, num_cpus: float, threads: int) -> None:
-        self._parts, self._run = parts, run
+    def __init__(
+        self, parts: Sequence[Part], run: str, num_cpus: float, threads: int, cache_dir: str
+    ) -> None:
+        self._parts, self._run, self._cache_dir = parts, run, cache_dir
         self._num_cpus, self._threads = num_cpus, threads
         self._actors: dict[int, Any] = {}
         self._lives: dict[int, Any] = {}
@@ -74,7 +76,9 @@ class Actors:
             "runtime_env": {"env_vars": env.worker_environment(self._threads, use_gpu=False)},
         }
         kind: Any = ray.remote(ShardActor).options(**options)
-        self._actors[rank] = actor = kind.remote(partial(coordinator_actor.channel, self._run))
+        self._actors[rank] = actor = kind.remote(
+            partial(coordinator_actor.channel, self._run), self._cache_dir
+        )
         self._lives[rank] = actor.live.remote()
 
     def kill(self, rank: int, owner: Owner | None = None) -> None:

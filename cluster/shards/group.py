@@ -58,7 +58,7 @@ class ShardGroup:
         self._failure = ""
         self._stopped = threading.Event()
         self._stack = ExitStack()
-        self._actors = Actors(job.parts, job.run, job.num_cpus, job.threads)
+        self._actors = Actors(job.parts, job.run, job.num_cpus, job.threads, job.cache_dir)
 
     def __enter__(self) -> "ShardGroup":
         """Start all shards; ClusterError if there is no room or one cannot load its part."""

@@ -46,7 +46,7 @@ class GroupJob:
     """Its name on the cluster, for status and actors."""
     parts: tuple[Part, ...]
     checkpoint: str
-    version: int
+    """A folder that all nodes have, or a URI, which each fetches into `cache_dir`."""
     config_digest: str
     dtype: str
     vocab_size: int
@@ -55,6 +55,9 @@ class GroupJob:
     """That each shard asks Ray for."""
     threads: int
     """That it computes with."""
+    version: int = 0
+    """Of the weights."""
+    cache_dir: str = "~/.cache/gptmoe"
     start_s: float = 120.0
     """Room, actors and weights get so long."""
     group_timeout_s: float = 10.0

@@ -28,10 +28,12 @@ from cluster.messages import (
 )
 from cluster.reporter import Channel, Reporter
 from gptmoe import config as configs
-from gptmoe.checkpoint import open_checkpoint
+from gptmoe.checkpoint import Checkpoint, open_checkpoint
+from gptmoe.config import Uri
 from gptmoe.errors import CheckpointError, ClusterError, GptMoeError
 from gptmoe.loaded import named_dtype, spec_of
 from gptmoe.model.spec import ModelSpec
+from gptmoe.remote import fetch
 from gptmoe.shard.parts import ExpertSpan, Part
 from gptmoe.shard.shard import Shard
 
@@ -50,8 +52,15 @@ STOP_WITHIN_S = 12.0
 class ShardActor:
     """One rank. Invariant: `_state` changes only under `_lock`, and only when a command is done."""
 
-    def __init__(self, channel: Callable[[], Channel] | None = None, device: str = "cpu") -> None:
-        """`channel` leads to the coordinator that shards register with; without, they do not."""
+    def __init__(
+        self,
+        channel: Callable[[], Channel] | None = None,
+        cache_dir: str = "~/.cache/gptmoe",
+        device: str = "cpu",
+    ) -> None:
+        """`channel` leads to the coordinator that shards register with; without, they do not.
+        `cache_dir` is for checkpoints that are URIs."""
+        self._cache_dir = Path(cache_dir).expanduser()
         self._device = torch.device(device)
         self._channel = channel
         self._pulse: Pulse | None = None
@@ -148,7 +157,7 @@ class ShardActor:
         assert plan is not None
         if self._shard is None:
             parts = parts_of(plan)
-            spec = spec_of(open_checkpoint(Path(plan.checkpoint), verify=False))
+            spec = spec_of(self._open(plan.checkpoint))
             dtype = named_dtype(plan.dtype)
             self._shard = Shard(spec, parts, plan.rank, plan.slots, dtype, self._device)
         if not self._shard.has(plan.version):
@@ -158,7 +167,7 @@ class ShardActor:
     def _read(self, shard: Shard, path: str, version: int) -> None:
         plan = self._state.plan
         assert plan is not None
-        checkpoint = open_checkpoint(Path(path), verify=False)
+        checkpoint = self._open(path)
         digest = model_digest(spec_of(checkpoint))
         if digest != plan.config_digest:
             raise CheckpointError(
@@ -171,6 +180,11 @@ class ShardActor:
 
         torch.set_num_threads(plan.threads)
         shard.load(checkpoint, version, progress)
+
+    def _open(self, path: str) -> Checkpoint:
+        """A checkpoint on this node; its replica has verified it, or its fetching has."""
+        folder = fetch(Uri(path), self._cache_dir) if "://" in path else Path(path)
+        return open_checkpoint(folder, verify=False)
 
     def _join(self, command: Join) -> None:
         plan, shard = self._state.plan, self._shard

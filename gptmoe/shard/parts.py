@@ -171,15 +171,15 @@ def _spans(layer: int, experts: Sequence[int]) -> list[ExpertSpan]:
 def _check_expert_ranks(spec: ModelSpec, ep: int, expert_ranks: int) -> None:
     if not spec.num_experts:
         raise LayoutError(
-            f"layout.expert_ranks={expert_ranks} needs experts, but the model is dense; use 0"
+            f"parallel.expert_ranks={expert_ranks} needs experts, but the model is dense; use 0"
         )
     if expert_ranks % ep:
         raise LayoutError(
-            f"layout.ep={ep} must divide layout.expert_ranks={expert_ranks}; "
+            f"parallel.ep={ep} must divide parallel.expert_ranks={expert_ranks}; "
             f"use {choices(divisors(expert_ranks))}"
         )
     for count in sorted(set(spec.num_experts)):
         if count % ep:
             raise LayoutError(
-                f"layout.ep={ep} must divide num_experts={count}; use {choices(divisors(count))}"
+                f"parallel.ep={ep} must divide num_experts={count}; use {choices(divisors(count))}"
             )
