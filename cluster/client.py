@@ -59,6 +59,8 @@ class Generation:
     request_id: str
     logprobs: tuple[float, ...] = ()
     """Natural logarithms, one a token, if asked for."""
+    weights_version: int = 0
+    """Of the weights that chose the last token: one more for each refresh."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,8 @@ class Chunk:
     prompt_tokens: int
     request_id: str
     logprobs: tuple[float, ...] = ()
+    weights_version: int = 0
+    """Of the last one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +209,7 @@ def _generation(message: messages.GenerateResponse) -> Generation:
         completion_tokens=message.completion_tokens,
         request_id=message.request_id,
         logprobs=tuple(message.logprobs),
+        weights_version=message.weights_version,
     )
 
 
@@ -216,6 +221,7 @@ def _chunk(message: messages.GenerateChunk, header: messages.StreamHeader) -> Ch
         prompt_tokens=header.prompt_tokens,
         request_id=header.request_id,
         logprobs=tuple(message.logprobs),
+        weights_version=message.finish.weights_version,
     )
 
 

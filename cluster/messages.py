@@ -153,7 +153,15 @@ class Refresh:
     sequence: int
     checkpoint: str
     version: int
-    oldest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keep:
+    """To a shard: let go of all weights but these versions; answered with Ready."""
+
+    epoch: int
+    sequence: int
+    versions: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +232,7 @@ class Refusal:
     reason: str
 
 
-Command = Plan | Load | Join | Refresh | Drain
+Command = Plan | Load | Join | Refresh | Keep | Drain
 """What a supervisor tells a shard, in order, each once."""
 
 Message = (

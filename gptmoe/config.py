@@ -194,7 +194,7 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, key: str) -> Any:
     if value is None and type(None) in arguments:
         return None
     if Uri in arguments and isinstance(value, str):
-        return _location(value, key)
+        return location(value, key)
     choices = [argument for argument in arguments if argument is not type(None)]
     for choice in choices:
         try:
@@ -226,7 +226,8 @@ def _scheme(value: str) -> str:
     return found[1].lower() if found else ""
 
 
-def _location(value: str, key: str) -> Location:
+def location(value: str, key: str = "path") -> Location:
+    """A path, or a URI of another file system. Raises ConfigError for one that holds a password."""
     if _scheme(value) in ("", "file"):
         return _path(value, key)
     if re.match(r"[^/]+://[^/@]*:[^/@]*@", value):

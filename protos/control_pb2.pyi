@@ -136,18 +136,26 @@ class Join(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., host: _Optional[str] = ..., port: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class Refresh(_message.Message):
-    __slots__ = ("epoch", "sequence", "checkpoint", "version", "oldest")
+    __slots__ = ("epoch", "sequence", "checkpoint", "version")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    OLDEST_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence: int
     checkpoint: str
     version: int
-    oldest: int
-    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., checkpoint: _Optional[str] = ..., version: _Optional[int] = ..., oldest: _Optional[int] = ...) -> None: ...
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., checkpoint: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+
+class Keep(_message.Message):
+    __slots__ = ("epoch", "sequence", "versions")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    sequence: int
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., versions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Drain(_message.Message):
     __slots__ = ("epoch", "sequence")
@@ -283,7 +291,7 @@ class Refusal(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Envelope(_message.Message):
-    __slots__ = ("version", "begin", "begun", "register", "heartbeat", "topology_request", "topology", "accepted", "refusal", "failure", "plan", "load", "join", "refresh", "drain", "ready", "step", "step_done")
+    __slots__ = ("version", "begin", "begun", "register", "heartbeat", "topology_request", "topology", "accepted", "refusal", "failure", "plan", "load", "join", "refresh", "drain", "ready", "step", "step_done", "keep")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     BEGUN_FIELD_NUMBER: _ClassVar[int]
@@ -302,6 +310,7 @@ class Envelope(_message.Message):
     READY_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEP_DONE_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     version: int
     begin: Begin
     begun: Begun
@@ -320,4 +329,5 @@ class Envelope(_message.Message):
     ready: Ready
     step: Step
     step_done: StepDone
-    def __init__(self, version: _Optional[int] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., topology_request: _Optional[_Union[TopologyRequest, _Mapping]] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., refresh: _Optional[_Union[Refresh, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ...) -> None: ...
+    keep: Keep
+    def __init__(self, version: _Optional[int] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., topology_request: _Optional[_Union[TopologyRequest, _Mapping]] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., refresh: _Optional[_Union[Refresh, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ...) -> None: ...

@@ -24,29 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/generation.proto\x12\tgptmoe.v1\"\xbf\x02\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x18\n\x0btemperature\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x0e \x01(\x03H\x04\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x1e \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x1f \x03(\t\x12\x12\n\nrequest_id\x18( \x01(\t\x12\x10\n\x08logprobs\x18) \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x11\n\x0f_max_new_tokens\"\xbb\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.gptmoe.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\x05\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x10\n\x08logprobs\x18\x07 \x03(\x02\"\x94\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\'\n\x06header\x18\x03 \x01(\x0b\x32\x17.gptmoe.v1.StreamHeader\x12\'\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x17.gptmoe.v1.StreamFinish\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\"H\n\x0cStreamHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\x12\r\n\x05model\x18\x03 \x01(\t\"R\n\x0cStreamFinish\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.gptmoe.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"\x11\n\x0fGetModelRequest\"\xcd\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x03\x12\x19\n\x11\x61\x63tive_parameters\x18\x03 \x01(\x03\x12\x13\n\x0bmax_seq_len\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nnum_layers\x18\x07 \x01(\x05\x12\x0f\n\x07\x64_model\x18\x08 \x01(\x05\x12\x11\n\tnum_heads\x18\t \x01(\x05\x12\x13\n\x0bnum_experts\x18\n \x03(\x05*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xd9\x01\n\nGeneration\x12\x43\n\x08Generate\x12\x1a.gptmoe.v1.GenerateRequest\x1a\x1b.gptmoe.v1.GenerateResponse\x12H\n\x0eGenerateStream\x12\x1a.gptmoe.v1.GenerateRequest\x1a\x18.gptmoe.v1.GenerateChunk0\x01\x12<\n\x08GetModel\x12\x1a.gptmoe.v1.GetModelRequest\x1a\x14.gptmoe.v1.ModelInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/generation.proto\x12\tgptmoe.v1\"\xbf\x02\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x18\n\x0btemperature\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x0e \x01(\x03H\x04\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x1e \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x1f \x03(\t\x12\x12\n\nrequest_id\x18( \x01(\t\x12\x10\n\x08logprobs\x18) \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x11\n\x0f_max_new_tokens\"\xd4\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.gptmoe.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\x05\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x17\n\x0fweights_version\x18\x08 \x01(\x03\x12\x10\n\x08logprobs\x18\x07 \x03(\x02\"\x94\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\'\n\x06header\x18\x03 \x01(\x0b\x32\x17.gptmoe.v1.StreamHeader\x12\'\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x17.gptmoe.v1.StreamFinish\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\"H\n\x0cStreamHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\x12\r\n\x05model\x18\x03 \x01(\t\"k\n\x0cStreamFinish\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.gptmoe.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x17\n\x0fweights_version\x18\x03 \x01(\x03\"\x11\n\x0fGetModelRequest\"\xcd\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x03\x12\x19\n\x11\x61\x63tive_parameters\x18\x03 \x01(\x03\x12\x13\n\x0bmax_seq_len\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nnum_layers\x18\x07 \x01(\x05\x12\x0f\n\x07\x64_model\x18\x08 \x01(\x05\x12\x11\n\tnum_heads\x18\t \x01(\x05\x12\x13\n\x0bnum_experts\x18\n \x03(\x05*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xd9\x01\n\nGeneration\x12\x43\n\x08Generate\x12\x1a.gptmoe.v1.GenerateRequest\x1a\x1b.gptmoe.v1.GenerateResponse\x12H\n\x0eGenerateStream\x12\x1a.gptmoe.v1.GenerateRequest\x1a\x18.gptmoe.v1.GenerateChunk0\x01\x12<\n\x08GetModel\x12\x1a.gptmoe.v1.GetModelRequest\x1a\x14.gptmoe.v1.ModelInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1086
-  _globals['_FINISHREASON']._serialized_end=1206
+  _globals['_FINISHREASON']._serialized_start=1136
+  _globals['_FINISHREASON']._serialized_end=1256
   _globals['_GENERATEREQUEST']._serialized_start=39
   _globals['_GENERATEREQUEST']._serialized_end=358
   _globals['_GENERATERESPONSE']._serialized_start=361
-  _globals['_GENERATERESPONSE']._serialized_end=548
-  _globals['_GENERATECHUNK']._serialized_start=551
-  _globals['_GENERATECHUNK']._serialized_end=699
-  _globals['_STREAMHEADER']._serialized_start=701
-  _globals['_STREAMHEADER']._serialized_end=773
-  _globals['_STREAMFINISH']._serialized_start=775
-  _globals['_STREAMFINISH']._serialized_end=857
-  _globals['_GETMODELREQUEST']._serialized_start=859
-  _globals['_GETMODELREQUEST']._serialized_end=876
-  _globals['_MODELINFO']._serialized_start=879
-  _globals['_MODELINFO']._serialized_end=1084
-  _globals['_GENERATION']._serialized_start=1209
-  _globals['_GENERATION']._serialized_end=1426
+  _globals['_GENERATERESPONSE']._serialized_end=573
+  _globals['_GENERATECHUNK']._serialized_start=576
+  _globals['_GENERATECHUNK']._serialized_end=724
+  _globals['_STREAMHEADER']._serialized_start=726
+  _globals['_STREAMHEADER']._serialized_end=798
+  _globals['_STREAMFINISH']._serialized_start=800
+  _globals['_STREAMFINISH']._serialized_end=907
+  _globals['_GETMODELREQUEST']._serialized_start=909
+  _globals['_GETMODELREQUEST']._serialized_end=926
+  _globals['_MODELINFO']._serialized_start=929
+  _globals['_MODELINFO']._serialized_end=1134
+  _globals['_GENERATION']._serialized_start=1259
+  _globals['_GENERATION']._serialized_end=1476
 # @@protoc_insertion_point(module_scope)

@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -86,6 +87,20 @@ class EngineThread:
         finally:
             if not finished:
                 self._inbox.put(partial(self._abandon, request.request_id, outbox))
+
+    def between_steps(self, call: Callable[[], None]) -> Future[None]:
+        """Have the engine's thread make a call when no step is under way."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                call()
+                done.set_result(None)
+            except GptMoeError as error:
+                done.set_exception(error)
+
+        self._inbox.put(run)
+        return done
 
     def check(self, stall_s: float) -> None:
         """Raise ClusterError if the engine has stopped, or is in one step for over `stall_s`."""

@@ -3,35 +3,33 @@
 Plain Python: app.py makes it a Ray Serve deployment.
 """
 
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from fastapi import FastAPI
 
-import gptmoe
-from cluster.shards.group import ShardGroup
-from cluster.shards.muster import GroupJob
-from cluster.shards.shard_actor import model_digest
-from cluster.shards.supervisor import Limits
-from gptmoe.checkpoint import open_checkpoint
-from gptmoe.config import Uri
+from gptmoe.config import Location, location
+from gptmoe.errors import GptMoeError
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.request import SamplingParams, make_request
-from gptmoe.loaded import spec_of
 from gptmoe.model.counts import parameters
 from gptmoe.model.spec import ModelSpec
-from gptmoe.remote import fetch
-from gptmoe.shard.parts import layout_of
-from gptmoe.text import load_tokenizer
 
 from . import routes
 from .bridge import EngineThread
 from .config import ServeConfig
+from .core import opened
 from .rpc import Servicer
 from .service import ModelCard, Service
+
+log = logging.getLogger(__name__)
+
+REFRESH_WITHIN_S = 60.0
+"""The engine's thread is between two steps long before."""
 
 
 class Generator(Servicer):
@@ -39,20 +37,30 @@ class Generator(Servicer):
 
     def __init__(self, config: ServeConfig, num_cpus: float) -> None:
         torch.set_num_threads(config.threads)
-        self._stack = ExitStack()
-        if config.parallel.world == 1:
-            model = gptmoe.load(local_checkpoint(config), dtype=config.dtype)
-            engine, spec = model.engine(config.engine), model.spec
-        else:
-            engine, spec = self._stack.enter_context(sharded(config, num_cpus))
-        encode = engine.tokenizer.encode
-        try:
-            _warm_up(engine, encode, spec.max_seq_len)
-        except BaseException:
-            self._stack.close()
-            raise
-        self.service = Service(EngineThread(engine), encode, _card(spec, config))
+        with ExitStack() as stack:
+            self._core = stack.enter_context(opened(config, num_cpus))
+            engine = self._core.engine
+            encode = engine.tokenizer.encode
+            _warm_up(engine, encode, self._core.spec.max_seq_len)
+            self._bridge = EngineThread(engine)
+            self._stack = stack.pop_all()
+        self.service = Service(self._bridge, encode, _card(self._core.spec, config))
         self._stall_s = config.health.stall_s
+        self._version = 0
+
+    async def reconfigure(self, wish: Mapping[str, Any]) -> None:
+        """What Ray Serve calls with the application's user_config: weights to move to.
+
+        A replica that cannot goes on with those that it has, and says why in its log.
+        """
+        version = int(wish.get("version", 0))
+        if version > self._version:
+            try:
+                await asyncio.to_thread(
+                    self._refresh, location(wish["checkpoint"]), version, bool(wish.get("restart"))
+                )
+            except GptMoeError as error:
+                log.warning("weights stay version=%s reason=%s", self._version, error)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the HTTP application."""
@@ -68,40 +76,12 @@ class Generator(Servicer):
             self.service.stop()
             self._stack.close()
 
-
-@contextmanager
-def sharded(config: ServeConfig, num_cpus: float) -> Iterator[tuple[Engine, ModelSpec]]:
-    """An engine whose model lies on actors of its own; they end with the block.
-
-    Raises LayoutError, CheckpointError, or ClusterError if there is no room for them.
-    """
-    checkpoint = open_checkpoint(local_checkpoint(config))
-    spec, tokenizer = spec_of(checkpoint), load_tokenizer(checkpoint.path)
-    parts = config.parallel.parts(spec)
-    job = GroupJob(
-        run=f"{config.name}#{uuid.uuid4().hex[:8]}",
-        parts=parts,
-        checkpoint=str(config.checkpoint),
-        cache_dir=str(config.cache_dir),
-        config_digest=model_digest(spec),
-        dtype=config.dtype,
-        vocab_size=spec.vocab_size,
-        slots=-(-config.engine.max_batch_size // layout_of(parts).dp),
-        num_cpus=num_cpus,
-        threads=config.threads,
-        start_s=config.health.start_s,
-        group_timeout_s=config.shards.group_timeout_s,
-        limits=Limits(silent_s=config.shards.silent_s, wait_s=config.shards.wait_s),
-    )
-    with ShardGroup(job) as group:
-        yield Engine(group, tokenizer, spec.max_seq_len, config.engine), spec
-
-
-def local_checkpoint(config: ServeConfig) -> Path:
-    """The checkpoint on this node: one behind a URI is fetched, once for all replicas here."""
-    if isinstance(config.checkpoint, Uri):
-        return fetch(config.checkpoint, config.cache_dir.expanduser())
-    return config.checkpoint
+    def _refresh(self, checkpoint: Location, version: int, restart: bool) -> None:
+        self._core.prepare(checkpoint, version)
+        engine = self._core.engine
+        done = self._bridge.between_steps(lambda: engine.refresh(version, restart=restart))
+        done.result(REFRESH_WITHIN_S)
+        self._version = version
 
 
 def _warm_up(engine: Engine, encode: Callable[[str], Sequence[int]], max_seq_len: int) -> None:

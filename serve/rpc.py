@@ -64,6 +64,7 @@ class Servicer:
             completion_tokens=len(done.token_ids),
             request_id=done.request_id,
             logprobs=done.logprobs,
+            weights_version=done.weights_version,
         )
 
     async def GenerateStream(
@@ -123,7 +124,9 @@ def _finish(delta: Delta, completion_tokens: int) -> messages.StreamFinish | Non
     if not delta.finish_reason:
         return None
     return messages.StreamFinish(
-        reason=_REASONS[delta.finish_reason], completion_tokens=completion_tokens
+        reason=_REASONS[delta.finish_reason],
+        completion_tokens=completion_tokens,
+        weights_version=delta.version,
     )
 
 

@@ -34,6 +34,7 @@ class Completion:
     finish_reason: str
     prompt_tokens: int
     logprobs: tuple[float, ...] = ()
+    weights_version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,7 @@ class Service:
             finish_reason=deltas[-1].finish_reason,
             prompt_tokens=deltas[-1].prompt_tokens,
             logprobs=tuple(value for delta in deltas for value in delta.logprobs),
+            weights_version=deltas[-1].version,
         )
 
     def check(self, stall_s: float) -> None:

@@ -10,7 +10,7 @@ lost shard took along. What to do when is decided in supervisor.py; here it is d
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 LOOK_EVERY_S = 0.25
 BEAT_AFTER_S = 3.0
 """An idle group gets a sign of life so often: its calls would else run into their timeout."""
+FRESH_S = 1.5
+"""Only shards heard of so lately get one: with a frozen one it would hang."""
 LOOK_AGAIN_S = 0.1
 """The engine's thread waits so long for shards that are away before it hears its callers again."""
 PLAN_S = 2.0
@@ -53,6 +55,8 @@ class ShardGroup:
         self._store: Any = None
         self._changed = threading.Condition()
         self._in_use = threading.Lock()
+        self._mustering = threading.Lock()  # one change of the group at a time
+        self._wanted: tuple[int, ...] = ()  # versions of weights to keep; () = no wish
         self._step_began_s: float | None = None
         self._used_s = time.monotonic()
         self._failure = ""
@@ -94,16 +98,31 @@ class ShardGroup:
             live = self._live
         if live is None:
             self._give_up()
-            raise CacheLost
+            raise CacheLost(self._muster.job.version)
         try:
             with self._in_use:
                 self._step_began_s = time.monotonic()
                 return live.run(plan, tokens)
         except ClusterError as error:
             self._lost(live, str(error))
-            raise CacheLost from None
+            raise CacheLost(self._muster.job.version) from None
         finally:
             self._step_began_s, self._used_s = None, time.monotonic()
+
+    def keep(self, versions: Set[int]) -> None:
+        """See Executor.keep; done by the supervisor's thread, soon."""
+        self._wanted = tuple(sorted(versions))
+
+    def refresh(self, checkpoint: str, version: int) -> None:
+        """Read newer weights of the same config beside the old ones, on all shards. Steps may use
+        either from now on, and shards that start later read the new ones.
+
+        Raises ClusterError if a shard refuses, and Unavailable while one is away; nothing changes.
+        """
+        with self._mustering:
+            if self._live is None:
+                raise Unavailable("a shard is away; refresh the weights once it is back", 10.0)
+            self._muster.refresh(checkpoint, version)
 
     def topology(self) -> Topology:
         """Who owns what, and when it was last heard of."""
@@ -151,8 +170,6 @@ class ShardGroup:
         if self._state.phase == "resting":
             self._state, todo = supervisor.tick(self._state, now_s)
             return todo
-        if self._live is not None and now_s - self._used_s > BEAT_AFTER_S:
-            self._beat(self._live)
         dead = tuple(self._actors.dead())
         if dead or self._failure:
             reason = f"rank {', '.join(map(str, dead))} died" if dead else self._failure
@@ -161,7 +178,17 @@ class ShardGroup:
         ages_s = {owner.rank: owner.heartbeat_age_s for owner in self.topology().owners}
         busy = self._step_began_s is not None
         self._state, todo = supervisor.beats(self._state, ages_s, now_s, limits, busy=busy)
+        if todo is None and self._live is not None:
+            self._upkeep(self._live, fresh=max(ages_s.values(), default=0.0) < FRESH_S)
         return todo
+
+    def _upkeep(self, live: ShardsExecutor, *, fresh: bool) -> None:
+        wanted, self._wanted = self._wanted, ()
+        if wanted:
+            with self._mustering:
+                self._muster.keep(wanted)
+        if fresh and time.monotonic() - self._used_s > BEAT_AFTER_S:
+            self._beat(live)
 
     def _beat(self, live: ShardsExecutor) -> None:
         if not self._in_use.acquire(blocking=False):
@@ -191,7 +218,8 @@ class ShardGroup:
                 self._recover(again)
 
     def _bring_up(self, suspects: Sequence[int] = (), reason: str = "") -> dict[str, float]:
-        live, phases = self._muster.bring_up(suspects, reason)
+        with self._mustering:
+            live, phases = self._muster.bring_up(suspects, reason)
         self._state = supervisor.started(self._state)
         self._set_live(live)
         return phases

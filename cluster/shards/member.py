@@ -1,6 +1,6 @@
 """A shard's side of the control protocol: which command it obeys, which step it runs. Pure.
 
-    Plan -> Load -> Join -> Refresh ... -> Drain      the commands of one epoch, numbered from 1
+    Plan -> Load -> Join -> Refresh, Keep ... -> Drain  the commands of one epoch, numbered from 1
                     Step 1, 2, 3, ...                 between Join and Drain
 
     of a dead epoch                refused
@@ -21,6 +21,7 @@ from cluster.messages import (
     Command,
     Drain,
     Join,
+    Keep,
     Load,
     Message,
     Plan,
@@ -31,7 +32,7 @@ from cluster.messages import (
 )
 from gptmoe.errors import ClusterError
 
-COMMANDS = (Plan, Load, Join, Refresh, Drain)
+COMMANDS = (Plan, Load, Join, Refresh, Keep, Drain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,10 @@ def commit(state: State, command: Command, answer: Message) -> State:
         case Join():
             return replace(state, joined=True)
         case Refresh():
-            here = {v for v in state.versions if v >= command.oldest} | {command.version}
-            return replace(state, versions=tuple(sorted(here)))
+            return replace(state, versions=(*state.versions, command.version))
+        case Keep():
+            left = tuple(v for v in state.versions if v in command.versions)
+            return replace(state, versions=left)
     return replace(state, drained=True)
 
 
@@ -160,6 +163,8 @@ def _wrong(state: State, command: Command) -> str:
             return "Refresh comes after Load"
         case Refresh() if state.versions and command.version <= state.versions[-1]:
             return f"weights version {command.version} is not newer than {state.versions[-1]}"
+        case Keep() if not set(command.versions) & set(state.versions):
+            return f"nothing would be left: here are weights versions {state.versions}"
     return ""
 
 

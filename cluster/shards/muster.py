@@ -4,7 +4,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,8 +19,10 @@ from cluster.messages import (
     ExpertRange,
     Failure,
     Join,
+    Keep,
     Load,
     Plan,
+    Refresh,
     Topology,
     TopologyRequest,
 )
@@ -31,7 +33,7 @@ from gptmoe.shard.parts import Part
 from . import links, supervisor
 from .actors import Actors
 from .executor import ShardsExecutor
-from .orders import order
+from .orders import Answers, order
 
 PLAN_S = 3.0
 """A shard that is alive answers Plan at once, whatever it computes."""
@@ -71,6 +73,8 @@ class Muster:
         self.job, self.coordinator = job, coordinator
         self._actors = actors
         self._store: Any = None  # lives as long as its epoch
+        self._epoch = 0
+        self._sent: dict[int, int] = {}  # commands of this epoch that each rank has carried out
 
     def topology(self) -> Topology:
         """Who owns what, and when it was last heard of."""
@@ -106,7 +110,40 @@ class Muster:
         clock.end("load_s")
         live = self._meet(epoch)
         clock.end("meet_s")
+        self._epoch, self._sent = epoch, dict.fromkeys(range(len(self.job.parts)), 3)
         return live, clock.phases
+
+    def refresh(self, checkpoint: str, version: int) -> None:
+        """All shards read newer weights beside the old. Raises ClusterError, nothing changed."""
+
+        def command(rank: int) -> Refresh:
+            return Refresh(
+                epoch=self._epoch,
+                sequence=self._sent[rank] + 1,
+                checkpoint=checkpoint,
+                version=version,
+            )
+
+        answers = self._further(command, self.job.start_s)
+        if answers.refusals or answers.lost:
+            self.keep((self.job.version,))
+            answers.check("refreshing")
+        self.job = replace(self.job, checkpoint=checkpoint, version=version)
+
+    def keep(self, versions: tuple[int, ...]) -> None:
+        """All shards let go of all weights but these versions."""
+
+        def command(rank: int) -> Keep:
+            return Keep(epoch=self._epoch, sequence=self._sent[rank] + 1, versions=versions)
+
+        self._further(command, PLAN_S)  # who is lost will be missed elsewhere
+
+    def _further(self, command: Callable[[int], Any], within_s: float) -> Answers:
+        """A command in mid-epoch; ranks that failed at an earlier one count for themselves."""
+        answers = order(self._actors, list(self._sent), command, within_s)
+        for rank in answers.ready:
+            self._sent[rank] += 1
+        return answers
 
     def _silent(self) -> list[int]:
         """Ranks whose actors do not answer, or cannot leave their groups. All others have left."""

@@ -18,6 +18,7 @@ from cluster.messages import (
     Drain,
     Failure,
     Join,
+    Keep,
     Load,
     Message,
     Plan,
@@ -133,7 +134,9 @@ class ShardActor:
             case Refresh():
                 assert self._shard is not None
                 self._read(self._shard, command.checkpoint, command.version)
-                self._shard.forget(command.oldest)
+            case Keep():
+                assert self._shard is not None
+                self._shard.keep(command.versions)
             case Drain():
                 links.leave()
                 self._stop_steps()
@@ -162,7 +165,7 @@ class ShardActor:
             self._shard = Shard(spec, parts, plan.rank, plan.slots, dtype, self._device)
         if not self._shard.has(plan.version):
             self._read(self._shard, plan.checkpoint, plan.version)
-        self._shard.keep(plan.version)
+        self._shard.keep((plan.version,))
 
     def _read(self, shard: Shard, path: str, version: int) -> None:
         plan = self._state.plan

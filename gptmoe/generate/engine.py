@@ -28,15 +28,18 @@ class Delta:
     prompt_tokens: int
     logprobs: tuple[float, ...] = ()
     """Of each token, where the request asks for them."""
+    version: int = 0
+    """Of the weights that chose the token."""
 
 
 class _Sequence:
     """The engine's account of one running request."""
 
-    def __init__(self, request: Request, slot: int, stream: TextStream) -> None:
+    def __init__(self, request: Request, slot: int, stream: TextStream, version: int) -> None:
         self.request = request
         self.slot = slot
         self.stream = stream
+        self.version = version
         self.tokens = list(request.prompt_ids)
         self.computed = 0
 
@@ -65,6 +68,9 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.running: dict[str, _Sequence] = {}
         self.free_slots = list(range(config.max_batch_size))
+        self.version = 0
+        """Of the weights that new requests get."""
+        self._last_version = 0
 
     @property
     def has_work(self) -> bool:
@@ -113,6 +119,17 @@ class Engine:
         self.waiting = deque(r for r in self.waiting if r.request_id != request_id)
         return len(self.waiting) < before
 
+    def refresh(self, version: int, *, restart: bool = False) -> None:
+        """Use these weights from the next request on; the executor has them already.
+
+        Running requests finish on theirs; with `restart` they go on with the new ones from what
+        they have said so far. Older weights are let go of when nobody uses them any more.
+        """
+        self.version = version
+        if restart:
+            self._compute_again()
+        self.executor.keep(self._versions())
+
     def step(self) -> list[Delta]:
         """Run one step; what is new for each request that got a token.
 
@@ -121,15 +138,17 @@ class Engine:
         cannot go on for now; all requests are still here.
         """
         self._admit()
-        plan = plan_step([s.progress() for s in self.running.values()], self.config.token_budget)
+        version = self._next_version()
+        turn = [s.progress() for s in self.running.values() if s.version == version]
+        plan = plan_step(turn, self.config.token_budget, version)
         if not plan.spans:
             return []
         tokens = {span.request_id: self.running[span.request_id].tokens for span in plan.spans}
         try:
             logits_SV = self.executor.run(plan, tokens)
-        except CacheLost:
-            for sequence in self.running.values():
-                sequence.computed = 0
+        except CacheLost as lost:
+            self.version = max(self.version, lost.version)
+            self._compute_again()
             return []
         return self._account(plan, logits_SV)
 
@@ -139,7 +158,23 @@ class Engine:
             slot = min(self.free_slots)  # low slots first keep the decoding block dense
             self.free_slots.remove(slot)
             stream = TextStream(self.tokenizer, request.sampling.stop)
-            self.running[request.request_id] = _Sequence(request, slot, stream)
+            sequence = _Sequence(request, slot, stream, self.version)
+            self.running[request.request_id] = sequence
+
+    def _next_version(self) -> int:
+        """While requests of several versions run, these take turns."""
+        versions = sorted({sequence.version for sequence in self.running.values()})
+        later = [version for version in versions if version > self._last_version]
+        self._last_version = (later or versions or [self.version])[0]
+        return self._last_version
+
+    def _versions(self) -> set[int]:
+        return {self.version, *(sequence.version for sequence in self.running.values())}
+
+    def _compute_again(self) -> None:
+        """Tokens enter anew, with the weights of now: others may be gone with the cache."""
+        for sequence in self.running.values():
+            sequence.computed, sequence.version = 0, self.version
 
     def _account(self, plan: StepPlan, logits_SV: Tensor) -> list[Delta]:
         # The model's vocabulary may be padded beyond the tokenizer's.
@@ -168,7 +203,9 @@ class Engine:
             text += sequence.stream.finish()
             self._release(request.request_id)
         prompt_tokens = len(request.prompt_ids)
-        return Delta(request.request_id, (token,), text, reason, prompt_tokens, logprobs)
+        return Delta(
+            request.request_id, (token,), text, reason, prompt_tokens, logprobs, sequence.version
+        )
 
     def _finish_reason(self, sequence: _Sequence, ended: bool) -> str:
         if ended or sequence.stream.stopped:
@@ -178,4 +215,7 @@ class Engine:
         return "length" if full or done else ""
 
     def _release(self, request_id: str) -> None:
-        self.free_slots.append(self.running.pop(request_id).slot)
+        ended = self.running.pop(request_id)
+        self.free_slots.append(ended.slot)
+        if ended.version != self.version:
+            self.executor.keep(self._versions())

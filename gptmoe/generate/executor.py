@@ -3,7 +3,7 @@
 Letters: T flat tokens, D model width, S sampled rows, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import accumulate
 from typing import Protocol
 
@@ -22,7 +22,14 @@ ROW_MULTIPLE = 4
 
 
 class CacheLost(Exception):
-    """The step was not run and what was computed before is gone: tokens enter anew."""
+    """The step was not run and what was computed before is gone: tokens enter anew.
+
+    `version` is that of the newest weights that are there.
+    """
+
+    def __init__(self, version: int = 0) -> None:
+        super().__init__(version)
+        self.version = version
 
 
 class Executor(Protocol):
@@ -36,18 +43,31 @@ class Executor(Protocol):
         """
         ...
 
+    def keep(self, versions: Set[int]) -> None:
+        """Weights of other versions are not asked for any more."""
+        ...
+
 
 class LocalExecutor:
     """The whole model and its KV cache in this process."""
 
     def __init__(self, model: GPT, slots: int) -> None:
         self.model = model.eval()
-        self.cache = KVCache(
-            model.spec, slots, model.compute_dtype, model.embed.tokens.weight.device
-        )
+        device = model.embed.tokens.weight.device
+        self.cache = KVCache(model.spec, slots, model.compute_dtype, device)
+        self._models = {0: self.model}
+
+    def add(self, version: int, model: GPT) -> None:
+        """Weights of another version, beside those that are here."""
+        self._models[version] = model.eval()
+
+    def keep(self, versions: Set[int]) -> None:
+        """See Executor.keep."""
+        self._models = {v: model for v, model in self._models.items() if v in versions}
 
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         """See Executor.run."""
+        self.model = self._models[plan.version]
         hidden_TD = self.hidden(plan.spans, plan.num_decoding, tokens)
         return self.logits(hidden_TD[sampled_rows(plan.spans)])
 

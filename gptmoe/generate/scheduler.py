@@ -77,8 +77,8 @@ class StepPlan:
     """Of the weights."""
 
 
-def plan_step(running: Sequence[Progress], token_budget: int) -> StepPlan:
-    """Plan the next step over sequences in order of arrival.
+def plan_step(running: Sequence[Progress], token_budget: int, version: int = 0) -> StepPlan:
+    """Plan the next step over sequences in order of arrival, all on one version of the weights.
 
     Every sequence that only lacks its newest token decodes; what the budget leaves goes to prompts,
     first come first served, in chunks. A budget of at least as many tokens as there are sequences
@@ -93,7 +93,7 @@ def plan_step(running: Sequence[Progress], token_budget: int) -> StepPlan:
         if missing > 1 and left > 0:
             chunks.append(_span(progress, min(missing, left)))
             left -= chunks[-1].count
-    return StepPlan(tuple(decoding + chunks), len(decoding))
+    return StepPlan(tuple(decoding + chunks), len(decoding), version)
 
 
 def _span(progress: Progress, count: int) -> Span:

@@ -117,13 +117,9 @@ class Shard:
         self._versions[version] = weights
         self._attach(weights)
 
-    def keep(self, version: int) -> None:
-        """Let go of all other versions."""
-        self._versions = {version: self._versions[version]}
-
-    def forget(self, oldest: int) -> None:
-        """Let go of versions before `oldest`."""
-        self._versions = {v: weights for v, weights in self._versions.items() if v >= oldest}
+    def keep(self, versions: Sequence[int]) -> None:
+        """Let go of all versions but these."""
+        self._versions = {v: weights for v, weights in self._versions.items() if v in versions}
 
     def connect(
         self, rows_group: dist.ProcessGroup | None, slices_group: dist.ProcessGroup | None

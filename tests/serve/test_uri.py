@@ -8,8 +8,8 @@ import pytest
 from gptmoe.config import Uri
 from serve.command import _parser, read_config
 from serve.config import ServeConfig
+from serve.core import on_this_node
 from serve.launch import pinned
-from serve.replica import local_checkpoint
 from tests.bucket import serving
 
 
@@ -25,10 +25,10 @@ def test_a_replica_fetches_the_checkpoint_that_was_chosen_at_the_start(
         checkpoint = pinned(read_config(options).checkpoint)
         assert checkpoint == Uri(bucket.uri("run/checkpoints/step-00000004"))
         config = pickle.loads(pickle.dumps(ServeConfig(checkpoint=checkpoint)))
-        copy = local_checkpoint(config)
+        copy = on_this_node(config.checkpoint, config)
     assert copy.is_relative_to(tmp_path / "home" / ".cache" / "gptmoe")
     assert [path.name for path in copy.iterdir()] == ["manifest.json"]
 
 
 def test_a_folder_is_read_where_it_is(tmp_path: Path) -> None:
-    assert local_checkpoint(ServeConfig(checkpoint=tmp_path)) == tmp_path
+    assert on_this_node(tmp_path, ServeConfig(checkpoint=tmp_path)) == tmp_path

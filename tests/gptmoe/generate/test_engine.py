@@ -1,6 +1,6 @@
 """The engine's accounting, over an executor that always counts on: token n is followed by n + 1."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gptmoe.errors import Overloaded, RequestError
 from gptmoe.generate.engine import Delta, Engine
+from gptmoe.generate.executor import CacheLost
 from gptmoe.generate.request import Request, SamplingParams
 from gptmoe.generate.scheduler import EngineConfig, StepPlan
 from gptmoe.text import Tokenizer
@@ -23,9 +24,19 @@ class Counting:
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+        self.steps: list[StepPlan] = []
+        self.kept: list[set[int]] = []
+        self.loses = False
+
+    def keep(self, versions: Set[int]) -> None:
+        self.kept.append(set(versions))
 
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         assert len({span.slot for span in plan.spans}) == len(plan.spans)
+        self.steps.append(plan)
+        if self.loses:
+            self.loses = False
+            raise CacheLost(7)
         sampled = [span for span in plan.spans if span.samples]
         logits_SV = torch.zeros(len(sampled), self.vocab_size + 7)
         logits_SV[:, self.vocab_size :] = 9.0  # padding of the vocabulary must never be chosen
@@ -177,3 +188,46 @@ def test_every_request_ends_and_no_slot_is_lost(
         assert [d.token_ids[0] for d in mine] == list(range(FIRST + 1, FIRST + 1 + count))
         assert [d.finish_reason for d in mine] == [""] * (count - 1) + ["length"]
     assert sorted(running.free_slots) == list(range(slots))
+
+
+def test_a_lost_cache_costs_time_and_no_token(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    executor = running.executor
+    assert isinstance(executor, Counting)
+    running.add(request("a", prompt=(FIRST, FIRST + 1), max_new_tokens=4))
+    deltas = running.step() + running.step()
+    executor.loses = True
+    assert running.step() == []
+    deltas += run_out(running)
+    assert [delta.token_ids[0] - FIRST for delta in deltas] == [2, 3, 4, 5]
+    again = executor.steps[3].spans[0]
+    assert (again.start, again.count, again.samples) == (0, 4, True)
+    assert deltas[-1].version == 7  # of the weights that were there then
+
+
+def test_running_requests_finish_on_their_weights(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    executor = running.executor
+    assert isinstance(executor, Counting)
+    running.add(request("old"))
+    deltas = running.step()
+    running.refresh(1)
+    running.add(request("new", max_new_tokens=2))
+    deltas += run_out(running)
+    assert {(delta.request_id, delta.version) for delta in deltas} == {("old", 0), ("new", 1)}
+    assert [plan.version for plan in executor.steps] == [0, 1, 0, 1, 0]
+    assert executor.kept == [{0, 1}, {1}]
+
+
+def test_running_requests_go_on_with_new_weights_if_told_so(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    executor = running.executor
+    assert isinstance(executor, Counting)
+    running.add(request("a"))
+    deltas = running.step()
+    running.refresh(1, restart=True)
+    deltas += run_out(running)
+    assert [delta.version for delta in deltas] == [0, 1, 1]
+    assert [delta.token_ids[0] - FIRST for delta in deltas] == [1, 2, 3]
+    assert executor.steps[1].spans[0].start == 0  # computed again from the first token
+    assert executor.kept == [{1}]

@@ -1,0 +1,130 @@
+"""The model behind a replica's engine: in its own process, or on actors that hold its shards."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import gptmoe
+from cluster.shards.group import ShardGroup
+from cluster.shards.muster import GroupJob
+from cluster.shards.shard_actor import model_digest
+from cluster.shards.supervisor import Limits
+from gptmoe.checkpoint import Checkpoint, open_checkpoint
+from gptmoe.config import Location, Uri
+from gptmoe.errors import CheckpointError
+from gptmoe.generate.engine import Engine
+from gptmoe.generate.executor import LocalExecutor
+from gptmoe.loaded import spec_of
+from gptmoe.model.spec import ModelSpec
+from gptmoe.remote import fetch
+from gptmoe.shard.parts import layout_of
+from gptmoe.text import load_tokenizer
+
+from .config import ServeConfig
+
+
+class Core(Protocol):
+    """What a replica needs of either."""
+
+    spec: ModelSpec
+    engine: Engine
+
+    def prepare(self, checkpoint: Location, version: int) -> None:
+        """Read newer weights of the same config, beside those in use; the engine's steps go on.
+
+        Raises CheckpointError for another model or tokenizer, ClusterError if a shard cannot.
+        """
+        ...
+
+
+@contextmanager
+def opened(config: ServeConfig, num_cpus: float) -> Iterator[Core]:
+    """The core that the config's layout asks for; its actors, if any, end with the block."""
+    if config.parallel.world == 1:
+        yield LocalCore(config)
+        return
+    stored = open_checkpoint(on_this_node(config.checkpoint, config))
+    with ShardGroup(job_of(config, stored, num_cpus)) as group:
+        yield ShardedCore(config, stored, group)
+
+
+class LocalCore:
+    """The whole model in this process."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        model = gptmoe.load(on_this_node(config.checkpoint, config), dtype=config.dtype)
+        self._stored = open_checkpoint(model.path, verify=False)
+        self.spec, self.engine = model.spec, model.engine(config.engine)
+
+    def prepare(self, checkpoint: Location, version: int) -> None:
+        """See Core.prepare."""
+        folder = on_this_node(checkpoint, self._config)
+        check_same(self._stored, open_checkpoint(folder, verify=False))
+        executor = self.engine.executor
+        assert isinstance(executor, LocalExecutor)
+        executor.add(version, gptmoe.load(folder, dtype=self._config.dtype).network)
+
+
+class ShardedCore:
+    """The model on the actors of a group."""
+
+    def __init__(self, config: ServeConfig, stored: Checkpoint, group: ShardGroup) -> None:
+        self._config, self._stored, self._group = config, stored, group
+        self.spec = spec_of(stored)
+        tokenizer = load_tokenizer(stored.path)
+        self.engine = Engine(group, tokenizer, self.spec.max_seq_len, config.engine)
+
+    def prepare(self, checkpoint: Location, version: int) -> None:
+        """See Core.prepare."""
+        check_same(self._stored, open_checkpoint(on_this_node(checkpoint, self._config)))
+        self._group.refresh(str(checkpoint), version)
+
+
+def job_of(config: ServeConfig, stored: Checkpoint, num_cpus: float) -> GroupJob:
+    """What a replica's group of shards is to serve. Raises LayoutError."""
+    spec = spec_of(stored)
+    parts = config.parallel.parts(spec)
+    return GroupJob(
+        run=f"{config.name}#{uuid.uuid4().hex[:8]}",
+        parts=parts,
+        checkpoint=str(config.checkpoint),
+        cache_dir=str(config.cache_dir),
+        config_digest=model_digest(spec),
+        dtype=config.dtype,
+        vocab_size=spec.vocab_size,
+        slots=-(-config.engine.max_batch_size // layout_of(parts).dp),
+        num_cpus=num_cpus,
+        threads=config.threads,
+        start_s=config.health.start_s,
+        group_timeout_s=config.shards.group_timeout_s,
+        limits=Limits(silent_s=config.shards.silent_s, wait_s=config.shards.wait_s),
+    )
+
+
+def on_this_node(checkpoint: Location, config: ServeConfig) -> Path:
+    """The checkpoint on this node: one behind a URI is fetched, once for all replicas here."""
+    if isinstance(checkpoint, Uri):
+        return fetch(checkpoint, config.cache_dir.expanduser())
+    return checkpoint
+
+
+def check_same(served: Checkpoint, other: Checkpoint) -> None:
+    """Raise CheckpointError unless both hold models of one config, with the same tokenizer."""
+    for what, digest in (("config", _model), ("tokenizer", _tokenizer)):
+        mine, theirs = digest(served), digest(other)
+        if mine != theirs:
+            raise CheckpointError(
+                f"{other.path} has another {what} (digest {theirs}) than the model that is served "
+                f"(digest {mine}); serve it as another deployment"
+            )
+
+
+def _model(checkpoint: Checkpoint) -> str:
+    return model_digest(spec_of(checkpoint))
+
+
+def _tokenizer(checkpoint: Checkpoint) -> str:
+    return load_tokenizer(checkpoint.path).digest
