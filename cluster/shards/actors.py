@@ -56,7 +56,8 @@ class Actors:
             if not ranks:
                 continue
             bundles = [{"CPU": self._num_cpus} for _ in ranks]
-            group = placement_group(bundles, strategy=strategy, name=f"gptmoe:{self._run}")
+            name = f"gptmoe:{self._run}:{'experts' if alone else 'attention'}"
+            group = placement_group(bundles, strategy=strategy, name=name)
             self._groups[alone] = group
             if not group.wait(max(0.1, deadline_s - time.monotonic())):
                 raise ClusterError(self._no_room(len(self._parts), within_s))

@@ -228,11 +228,12 @@ class ShardActor:
 
     def _stop_steps(self) -> None:
         thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        thread.join(STOP_WITHIN_S)
-        if thread.is_alive():
-            raise ClusterError("this shard still waits in a group of an older epoch; end it")
+        if thread is not None:
+            thread.join(STOP_WITHIN_S)
+            if thread.is_alive():
+                raise ClusterError("this shard still waits in a group of an older epoch; end it")
+        if self._shard is not None:
+            self._shard.disconnect()
 
 
 def model_digest(spec: ModelSpec) -> str:

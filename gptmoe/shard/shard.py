@@ -140,6 +140,18 @@ class Shard:
                 self.spec, self._slots, self.dtype, self.device, layers, part.slices
             )
 
+    def disconnect(self) -> None:
+        """Forget the groups: as long as somebody knows them their peers wait."""
+        self._exchange = Exchange()
+        self._slices = None
+        self._dispatchers = {}
+        for weights in self._versions.values():
+            for module in weights.model.modules() if weights.model else ():
+                if isinstance(module, MoE):
+                    module.dispatcher = LocalDispatcher()
+                elif hasattr(module, "slices"):
+                    setattr(module, "slices", None)  # noqa: B010  no parameter
+
     def run(self, work: Work, x_TD: Tensor | None) -> tuple[Tensor, Spent]:
         """Run one step; hidden states before this stage in, those behind it out, or scores [S, V].
 

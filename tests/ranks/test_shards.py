@@ -14,22 +14,18 @@ from cluster.shards.executor import ShardsExecutor
 from cluster.shards.links import Links, groups_of
 from cluster.shards.routes import route_of
 from cluster.shards.step_loop import run_steps
-from gptmoe.checkpoint import open_checkpoint, save, whole
-from gptmoe.config import to_dict
+from gptmoe.checkpoint import open_checkpoint
 from gptmoe.errors import ClusterError
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import Executor
 from gptmoe.generate.request import Request, SamplingParams
 from gptmoe.generate.scheduler import EngineConfig, StepPlan
-from gptmoe.model.initialize import initialize
-from gptmoe.model.spec import ModelSpec
-from gptmoe.model.transformer import GPT
 from gptmoe.shard.parts import ExpertSpan, Part, arrange
 from gptmoe.shard.shard import Shard
-from gptmoe.text import Tokenizer, load_tokenizer
+from gptmoe.text import Tokenizer
+from tests import small_model
 from tests.ranks.pool import RankPool
 
-ROOT = Path(__file__).parents[2]
 ENGINE = EngineConfig(max_batch_size=5, token_budget=48)
 PROMPTS = ["春风又绿江南岸，明月何时照我还。" * 6, "明月", "白日依山尽，黄河入海流。", "千山鸟飞绝"]
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -60,35 +56,12 @@ def pool() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return load_tokenizer(ROOT / "configs" / "corpus")
+    return small_model.tokenizer()
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
-    spec = ModelSpec(
-        num_layers=4,
-        d_model=96,
-        num_heads=4,
-        d_ff=192,
-        vocab_size=tokenizer.vocab_size + 3,
-        max_seq_len=320,
-        num_experts=(8, 8),
-        init_std=0.25,
-    )
-    network = GPT(spec)
-    initialize(network, seed=3)
-    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step-00000007"
-    save(
-        folder,
-        rank=0,
-        world=1,
-        barrier=lambda: None,
-        groups={"weights": [whole(n, p.detach()) for n, p in network.named_parameters()]},
-        config={"model": to_dict(spec)},
-        progress={"step": 7, "samples": 0, "tokens": 0},
-        copy_files=tokenizer.save,
-    )
-    return folder
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model.write(tmp_path_factory.mktemp("run"))
 
 
 class Recording:
@@ -132,7 +105,7 @@ def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype
     if rank == len(parts):
         executor = ShardsExecutor(parts, line, 1, spec.vocab_size, dtype)
         executor.beat()
-        result = generate(executor, load_tokenizer(ROOT / "configs" / "corpus"))
+        result = generate(executor, small_model.tokenizer())
         for shard_rank in range(len(parts)):
             if route_of(parts, shard_rank).source == rank:
                 line.send(Drain(epoch=1, sequence=1), shard_rank)
