@@ -1,9 +1,6 @@
 """A run on several Ray nodes of one machine that are lost, drained and added while it trains."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ import pytest
 from cluster import env, topology_file
 from gptmoe import metrics
 from gptmoe.config import load
+from tests.faults.nodes import Nodes
 from tests.ray.command import Command, losses, newest_step
 from tests.train.alone import run_alone
 from train import ledger
@@ -33,62 +31,6 @@ WORDS = (
     "train.validate_every_steps=0",
     "checkpoint.every_steps=5",
 )
-NOTICE_S = 40
-CLUSTER = f"""
-import sys, time
-from ray._raylet import GcsClient
-from ray.cluster_utils import Cluster
-from ray.core.generated import autoscaler_pb2
-
-def drain(node):
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    until_ms = int((time.time() + {NOTICE_S}) * 1000)
-    GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", until_ms)
-
-options = dict(num_cpus=0, include_dashboard=False, object_store_memory=80_000_000)
-cluster = Cluster(initialize_head=True, head_node_args=options)
-nodes = []
-print(cluster.address, flush=True)
-for line in sys.stdin:
-    if line.startswith("add"):
-        nodes.append(cluster.add_node(num_cpus=1, object_store_memory=80_000_000))
-    elif line.startswith("drain"):
-        drain(nodes[-1])
-    else:
-        cluster.remove_node(nodes.pop(), allow_graceful=False)
-    print(len(nodes), flush=True)
-cluster.shutdown()
-"""
-
-
-class Nodes:
-    """A cluster whose nodes of one CPU come and go."""
-
-    def __init__(self) -> None:
-        pipe = subprocess.PIPE
-        variables = env.child_environment(starts_cluster=True)
-        command = [sys.executable, "-c", CLUSTER]
-        self.process = subprocess.Popen(command, env=variables, stdin=pipe, stdout=pipe, text=True)
-        self.address = self._answer()
-
-    def change(self, word: str, count: int) -> None:
-        """`add`, `remove` (kill) or `drain` (with notice) so many nodes."""
-        assert self.process.stdin is not None
-        for _ in range(count):
-            self.process.stdin.write(word + "\n")
-            self.process.stdin.flush()
-            self._answer()
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-
-@pytest.fixture
-def nodes() -> Iterator[Nodes]:
-    nodes = Nodes()
-    yield nodes
-    nodes.process.communicate(timeout=120)
 
 
 def workers(run_dir: Path) -> int:

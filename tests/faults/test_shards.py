@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,35 +13,15 @@ import gptmoe
 from cluster import env
 from cluster.shards.group import ShardGroup
 from cluster.shards.muster import GroupJob
-from cluster.shards.shard_actor import model_digest
-from cluster.shards.supervisor import Limits
 from gptmoe.errors import ClusterError
 from gptmoe.generate.engine import Engine
-from gptmoe.generate.executor import Executor
-from gptmoe.generate.request import Request, SamplingParams
-from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.loaded import LoadedModel
-from gptmoe.shard.parts import Part, arrange
+from gptmoe.shard.parts import arrange
 from tests import small_model
+from tests.faults.shards import ENGINE, Texts, job, write
 
-ENGINE = EngineConfig(max_batch_size=8)
-PROMPTS = [
-    "春风",
-    "明月几时有",
-    "白日依山尽",
-    "千山",
-    "床前明月光",
-    "大江东去",
-    "国破山河在",
-    "红豆",
-]
-TOKENS = 60
-HIT_AT = 20
-"""The step at which something happens."""
 MOVING_WITHIN_S = 20.0
 """Generous: machines that run tests are busy. The bench has the goal of 8 s."""
-
-Texts = dict[str, list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -62,49 +42,6 @@ def local() -> Iterator[None]:
     )
     yield
     ray.shutdown()
-
-
-def job(model: LoadedModel, parts: tuple[Part, ...], run: str = "test") -> GroupJob:
-    return GroupJob(
-        run=run,
-        parts=parts,
-        checkpoint=str(model.path),
-        config_digest=model_digest(model.spec),
-        dtype="float32",
-        vocab_size=model.spec.vocab_size,
-        slots=8,
-        num_cpus=1,
-        threads=1,
-        start_s=60.0,
-        limits=Limits(silent_s=2.0, wait_s=60.0),
-    )
-
-
-def write(
-    executor: Executor,
-    model: LoadedModel,
-    hit: Callable[[Engine], None] = lambda engine: None,
-    version: int = 0,
-) -> Texts:
-    """All texts at once, half of them greedy; `hit` is called once on the way."""
-    engine = Engine(executor, model.tokenizer, model.spec.max_seq_len, ENGINE)
-    engine.version = version
-    for index, prompt in enumerate(PROMPTS):
-        sampling = SamplingParams(
-            max_new_tokens=TOKENS, temperature=0.8 * (index % 2), seed=index, ignore_end=True
-        )
-        engine.add(Request(str(index), tuple(model.tokenizer.encode(prompt)), sampling))
-    texts: Texts = {}
-    steps = 0
-    while engine.has_work:
-        deltas = engine.step()
-        for delta in deltas:
-            texts.setdefault(delta.request_id, []).extend(delta.token_ids)
-        if deltas:
-            steps += 1
-            if steps == HIT_AT:
-                hit(engine)
-    return texts
 
 
 @pytest.fixture(scope="module")
