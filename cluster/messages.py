@@ -204,6 +204,8 @@ class Step:
     token_ids: tuple[int, ...] = ()
     most_rows: int = 0
     fixed: bool = False
+    compute_s: float = 0.0
+    exchange_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -190,7 +190,7 @@ class Span(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., samples: _Optional[bool] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("epoch", "sequence", "version", "spans", "num_decoding", "token_ids", "most_rows", "fixed")
+    __slots__ = ("epoch", "sequence", "version", "spans", "num_decoding", "token_ids", "most_rows", "fixed", "compute_s", "exchange_s")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +199,8 @@ class Step(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MOST_ROWS_FIELD_NUMBER: _ClassVar[int]
     FIXED_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    EXCHANGE_S_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence: int
     version: int
@@ -207,7 +209,9 @@ class Step(_message.Message):
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     most_rows: int
     fixed: bool
-    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., version: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., num_decoding: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., most_rows: _Optional[int] = ..., fixed: _Optional[bool] = ...) -> None: ...
+    compute_s: float
+    exchange_s: float
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., version: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., num_decoding: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., most_rows: _Optional[int] = ..., fixed: _Optional[bool] = ..., compute_s: _Optional[float] = ..., exchange_s: _Optional[float] = ...) -> None: ...
 
 class StepDone(_message.Message):
     __slots__ = ("epoch", "sequence", "rows", "compute_s", "exchange_s")

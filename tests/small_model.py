@@ -12,14 +12,16 @@ from gptmoe.text import Tokenizer, load_tokenizer
 CORPUS = Path(__file__).parents[1] / "configs" / "corpus"
 
 
-def write(run_dir: Path, *, seed: int = 3, step: int = 7, num_layers: int = 4) -> Path:
+def write(
+    run_dir: Path, *, seed: int = 3, step: int = 7, num_layers: int = 4, d_model: int = 96
+) -> Path:
     """An untrained model's checkpoint in a run's folder."""
     words = tokenizer()
     spec = ModelSpec(
         num_layers=num_layers,
-        d_model=96,
+        d_model=d_model,
         num_heads=4,
-        d_ff=192,
+        d_ff=2 * d_model,
         vocab_size=words.vocab_size + 3,
         max_seq_len=320,
         num_experts=(8,) * (num_layers // 2),

@@ -24,8 +24,9 @@ class Costs:
     steps: int = 0
     total_s: float = 0.0
     compute_s: float = 0.0
-    """Of the slowest rank of the last stage."""
+    """Of all stages, for the data rank that had most to do."""
     exchange_s: float = 0.0
+    """The same, with rows on their way to experts and back."""
 
 
 class ShardsExecutor:
@@ -77,8 +78,10 @@ class ShardsExecutor:
     def _receive(self, sequence: int, order: tuple[int, ...]) -> Tensor:
         """The scores of one piece, [S, V]: data ranks below each other, slices side by side."""
         slices: dict[int, list[Tensor]] = {}
+        spent: list[tuple[float, float]] = []
         for rank in self._exits:
             part, done = self.parts[rank], self._done(rank, sequence)
+            spent.append((done.compute_s, done.exchange_s))
             first, end = (
                 self._vocab_size * index // part.slices for index in (part.slice, part.slice + 1)
             )
@@ -86,6 +89,8 @@ class ShardsExecutor:
             if done.rows:
                 self._line.receive_tensor(rows, rank)
             slices.setdefault(part.data, []).append(rows)
+        self.costs.compute_s += max(spent)[0]
+        self.costs.exchange_s += max(spent)[1]
         whole = torch.cat([torch.cat(rows, 1) for _, rows in sorted(slices.items())])
         return whole if order == tuple(range(len(whole))) else whole[list(order)]
 
@@ -93,6 +98,4 @@ class ShardsExecutor:
         done = self._line.receive(rank)
         if not isinstance(done, StepDone) or (done.epoch, done.sequence) != (self.epoch, sequence):
             raise ClusterError(f"rank {rank} answers {done}, not step {sequence}")
-        self.costs.compute_s += done.compute_s
-        self.costs.exchange_s += done.exchange_s
         return done

@@ -1,6 +1,7 @@
 """A shard's side of the data plane: receive a step, run it, send on what came out."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -43,8 +44,6 @@ def _run(shard: Shard, line: Line, route: Route, step: Step) -> None:
         else:
             line.send(step, route.target)
         return
-    if not (shard.is_last or experts_only):
-        line.send(step, route.target)  # what follows can make room meanwhile
     x_TD = None
     if step.token_ids and not shard.is_first and not experts_only:
         shape = len(step.token_ids), shard.spec.d_model
@@ -53,15 +52,19 @@ def _run(shard: Shard, line: Line, route: Route, step: Step) -> None:
     out, spent = shard.run(step, x_TD)
     if experts_only:
         return
+    compute_s = step.compute_s + spent.compute_s
+    exchange_s = step.exchange_s + spent.exchange_s
     if shard.is_last:
+        out = out.cpu()
         done = StepDone(
             epoch=step.epoch,
             sequence=step.sequence,
             rows=len(out) if step.token_ids else 0,
-            compute_s=spent.compute_s,
-            exchange_s=spent.exchange_s,
+            compute_s=compute_s,
+            exchange_s=exchange_s,
         )
         line.send(done, route.target)
-        out = out.cpu()
+    else:
+        line.send(replace(step, compute_s=compute_s, exchange_s=exchange_s), route.target)
     if step.token_ids and len(out):
         line.send_tensor(out, route.target)
