@@ -24,8 +24,9 @@ class Costs:
     steps: int = 0
     total_s: float = 0.0
     compute_s: float = 0.0
-    """Of the slowest rank of the last stage."""
+    """Of the rank of the last stage that computed longest."""
     exchange_s: float = 0.0
+    """Of the same rank."""
 
 
 class ShardsExecutor:
@@ -77,6 +78,7 @@ class ShardsExecutor:
     def _receive(self, sequence: int, order: tuple[int, ...]) -> Tensor:
         """The scores of one piece, [S, V]: data ranks below each other, slices side by side."""
         slices: dict[int, list[Tensor]] = {}
+        dones: list[StepDone] = []
         for rank in self._exits:
             part, done = self.parts[rank], self._done(rank, sequence)
             first, end = (
@@ -86,6 +88,10 @@ class ShardsExecutor:
             if done.rows:
                 self._line.receive_tensor(rows, rank)
             slices.setdefault(part.data, []).append(rows)
+            dones.append(done)
+        slowest = max(dones, key=lambda done: done.compute_s)
+        self.costs.compute_s += slowest.compute_s
+        self.costs.exchange_s += slowest.exchange_s
         whole = torch.cat([torch.cat(rows, 1) for _, rows in sorted(slices.items())])
         return whole if order == tuple(range(len(whole))) else whole[list(order)]
 
@@ -93,6 +99,4 @@ class ShardsExecutor:
         done = self._line.receive(rank)
         if not isinstance(done, StepDone) or (done.epoch, done.sequence) != (self.epoch, sequence):
             raise ClusterError(f"rank {rank} answers {done}, not step {sequence}")
-        self.costs.compute_s += done.compute_s
-        self.costs.exchange_s += done.exchange_s
         return done

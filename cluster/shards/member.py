@@ -145,6 +145,8 @@ def same_weights(old: Plan | None, new: Plan) -> bool:
 
 def _wrong(state: State, command: Command) -> str:
     """Why a command is not due; empty if it is."""
+    if state.plan is None:
+        return "epoch 0 has no plan; a new epoch begins with Plan"
     if state.drained:
         return "the shard is drained; a new epoch begins with Plan"
     match command:
@@ -160,6 +162,8 @@ def _wrong(state: State, command: Command) -> str:
             return "Refresh comes after Load"
         case Refresh() if state.versions and command.version <= state.versions[-1]:
             return f"weights version {command.version} is not newer than {state.versions[-1]}"
+        case Refresh() if command.oldest > command.version:
+            return f"weights version {command.version} is older than the oldest to keep"
     return ""
 
 

@@ -37,12 +37,12 @@ def pieces(plan: StepPlan, stages: int) -> list[StepPlan]:
             first, rest = _cut(rest, max(0, room - used))
             if first.count:
                 spans.append(first)
-            result.append(StepPlan(tuple(spans), decoding))
+            result.append(StepPlan(tuple(spans), decoding, plan.version))
             spans, used, decoding = [], 0, 0
         if rest.count:
             spans.append(rest)
             used += rest.count
-    return [*result, StepPlan(tuple(spans), decoding)]
+    return [*result, StepPlan(tuple(spans), decoding, plan.version)]
 
 
 @dataclass(frozen=True, slots=True)
