@@ -89,18 +89,29 @@ def read_network(
     with torch.device("meta"):
         network = GPT(spec, compute_dtype=dtype)
     for name, parameter in list(network.named_parameters()):
-        if tuple(checkpoint.shape(name)) != tuple(parameter.shape):
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} has shape {list(checkpoint.shape(name))}, the config "
-                f"wants {list(parameter.shape)}; the folder mixes two models"
-            )
-        wide = any(part in name for part in KEPT_WIDE) and dtype == torch.bfloat16
-        tensor = checkpoint.read(name).to(device=device, dtype=torch.float32 if wide else dtype)
+        check_shape(checkpoint, name, parameter.shape)
+        tensor = checkpoint.read(name).to(device=device, dtype=kept_dtype(name, dtype))
         owner, _, attribute = name.rpartition(".")
         setattr(
             network.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False)
         )
     return network.eval()
+
+
+def check_shape(checkpoint: Checkpoint, name: str, wanted: Sequence[int]) -> None:
+    """Raise CheckpointError unless the stored parameter has the shape that the config wants."""
+    found = checkpoint.shape(name)
+    if tuple(found) != tuple(wanted):
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} has shape {list(found)}, the config wants {list(wanted)}; "
+            "the folder mixes two models"
+        )
+
+
+def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of a parameter in a model of this type."""
+    wide = any(part in name for part in KEPT_WIDE) and dtype == torch.bfloat16
+    return torch.float32 if wide else dtype
 
 
 class LoadedModel:

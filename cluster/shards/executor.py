@@ -78,10 +78,9 @@ class ShardsExecutor:
     def _receive(self, sequence: int, order: tuple[int, ...]) -> Tensor:
         """The scores of one piece, [S, V]: data ranks below each other, slices side by side."""
         slices: dict[int, list[Tensor]] = {}
-        spent: list[tuple[float, float]] = []
+        dones: list[StepDone] = []
         for rank in self._exits:
             part, done = self.parts[rank], self._done(rank, sequence)
-            spent.append((done.compute_s, done.exchange_s))
             first, end = (
                 self._vocab_size * index // part.slices for index in (part.slice, part.slice + 1)
             )
@@ -89,8 +88,10 @@ class ShardsExecutor:
             if done.rows:
                 self._line.receive_tensor(rows, rank)
             slices.setdefault(part.data, []).append(rows)
-        self.costs.compute_s += max(spent)[0]
-        self.costs.exchange_s += max(spent)[1]
+            dones.append(done)
+        slowest = max(dones, key=lambda done: done.compute_s)
+        self.costs.compute_s += slowest.compute_s
+        self.costs.exchange_s += slowest.exchange_s
         whole = torch.cat([torch.cat(rows, 1) for _, rows in sorted(slices.items())])
         return whole if order == tuple(range(len(whole))) else whole[list(order)]
 

@@ -39,8 +39,6 @@ FRESH_S = 1.5
 """Only shards heard of so lately get one: with a frozen one it would hang."""
 LOOK_AGAIN_S = 0.1
 """The engine's thread waits so long for shards that are away before it hears its callers again."""
-PLAN_S = 2.0
-"""A shard that is alive answers Plan at once, whatever it computes."""
 
 
 class ShardGroup:

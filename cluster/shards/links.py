@@ -4,6 +4,7 @@ Everything travels by torch.distributed: the ranks of the shards, and as the las
 A group lives as long as its epoch. Sends never wait; receives do, up to the group's timeout.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,6 +45,7 @@ def meet(
     """
     world = len(parts) + 1
     timeout = timedelta(seconds=timeout_s)
+    hook = sys.excepthook  # torch puts one more in front of it in each epoch
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host, port, world, is_master=False, timeout=timedelta(seconds=within_s)
@@ -57,6 +59,8 @@ def meet(
         raise ClusterError(
             f"rank {rank} did not meet the others at {host}:{port}: {error}"
         ) from None
+    finally:
+        sys.excepthook = hook
     return groups
 
 

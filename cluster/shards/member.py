@@ -138,16 +138,17 @@ def replay(messages: Iterable[Command | Step], state: State | None = None) -> St
 
 
 def same_weights(old: Plan | None, new: Plan) -> bool:
-    """Whether what was loaded for one plan serves the other."""
+    """Whether the shard made for one plan serves the other: all but epoch and weights equal."""
     if old is None:
         return False
-    mine, other = old.shards[old.rank], new.shards[new.rank]
-    facts = (old.config_digest, old.dtype) == (new.config_digest, new.dtype)
-    return mine == other and facts
+    alike = replace(old, epoch=new.epoch, group=new.group, threads=new.threads)
+    return replace(alike, checkpoint=new.checkpoint, version=new.version) == new
 
 
 def _wrong(state: State, command: Command) -> str:
     """Why a command is not due; empty if it is."""
+    if state.plan is None:
+        return "epoch 0 has no plan; a new epoch begins with Plan"
     if state.drained:
         return "the shard is drained; a new epoch begins with Plan"
     match command:
@@ -164,7 +165,8 @@ def _wrong(state: State, command: Command) -> str:
         case Refresh() if state.versions and command.version <= state.versions[-1]:
             return f"weights version {command.version} is not newer than {state.versions[-1]}"
         case Keep() if not set(command.versions) & set(state.versions):
-            return f"nothing would be left: here are weights versions {state.versions}"
+            here = ", ".join(map(str, state.versions))
+            return f"nothing would be left: here are weights versions {here}"
     return ""
 
 

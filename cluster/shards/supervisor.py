@@ -80,7 +80,9 @@ def beats(
 def failed(
     state: State, reason: str, now_s: float, limits: Limits, suspects: tuple[int, ...] = ()
 ) -> tuple[State, Recover | None]:
-    """A step, or bringing the shards back, has failed."""
+    """A step, or bringing the shards back, has failed. A rest that has begun goes on."""
+    if state.phase == "resting":
+        return state, None
     recent = tuple(then_s for then_s in state.failures_s if now_s - then_s < limits.forget_s)
     rest_s = rest_after(len(recent), limits)
     down_s = now_s if state.down_since_s is None else state.down_since_s

@@ -30,7 +30,7 @@ class Exchange:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     def fixed(self, out: Tensor) -> Tensor:
-        """All-to-all of [P, ...] in equal parts."""
+        """All-to-all of P equal parts, one after the other along dimension 0."""
         arrived = torch.empty_like(out)
         with self.watch.running():
             dist.all_to_all_single(arrived, out, group=self.group)

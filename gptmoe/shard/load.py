@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gptmoe.checkpoint import Checkpoint
 from gptmoe.checkpoint.boxes import Box
 from gptmoe.generate.packed import PackedExperts, can_pack, pack
-from gptmoe.loaded import KEPT_WIDE
+from gptmoe.loaded import check_shape, kept_dtype
 from gptmoe.model.experts import Experts
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
@@ -53,15 +53,18 @@ def load_part(
     part, layout = parts[rank], layout_of(parts)
     with torch.device("meta"):
         model = GPT(spec, compute_dtype=dtype)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         if not part.experts_only:
             mesh = Mesh(layout, rank)
             keep_stage(model, mesh)
             slice_layers(model, mesh)
     wanted = {
-        name: _boxes(name, checkpoint.shape(name), spec, part, layout, rank)
+        name: _boxes(name, shapes[name], spec, part, layout, rank)
         for name, _ in model.named_parameters()
         if not part.experts_only or _expert_layer(name) in part.layers
     }
+    for name in wanted:
+        check_shape(checkpoint, name, shapes[name])
     num_bytes = _read_all(checkpoint, model, wanted, dtype, device, progress)
     experts = {
         layer: _experts(model, layer) for layer in part.layers if spec.experts_in_layer(layer)
@@ -95,7 +98,11 @@ def _read_all(
     device: torch.device,
     progress: Progress,
 ) -> int:
-    total = sum(box.volume for boxes in wanted.values() for box in boxes) * dtype.itemsize
+    total = sum(
+        box.volume * kept_dtype(name, dtype).itemsize
+        for name, boxes in wanted.items()
+        for box in boxes
+    )
     done = 0
 
     def read(name: str) -> tuple[str, Tensor]:
@@ -106,7 +113,7 @@ def _read_all(
             owner, _, attribute = name.rpartition(".")
             parameter = nn.Parameter(tensor, requires_grad=False)
             setattr(model.get_submodule(owner), attribute, parameter)
-            done += tensor.numel() * dtype.itemsize
+            done += tensor.nbytes
             progress(done, total)
     return done
 
@@ -118,8 +125,7 @@ def _read(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    wide = any(part in name for part in KEPT_WIDE) and dtype == torch.bfloat16
-    kept = torch.float32 if wide else dtype
+    kept = kept_dtype(name, dtype)
     read = [checkpoint.read(name, box).to(device=device, dtype=kept) for box in boxes]
     if not read:
         return torch.empty(0, *checkpoint.shape(name)[1:], dtype=kept, device=device)

@@ -169,6 +169,10 @@ def _spans(layer: int, experts: Sequence[int]) -> list[ExpertSpan]:
 
 
 def _check_expert_ranks(spec: ModelSpec, ep: int, expert_ranks: int) -> None:
+    if min(ep, expert_ranks) < 1:
+        raise LayoutError(
+            f"parallel.ep={ep} and parallel.expert_ranks={expert_ranks} must be at least 1"
+        )
     if not spec.num_experts:
         raise LayoutError(
             f"parallel.expert_ranks={expert_ranks} needs experts, but the model is dense; use 0"

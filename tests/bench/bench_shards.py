@@ -83,7 +83,8 @@ def on_shards(group: ShardGroup, model: LoadedModel) -> tuple[Costs, list[list[i
     """Costs of one round."""
     live = group._live
     assert live is not None
-    beats = [1000 * _timed(live.beat) for _ in range(50)]
+    with group._in_use:
+        beats = [1000 * _timed(live.beat) for _ in range(50)]
     before = (live.costs.steps, live.costs.compute_s, live.costs.exchange_s)
     times, tokens = decode(group, model)
     steps = live.costs.steps - before[0]
@@ -112,9 +113,8 @@ def main() -> None:
     facts = []
     with tempfile.TemporaryDirectory() as folder:
         model = gptmoe.load(small_model.write(Path(folder), num_layers=8, d_model=512))
-        print(
-            f"{'layout':16} {'step ms':>8} {'alone':>6} {'ratio':>6}  compute exchange control transfer"
-        )
+        print(f"{'layout':16} {'step ms':>8} {'alone':>6} {'ratio':>6}", end="")
+        print("  compute exchange control transfer")
         ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False)
         for name, layout in LAYOUTS.items():
             facts.append(measure(name, layout, model, arguments.rounds))
