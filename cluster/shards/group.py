@@ -47,7 +47,7 @@ class ShardGroup:
     def __init__(self, job: GroupJob) -> None:
         self.job = job
         self.recoveries: list[dict[str, Any]] = []
-        """Of each: the reason, and seconds of its phases."""
+        """Of each: the reason, the moment it began (time.monotonic), seconds of its phases."""
         self._state = supervisor.State()
         self._live: ShardsExecutor | None = None
         self._store: Any = None
@@ -203,9 +203,10 @@ class ShardGroup:
     def _recover(self, todo: supervisor.Recover) -> None:
         log.warning("shards recover reason=%s suspects=%s", todo.reason, todo.suspects)
         self._set_live(None)
+        began_s = time.monotonic()
         try:
             phases = self._bring_up(todo.suspects, todo.reason)
-            self.recoveries.append({"reason": todo.reason, **phases})
+            self.recoveries.append({"reason": todo.reason, "began_s": began_s, **phases})
             log.warning("shards are back phases=%s", phases)
         except ClusterError as error:
             log.warning("shards do not come back: %s", error)

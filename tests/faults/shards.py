@@ -50,8 +50,10 @@ def write(
     model: LoadedModel,
     hit: Callable[[Engine], None] = lambda engine: None,
     version: int = 0,
+    moved: Callable[[], None] = lambda: None,
 ) -> Texts:
-    """All texts at once, half of them greedy; `hit` is called once on the way."""
+    """All texts at once, half of them greedy; `hit` is called once on the way, `moved` whenever
+    there is something new."""
     engine = Engine(executor, model.tokenizer, model.spec.max_seq_len, ENGINE)
     engine.version = version
     for index, prompt in enumerate(PROMPTS):
@@ -66,6 +68,7 @@ def write(
         for delta in deltas:
             texts.setdefault(delta.request_id, []).extend(delta.token_ids)
         if deltas:
+            moved()
             steps += 1
             if steps == HIT_AT:
                 hit(engine)
