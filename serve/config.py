@@ -1,11 +1,13 @@
 """What `python -m serve` can be told: a TOML file, with overrides, as one frozen ServeConfig."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cluster.planner.hot import spans_of
 from gptmoe.config import INPUT_PATH, Location
-from gptmoe.errors import ConfigError
+from gptmoe.errors import ConfigError, LayoutError
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.model.spec import ModelSpec
 from gptmoe.parallel.layout import smallest_dp
@@ -72,6 +74,9 @@ class ParallelConfig:
     """Pipeline parallel: stages with different layers."""
     expert_ranks: int = 0
     """Shards a stage that hold its experts and nothing else; 0: those with attention hold them."""
+    hot: tuple[str, ...] = ()
+    """Experts, as LAYER:NUMBER, that all shards of their stage hold and share the rows of;
+    `gptmoe status` proposes some."""
 
     @property
     def world(self) -> int:
@@ -80,8 +85,20 @@ class ParallelConfig:
 
     def parts(self, spec: ModelSpec) -> tuple[Part, ...]:
         """What each shard owns. Raises LayoutError if they cannot share the model."""
+        for span in spans_of(self.hot):
+            if span.first >= spec.experts_in_layer(span.layer):
+                raise LayoutError(
+                    f'parallel.hot="{span.layer}:{span.first}" names no expert of this model; it '
+                    f"has MoE layers {spec.moe_layers} with {spec.num_experts} experts"
+                )
         return arrange(
-            spec, dp=self._dp, tp=self.tp, ep=self.ep, pp=self.pp, expert_ranks=self.expert_ranks
+            spec,
+            dp=self._dp,
+            tp=self.tp,
+            ep=self.ep,
+            pp=self.pp,
+            expert_ranks=self.expert_ranks,
+            hot=spans_of(self.hot),
         )
 
     @property
@@ -92,6 +109,9 @@ class ParallelConfig:
         for name, least in (("dp", 0), ("tp", 1), ("ep", 1), ("pp", 1), ("expert_ranks", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"parallel.{name}={getattr(self, name)} must be at least {least}")
+        for word in self.hot:
+            if not re.fullmatch(r"\d+:\d+", word):
+                raise ConfigError(f'parallel.hot="{word}" must be LAYER:NUMBER, as "1:3"')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from gptmoe.config import load
-from gptmoe.errors import ConfigError
+from gptmoe.errors import ConfigError, LayoutError
+from gptmoe.model.spec import ModelSpec
 from serve.command import _parser, read_config
-from serve.config import ServeConfig
+from serve.config import ParallelConfig, ServeConfig
 
 FILE = Path(__file__).parents[2] / "configs" / "serve" / "local.toml"
 
@@ -56,6 +57,9 @@ def test_options_win_over_overrides_and_overrides_over_the_file() -> None:
         (["checkpoint=a", "replicas.target_ongoing=0"], "replicas.target_ongoing=0 must be"),
         (["checkpoint=a", "health.stall_s=0"], "health.stall_s=0.0 must be a positive number"),
         (["checkpoint=a", "health.drain_s=nan"], "health.drain_s=nan must be a positive number"),
+        (["checkpoint=a", "parallel.pp=0"], "parallel.pp=0 must be at least 1"),
+        (["checkpoint=a", "parallel.hot=['1-3']"], 'parallel.hot="1-3" must be LAYER:NUMBER'),
+        (["checkpoint=a", "shards.wait_s=0"], "shards.wait_s=0.0 must be a positive number"),
         (["checkpoint=a", "engine.max_batch_size=0"], "engine.max_batch_size=0 must be at least"),
     ],
 )
@@ -63,3 +67,29 @@ def test_each_mistake_is_named(words: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError) as error:
         read_config(options(*words))
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "world"),
+    [
+        ([], 1),
+        (["parallel.ep=2"], 2),
+        (["parallel.pp=2", "parallel.ep=2"], 4),
+        (["parallel.tp=2", "parallel.ep=4"], 4),
+        (["parallel.pp=2", "parallel.ep=2", "parallel.expert_ranks=2"], 6),
+    ],
+)
+def test_shards_are_counted_and_share_the_model(words: list[str], world: int) -> None:
+    parallel = read_config(options("checkpoint=a", *words)).parallel
+    spec = ModelSpec(num_layers=4, d_model=8, num_heads=2, d_ff=8, num_experts=(4, 4))
+    assert parallel.world == len(parallel.parts(spec)) == world
+
+
+def test_hot_experts_are_those_of_the_model() -> None:
+    spec = ModelSpec(num_layers=4, d_model=8, num_heads=2, d_ff=8, num_experts=(4, 4))
+    hot = read_config(options("checkpoint=a", "parallel.ep=2", 'parallel.hot=["1:3"]')).parallel
+    assert [part.experts_in(1) for part in hot.parts(spec)] == [(0, 1, 3), (2, 3)]
+    for word in ("1:4", "0:1"):
+        wrong = ParallelConfig(ep=2, hot=(word,))
+        with pytest.raises(LayoutError, match=f'parallel.hot="{word}" names no expert'):
+            wrong.parts(spec)
