@@ -38,6 +38,9 @@ class RunConfig:
     """A worker whose products take so many times as long as the others' for `slow_s` is named, and
     all start again from a new checkpoint, at most once an hour; 0 = never."""
     slow_s: float = 120.0
+    refresh: str = ""
+    """HOST:PORT of a deployment's gRPC that gets the new weights after each validation that
+    improves; they are saved at once, and what is served is kept in the folder `served`."""
 
     def __post_init__(self) -> None:
         scheme = re.match(r"([a-z][a-z0-9+.-]+):/", str(self.dir))

@@ -40,8 +40,10 @@ class Saver:
         copy_files: Callable[[Path], None],
         keep: int,
         warn: Callable[[str], None] = log.warning,
+        saved: Callable[[Path], None] = lambda folder: None,
     ) -> None:
-        """`barrier` is used by the writing thread alone. `warn` tells people of a failure."""
+        """`barrier` is used by the writing thread alone. `warn` tells people of a failure, `saved`
+        hears of each complete checkpoint, in the writing thread of rank 0."""
         self._folder = folder
         self._rank, self._world = rank, world
         self._barrier = barrier
@@ -49,6 +51,7 @@ class Saver:
         self._copy_files = copy_files
         self._keep = keep
         self._warn = warn
+        self._saved = saved
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
         self._memory: dict[tuple[str, str, Box], Tensor] = {}
@@ -109,4 +112,5 @@ class Saver:
             copy_files=self._copy_files,
         )
         if self._rank == 0:
+            self._saved(self._folder / name)
             checkpoint.prune(self._folder, self._keep)

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -14,12 +13,8 @@ import torch
 import torch.distributed as dist
 from ray.train.v2._internal.execution.context import get_train_context
 
-from cluster.coordinator_actor import join as join_coordinator
 from cluster.coordinator_actor import report_failure
-from cluster.messages import ExpertRange, Shard
 from cluster.planner.devices import Machine
-from cluster.provenance import code_digest
-from cluster.reporter import Reporter
 from gptmoe import checkpoint
 from gptmoe.data import Samples
 from gptmoe.evaluate import Evaluation, evaluate
@@ -41,6 +36,8 @@ from .notices import Notices
 from .plan import RunPlan
 from .recorders import make_recorders
 from .recovery import RestartError
+from .refresh import Refresher, refresher
+from .register import register
 from .saving import Saver
 from .state import writing
 from .watchdog import Watchdog
@@ -79,7 +76,7 @@ def work(settings: dict[str, Any]) -> None:
             mesh,
             device,
             recorders=recorders,
-            heartbeat=_register(plan, mesh, run_name).heartbeat,
+            heartbeat=register(plan, mesh, run_name).heartbeat,
             attempt=attempt,
             notices=Notices(mesh, device, plan.config.run, told=_is_told),
             warn=lambda reason: _warn(run_name, reason),
@@ -122,6 +119,7 @@ class Worker:
     updater: Updater
     trainer: Trainer
     saver: Saver
+    follower: Refresher | None
     ledger: Ledger | None
     validation: Samples | None
     characters_per_token: list[int]
@@ -157,6 +155,8 @@ class Worker:
             settings=step_settings(plan, mesh),
             scaler=Scaler(plan.loss_scale),
         )
+        target = plan.config.run.refresh
+        follower = refresher(target, plan.run_dir, plan.done, mesh.rank, warn) if target else None
         saver = Saver(
             plan.run_dir / "checkpoints",
             rank=mesh.rank,
@@ -166,6 +166,7 @@ class Worker:
             copy_files=load_tokenizer(plan.tokenizer_path).save,
             keep=plan.config.checkpoint.keep,
             warn=warn,
+            saved=follower.saved if follower else lambda folder: None,
         )
         place = mesh.place
         keeps_ledger = place.stage == 0 and place.slice == 0
@@ -176,6 +177,7 @@ class Worker:
             updater=updater,
             trainer=trainer,
             saver=saver,
+            follower=follower,
             ledger=Ledger(plan.run_dir, attempt, place.data, plan.done) if keeps_ledger else None,
             validation=samples_of(plan, "validation") if plan.has_validation else None,
             characters_per_token=load_tokenizer(plan.tokenizer_path).characters_per_token(),
@@ -209,20 +211,21 @@ class Worker:
             settings = self.trainer.settings
             self.ledger.note(step, self.trainer.first_sample(step), settings.num_sequences)
         config, last = self.plan.config, step == self.plan.max_steps
+        improved = False
         if last or _due(step, config.train.validate_every_steps) or self._epoch_ends(step):
-            self.validate(step)
+            improved = self.validate(step)
         reason = self.notices()
-        if last or reason or _due(step, config.checkpoint.every_steps):
+        if last or reason or improved or _due(step, config.checkpoint.every_steps):
             self.save(step)
         if last or reason:
             self.saver.finish()
         if reason and not last:
             raise RestartError(f"{reason}; all was saved at step {step}")
 
-    def validate(self, step: int) -> None:
-        """Validation loss over all ranks' shares."""
+    def validate(self, step: int) -> bool:
+        """Validation loss over all ranks' shares; whether it is to be served."""
         if self.validation is None:
-            return
+            return False
         mine = evaluate(
             self.model,
             self.validation,
@@ -243,6 +246,8 @@ class Worker:
                 val_perplexity=result.perplexity,
                 bits_per_char=result.bits_per_char,
             )
+        name = checkpoint.checkpoint_name(step)
+        return self.follower is not None and self.follower.improves(result.loss, name)
 
     def save(self, step: int) -> None:
         """Begin to write this rank's part of a checkpoint; rank 0 commits and prunes."""
@@ -265,30 +270,6 @@ class Worker:
     def _epoch_ends(self, step: int) -> bool:
         size, count = self.plan.config.batch_sequences, self.trainer.samples.num_samples
         return step * size // count > (step - 1) * size // count
-
-
-def _register(plan: RunPlan, mesh: Mesh, run_name: str) -> Reporter:
-    group = [secrets.token_hex(4)]
-    if mesh.world_group is not None:
-        dist.broadcast_object_list(group, src=0, group=mesh.world_group)
-    layout, place = mesh.layout, mesh.place
-    layers = layout.layers_of(mesh.rank, plan.spec.num_layers)
-    experts = tuple(
-        ExpertRange(layer=layer, first=first, end=end)
-        for layer in sorted(set(layers) & set(plan.spec.moe_layers))
-        for first, end in [layout.experts_of(mesh.rank, plan.spec.experts_in_layer(layer))]
-    )
-    shard = Shard(
-        stage=place.stage, layers=layers, slice=place.slice, slices=layout.tp, experts=experts
-    )
-    return join_coordinator(
-        run_name,
-        group[0],
-        worker=f"train-{mesh.rank}",
-        rank=mesh.rank,
-        shard=shard,
-        digest=f"{code_digest()}-{plan.stored_config()['digest']}",
-    )
 
 
 def _due(step: int, every: int) -> bool:

@@ -1,0 +1,103 @@
+"""A deployment that follows a run: after each validation that improves it gets the new weights.
+
+    gptmoe finetune my.toml run.refresh=127.0.0.1:9000
+
+The improved weights are saved at once. What is served is kept under run.dir/served, by hard links,
+so that pruning the run's checkpoints does not take it away from shards that start later.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.client import Client, GenerationError
+from gptmoe import metrics
+
+log = logging.getLogger(__name__)
+
+SERVED = "served"
+WITHIN_S = 300.0
+
+
+class Refresher:
+    """Of one rank. `improves` gives all ranks the same answer; rank 0 alone makes calls."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        best: float,
+        refresh: Callable[[Path], None] | None,
+        warn: Callable[[str], None] = log.warning,
+    ) -> None:
+        """`best` is the lowest validation loss so far. `refresh` moves the deployment; None on the
+        other ranks. A deployment that cannot move is a warning: training goes on."""
+        self._served = run_dir / SERVED
+        self._best = best
+        self._refresh = refresh
+        self._warn = warn
+        self._due: str = ""
+
+    def improves(self, loss: float, name: str) -> bool:
+        """Whether a validation was the best so far: then checkpoint `name` is to be saved now."""
+        if not loss < self._best:
+            return False
+        self._best, self._due = loss, name
+        return True
+
+    def saved(self, folder: Path) -> None:
+        """A checkpoint is complete; called by the thread that writes them."""
+        if self._refresh is None or folder.name != self._due:
+            return
+        try:
+            self._refresh(kept(folder, self._served))
+        except (GenerationError, OSError) as error:
+            self._warn(f"TRAINING GOES ON, THE DEPLOYMENT KEEPS ITS WEIGHTS: {error}")
+        else:
+            forget_others(self._served, folder.name)
+
+
+def refresher(
+    target: str, run_dir: Path, done: int, rank: int, warn: Callable[[str], None]
+) -> Refresher:
+    """Of a run that has done so many steps; only rank 0 speaks to the deployment."""
+
+    def refresh(folder: Path) -> None:
+        with Client(target, timeout_s=WITHIN_S) as client:
+            version = client.refresh(str(folder.resolve()), within_s=WITHIN_S)
+        log.info("deployment refreshed target=%s version=%s folder=%s", target, version, folder)
+
+    return Refresher(run_dir, best_loss(run_dir, done), None if rank else refresh, warn)
+
+
+def best_loss(run_dir: Path, done: int) -> float:
+    """The lowest validation loss recorded up to step `done`; infinite without any."""
+    records = metrics.read(run_dir / "metrics.jsonl") if done else []
+    losses = [r["val_loss"] for r in records if "val_loss" in r and r["step"] <= done]
+    return min(losses, default=float("inf"))
+
+
+def kept(folder: Path, served: Path) -> Path:
+    """The same checkpoint beneath `served`, sharing its files."""
+    target = served / folder.name
+    if not target.exists():
+        part = target.with_name(target.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(folder, part, copy_function=_link)
+        part.rename(target)
+    return target
+
+
+def forget_others(served: Path, name: str) -> None:
+    """Only what is served now stays."""
+    for folder in served.iterdir():
+        if folder.name != name:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
