@@ -4,11 +4,12 @@
 #   PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"    torch without CUDA
 
 .POSIX:
-.PHONY: menu install demo test test-full check format protos bench
+.PHONY: menu install demo test test-full check format protos bench soak
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 TIERS ?= static unit ranks ray faults
+MINUTES ?= 30
 
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -30,6 +31,9 @@ check: .venv/.installed-dev  ## style, types, who imports whom, generated code
 
 bench: .venv/.installed-dev  ## speed and memory; wants the machine for itself
 	@$(BIN)/python .ci/tiers.py bench
+
+soak: .venv/.installed-dev  ## kills, cancels, refreshes and scaling under load (MINUTES=30)
+	@$(BIN)/python -m tests.soak.soak --minutes $(MINUTES)
 
 format: .venv/.installed-dev  ## bring the code into shape
 	@$(BIN)/ruff check --fix-only --quiet .
