@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from .messages import Topology
 
 
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlQuery:
     """Asks for Topologies, once or every so often."""

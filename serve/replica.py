@@ -4,14 +4,17 @@ Plain Python: app.py makes it a Ray Serve deployment.
 """
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import ray
 import torch
 from fastapi import FastAPI
 
 import gptmoe
+from cluster import coordinator_actor
 from cluster.shards.group import ShardGroup
 from cluster.shards.muster import GroupJob
 from cluster.shards.shard_actor import model_digest
@@ -29,13 +32,17 @@ from gptmoe.text import load_tokenizer
 
 from . import routes
 from .bridge import EngineThread
+from .checkpoints import Interchangeable
 from .config import ServeConfig
+from .control import ControlServicer
+from .controller import Controlled, Settings
+from .operations import Operations
 from .rpc import Servicer
 from .service import ModelCard, Service
 
 
-class Generator(Servicer):
-    """One replica: gRPC by its methods (Servicer), HTTP by the application it builds."""
+class Generator(Servicer, ControlServicer):
+    """One replica: gRPC by its methods (Servicer, ControlServicer), HTTP by what it builds."""
 
     def __init__(self, config: ServeConfig, num_cpus: float) -> None:
         torch.set_num_threads(config.threads)
@@ -53,10 +60,19 @@ class Generator(Servicer):
             raise
         self.service = Service(EngineThread(engine), encode, _card(spec, config))
         self._stall_s = config.health.stall_s
+        self.operations = _operations(config, spec, engine.tokenizer.digest)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the HTTP application."""
         return routes.build(self.service, self._stall_s)
+
+    def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """What Ray Serve calls at the start, and whenever an operator told all replicas something.
+
+        It never raises: Ray Serve would replace the replica.
+        """
+        self.settings = Settings(**user_config)
+        self.service.draining = self.settings.draining
 
     def check_health(self) -> None:
         """What Ray Serve calls every few seconds; raises if the replica must be replaced."""
@@ -95,6 +111,16 @@ def sharded(config: ServeConfig, num_cpus: float) -> Iterator[tuple[Engine, Mode
     )
     with ShardGroup(job) as group:
         yield Engine(group, tokenizer, spec.max_seq_len, config.engine), spec
+
+
+def _operations(config: ServeConfig, spec: ModelSpec, tokenizer_digest: str) -> Operations:
+    alike = Interchangeable(spec, tokenizer_digest, config.cache_dir.expanduser())
+    return Operations(
+        Controlled(config.name),
+        me=ray.get_runtime_context().get_actor_id() or "",
+        check=alike.check,
+        topologies=coordinator_actor.topologies,
+    )
 
 
 def local_checkpoint(config: ServeConfig) -> Path:

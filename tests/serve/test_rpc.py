@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from gptmoe.errors import CheckpointError, GptMoeError
 from protos import generation_pb2 as messages
 from protos import generation_pb2_grpc as services
-from serve.proxy import add_generation
+from serve.proxy import add_services
 from serve.rpc import Servicer
 from serve.service import Service
 
@@ -196,7 +196,7 @@ def test_the_model_describes_itself(servicer: Servicer) -> None:
 
 
 def test_the_registered_service_hands_over_bytes_and_takes_messages() -> None:
-    """What proxy.add_generation registers serves the generated client."""
+    """What proxy.add_services registers serves the generated client."""
 
     class Echo:
         async def Generate(self, request: bytes, context: object) -> Message:
@@ -211,7 +211,7 @@ def test_the_registered_service_hands_over_bytes_and_takes_messages() -> None:
 
     async def call(use: Callable[[Any], Any]) -> Any:
         server = grpc.aio.server()
-        add_generation(Echo(), server)
+        add_services(Echo(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

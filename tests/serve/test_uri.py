@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from gptmoe.config import Uri
+from serve.checkpoints import pinned
 from serve.command import _parser, read_config
 from serve.config import ServeConfig
-from serve.launch import pinned
 from serve.replica import local_checkpoint
 from tests.bucket import serving
 
