@@ -1,12 +1,13 @@
-"""A client of the gRPC services gptmoe.v1.Generation and ClusterControl. Needs grpc and protos only.
+"""A client of the gRPC services Generation and ClusterControl. Needs grpc and protos only.
 
     with Client("127.0.0.1:9000") as client:
         print(client.generate("春风", max_new_tokens=32).text)
         for chunk in client.stream("春风", seed=7):
             print(chunk.text, end="", flush=True)
 
-AsyncClient is the same with `await` and `async for`. Leaving a stream early cancels it on the
-server. What an operator asks (topology, drain, refresh, scale) is in Client alone. Where Ray Serve runs more than one application, `application` names the one that is meant.
+AsyncClient is the same with `await` and `async for`, without what only operators ask (topology,
+drain, refresh, scale). Leaving a stream early cancels it on the server. Where Ray Serve runs more
+than one application, `application` names the one that is meant.
 """
 
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence

@@ -49,7 +49,7 @@ class State:
     status: str
     message: str
     states: Mapping[str, str]
-    """Of each replica, by its actor's id: RUNNING, UPDATING, STARTING, STOPPING, ..."""
+    """Of each replica, by its id: RUNNING, UPDATING, STARTING, STOPPING, ..."""
     wanted: int
     """Replicas."""
     scales_itself: bool
@@ -81,7 +81,7 @@ class Controlled:
             settings=Settings(**deployment["deployment_config"]["user_config"]),
             status=found["status"].value,
             message=deployment["message"] or found["message"],
-            states={one["actor_id"]: one["state"].value for one in deployment["replicas"]},
+            states={one["replica_id"]: one["state"].value for one in deployment["replicas"]},
             wanted=deployment["target_num_replicas"],
             scales_itself=not found["external_scaler_enabled"],
         )

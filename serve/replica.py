@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
+import ray.serve
 import torch
 from fastapi import FastAPI
 
@@ -117,7 +117,7 @@ def _operations(config: ServeConfig, spec: ModelSpec, tokenizer_digest: str) -> 
     alike = Interchangeable(spec, tokenizer_digest, config.cache_dir.expanduser())
     return Operations(
         Controlled(config.name),
-        me=ray.get_runtime_context().get_actor_id() or "",
+        me=ray.serve.get_replica_context().replica_id.unique_id,
         check=alike.check,
         topologies=coordinator_actor.topologies,
     )
