@@ -16,7 +16,7 @@ from gptmoe.errors import ClusterError, ConfigError
 
 from . import lazy
 from .output import Json, examples, print_facts, print_live
-from .serving import Checkpoint, ServedAt, words_of
+from .serving import Checkpoint, Name, ServedAt, words_of
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -81,18 +81,19 @@ def status(
     run_dir: Annotated[Path | None, typer.Argument(help="The folder of a run.")] = None,
     address: Address = "",
     target: ServedAt = "",
+    name: Name = "",
     watch: Annotated[bool, typer.Option("--watch", help="Draw it anew until Ctrl-C.")] = False,
     json: Json = False,
 ) -> None:
     """Show who owns what, and how far it is.
 
-    Of one run by its folder; of a served model by --target: its shards and their load; or of a whole
-    cluster: resources, jobs, what it serves.
+    Of one run by its folder; of a served model by --target: its shards and their load; or of a
+    whole cluster: resources, jobs, what it serves.
     """
     if target:
         if run_dir or address:
             raise ConfigError("status takes one of RUN_DIR, --address and --target")
-        with lazy.remote().operating(target) as client:
+        with lazy.remote().operating(target, name) as client:
             if watch:
                 answers = lazy.remote().watch(client, _EVERY_S)
                 print_live(map(_served, answers), as_json=json)

@@ -16,6 +16,8 @@ from .training import run_job
 
 app = typer.Typer(rich_markup_mode=None)
 
+_USUAL_NAME = "gptmoe"
+
 Checkpoint = Annotated[  # no Path: it would take a slash of s3:// away
     str, typer.Option(metavar="DIR|URI", help="A checkpoint, or the folder of a run.")
 ]
@@ -24,6 +26,9 @@ Words = Annotated[
 ]
 ServedAt = Annotated[
     str, typer.Option(metavar="HOST:PORT", help="The gRPC address of a served model.")
+]
+Name = Annotated[
+    str, typer.Option(help="The application (name in its config), where several are served.")
 ]
 Within = Annotated[float, typer.Option(help="Wait so long for the replicas.")]
 
@@ -73,9 +78,7 @@ def serve(
 )
 def scale(
     replicas: Annotated[int, typer.Argument(min=1, help="How many copies of the model.")],
-    name: Annotated[
-        str, typer.Option(help="The application, as `gptmoe status` calls it.")
-    ] = "gptmoe",
+    name: Name = "",
     address: Annotated[
         str, typer.Option(help="The dashboard of the Ray cluster, as http://HEAD:8265.")
     ] = "",
@@ -93,10 +96,10 @@ def scale(
         with lazy.remote().operating(target, name) as client:
             client.scale(replicas, within_s=timeout_s)
     else:
-        dashboard = lazy.dashboard().Dashboard(address)
-        dashboard.scale(name, replicas, wait_s=timeout_s)
+        name = name or _USUAL_NAME
+        lazy.dashboard().Dashboard(address).scale(name, replicas, wait_s=timeout_s)
     facts = {"name": name, "replicas": replicas}
-    print_facts(facts, f"{name}: {replicas} replicas run", as_json=json)
+    print_facts(facts, f"{name or target}: {replicas} replicas run", as_json=json)
 
 
 @app.command(
@@ -106,6 +109,7 @@ def scale(
 )
 def drain(
     target: ServedAt,
+    name: Name = "",
     resume: Annotated[bool, typer.Option("--resume", help="Take requests again.")] = False,
     timeout_s: Within = 60.0,
     json: Json = False,
@@ -114,7 +118,7 @@ def drain(
 
     Comes back when all replicas refuse.
     """
-    with lazy.remote().operating(target) as client:
+    with lazy.remote().operating(target, name) as client:
         client.drain(resume=resume, within_s=timeout_s)
     text = "takes requests again" if resume else "takes no new requests"
     print_facts({"target": target, "draining": not resume}, f"{target} {text}", as_json=json)
@@ -129,6 +133,7 @@ def drain(
 def refresh(
     target: ServedAt,
     checkpoint: Checkpoint,
+    name: Name = "",
     restart: Annotated[
         bool,
         typer.Option(
@@ -143,7 +148,7 @@ def refresh(
     Comes back when all replicas have them.
     """
     meant = checkpoint if "://" in checkpoint else str(Path(checkpoint).absolute())
-    with lazy.remote().operating(target) as client:
+    with lazy.remote().operating(target, name) as client:
         version = client.refresh(meant, restart=restart, within_s=timeout_s)
     facts = {"target": target, "checkpoint": meant, "version": version}
     print_facts(facts, f"{target} serves {meant} as version {version}", as_json=json)
