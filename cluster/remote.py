@@ -13,6 +13,8 @@ from .operations import Topologies
 
 _CALLS_AT_ONCE = 8
 _AGAIN_S = 0.5
+_SAYS_ITSELF = "takes no new requests"
+"""In the answer of a server that is drained: it is there."""
 
 
 class Remote:
@@ -87,6 +89,13 @@ def _in_our_words(error: GenerationError, target: str) -> GptMoeError:
     if error.code == "INVALID_ARGUMENT":
         return RequestError(error.message)
     if error.code in ("FAILED_PRECONDITION", "DEADLINE_EXCEEDED", "ABORTED"):
+        return ClusterError(error.message)
+    if error.code == "NOT_FOUND":  # as Ray Serve says it
+        return ClusterError(
+            f"the server at {target} does not know which application is meant; one of several is "
+            "named with --name, as its config has it"
+        )
+    if error.code == "UNAVAILABLE" and _SAYS_ITSELF in error.message:
         return ClusterError(error.message)
     if error.code == "UNAVAILABLE":
         return ClusterError(f"no server answers at {target} ({error.message}); is it running?")
