@@ -1,24 +1,31 @@
-"""A client of the gRPC service gptmoe.v1.Generation. Needs grpc and protos only.
+"""A client of the gRPC services Generation and ClusterControl. Needs grpc and protos only.
 
     with Client("127.0.0.1:9000") as client:
         print(client.generate("春风", max_new_tokens=32).text)
         for chunk in client.stream("春风", seed=7):
             print(chunk.text, end="", flush=True)
 
-AsyncClient is the same with `await` and `async for`. Leaving a stream early cancels it on the
-server. Where Ray Serve runs more than one application, `application` names the one that is meant.
+AsyncClient is the same with `await` and `async for`, without what only operators ask (topology,
+drain, refresh, scale). Leaving a stream early cancels it on the server. Where Ray Serve runs more
+than one application, `application` names the one that is meant.
 """
 
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, TypeVar, Unpack, cast
 
 import grpc
 import grpc.aio
 
+from protos import control_pb2, control_pb2_grpc
 from protos import generation_pb2 as messages
 from protos import generation_pb2_grpc as services
+
+from . import fields
+from .operations import Topologies
+
+M = TypeVar("M")
 
 
 class GenerationError(Exception):
@@ -101,6 +108,7 @@ class Client:
     ) -> None:
         self._channel = grpc.insecure_channel(target)
         self._stub: Any = services.GenerationStub(self._channel)
+        self._control: Any = control_pb2_grpc.ClusterControlStub(self._channel)
         self._call = {"metadata": _metadata(application), "timeout": timeout_s}
 
     def generate(self, prompt: str, **sampling: Unpack[Sampling]) -> Generation:
@@ -124,6 +132,46 @@ class Client:
         """Ask which model answers. Raises GenerationError."""
         with _errors():
             return _model(self._stub.GetModel(messages.GetModelRequest(), **self._call))
+
+    def topology(self) -> Topologies:
+        """Who owns what, of all replicas. Raises GenerationError, as all that follow."""
+        with _errors():
+            answer = self._control.GetTopology(control_pb2.ControlQuery(), **self._call)
+            return cast(Topologies, fields.read(answer))
+
+    def watch_topology(self, every_s: float = 1.0) -> Generator[Topologies, None, None]:
+        """The same again and again."""
+        with _errors():
+            query = _message(control_pb2.ControlQuery, every_s=every_s)
+            call = self._control.WatchTopology(query, **self._call)
+            try:
+                for answer in call:
+                    yield fields.read(answer)
+            finally:
+                call.cancel()
+
+    def drain(self, *, resume: bool = False, within_s: float = 0.0) -> None:
+        """Take no new requests while running ones finish; `resume`: take them again."""
+        with _errors():
+            request = _message(control_pb2.DrainRequest, resume=resume, within_s=within_s)
+            self._control.Drain(request, **self._call)
+
+    def refresh(self, checkpoint: str, *, restart: bool = False, within_s: float = 0.0) -> int:
+        """Have all replicas serve other weights of the same config; returns their version."""
+        with _errors():
+            request = _message(
+                control_pb2.RefreshRequest,
+                checkpoint=checkpoint,
+                restart=restart,
+                within_s=within_s,
+            )
+            return int(self._control.Refresh(request, **self._call).version)
+
+    def scale(self, replicas: int, *, within_s: float = 0.0) -> None:
+        """Set the number of replicas."""
+        with _errors():
+            request = _message(control_pb2.ScaleRequest, replicas=replicas, within_s=within_s)
+            self._control.Scale(request, **self._call)
 
     def close(self) -> None:
         """Close the connection."""
@@ -190,8 +238,12 @@ def _errors() -> Iterator[None]:
 
 
 def _request(prompt: str, sampling: Sampling) -> messages.GenerateRequest:
+    return _message(messages.GenerateRequest, prompt=prompt, **sampling)
+
+
+def _message(kind: type[M], **values: Any) -> M:
     try:
-        return messages.GenerateRequest(prompt=prompt, **sampling)
+        return kind(**values)
     except (TypeError, ValueError) as error:  # a wrong type, a number too large, a lone surrogate
         raise GenerationError("INVALID_ARGUMENT", str(error)) from None
 

@@ -7,7 +7,7 @@ and register there (`join`).
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,25 @@ def runs() -> list[str]:
     actors = ray.util.list_named_actors(all_namespaces=True)
     names = [actor["name"] for actor in actors if actor["namespace"] == NAMESPACE]
     return sorted(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
+
+
+def topologies(prefix: str, within_s: float = 5.0) -> tuple[Topology, ...]:
+    """Of the runs whose name begins so; those that end meanwhile, or do not answer, are missing."""
+    calls: list[Any] = []
+    for run in runs():
+        with suppress(ValueError):  # it has ended since
+            if run.startswith(prefix):
+                actor = ray.get_actor(PREFIX + run, namespace=NAMESPACE)
+                calls.append(actor.handle.remote(wire.encode(TopologyRequest())))
+    if not calls:
+        return ()
+    done, _ = ray.wait(calls, num_returns=len(calls), timeout=within_s)
+    found = []
+    for call in calls:
+        with suppress(ray.exceptions.RayError, ClusterError):
+            if call in done and isinstance(answer := wire.decode(ray.get(call)), Topology):
+                found.append(answer)
+    return tuple(found)
 
 
 def _stop(actor: ray.actor.ActorHandle[Any]) -> None:

@@ -1,6 +1,6 @@
 """Runs and clusters for people, in rich."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from rich.console import Group, RenderableType
@@ -9,10 +9,14 @@ from rich.text import Text
 
 from .follow import describe
 from .messages import ExpertRange, Topology
+from .operations import Topologies
 from .status import ClusterStatus, JobStatus, RunStatus
 
 SILENT_S = 15.0
 """A worker of a running run that was not heard of for longer is marked."""
+
+ROWS = "rows/"
+"""A shard's counter `rows/LAYER/EXPERT`: the rows that this expert has answered."""
 
 
 def draw_run(run: RunStatus) -> RenderableType:
@@ -56,6 +60,60 @@ def draw_topology(topology: Topology, *, running: bool) -> Table:
             Text(f"{age_s:.0f} s ago", style="red" if running and age_s > SILENT_S else ""),
         )
     return table
+
+
+def draw_application(answer: Topologies) -> RenderableType:
+    """What is served, and of each replica: its shards, their load, what failed."""
+    version = f"weights version {answer.version}" + (", draining" if answer.draining else "")
+    parts: list[RenderableType] = [
+        Text(f"{answer.application}: {answer.replicas} replicas, {version}", style="bold"),
+        Text(answer.checkpoint),
+    ]
+    if not answer.topologies:
+        parts.append(Text("no replica lies on shards: each holds the whole model"))
+    for topology in answer.topologies:
+        parts.append(_shards_table(topology))
+        parts += [Text(str(failure), style="yellow") for failure in topology.failures]
+    return Group(*parts)
+
+
+def _shards_table(topology: Topology) -> Table:
+    columns = ("shard", "node", "pid", "stage", "layers", "slice", "data", "layer: experts")
+    title = f"{topology.run}, epoch {topology.epoch}"
+    table = Table(*columns, "rows", "load", "step", "heard of", box=None, title=title)
+    table.title_justify = "left"
+    for owner in topology.owners:
+        shard, age_s = owner.shard, owner.heartbeat_age_s
+        rows, load = describe_load(owner.counters)
+        table.add_row(
+            str(owner.rank),
+            owner.node,
+            str(owner.pid),
+            str(shard.stage),
+            "" if shard.experts_only else describe_layers(shard.layers),
+            f"{shard.slice + 1}/{shard.slices}",
+            str(shard.data),
+            describe_experts(shard.experts),
+            rows,
+            load,
+            str(owner.step),
+            Text(f"{age_s:.0f} s ago", style="red" if age_s > SILENT_S else ""),
+        )
+    return table
+
+
+def describe_load(counters: Mapping[str, float]) -> tuple[str, str]:
+    """Rows that a shard's experts have answered in all, and the share of the busiest one.
+
+    `1,200`, `41% 3/7`: expert 7 of layer 3 got 41% of them. Two empty texts without experts.
+    """
+    rows = {
+        name.removeprefix(ROWS): value for name, value in counters.items() if name.startswith(ROWS)
+    }
+    if not rows:
+        return "", ""
+    total, busiest = sum(rows.values()), max(rows, key=lambda name: rows[name])
+    return f"{total:,.0f}", f"{rows[busiest] / total:.0%} {busiest}" if total else ""
 
 
 def describe_layers(layers: Sequence[int]) -> str:

@@ -1,5 +1,6 @@
-"""Prompts to answers by a server: the gRPC client as a `prompts.Answerer`."""
+"""A server from afar: the gRPC client as a `prompts.Answerer`, and as an operator's hand."""
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,8 +9,12 @@ from gptmoe.errors import ClusterError, GptMoeError, RequestError
 from gptmoe.generate.request import SamplingParams
 
 from .client import Client, GenerationError, Sampling
+from .operations import Topologies
 
 _CALLS_AT_ONCE = 8
+_AGAIN_S = 0.5
+_SAYS_ITSELF = "takes no new requests"
+"""In the answer of a server that is drained: it is there."""
 
 
 class Remote:
@@ -30,12 +35,12 @@ class Remote:
 
     def generate(self, prompts: Sequence[str]) -> list[str]:
         """Continue the prompts, some at a time: the server batches them."""
-        with self._errors(), ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
+        with _errors(self._target), ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
             return list(pool.map(self._generate, prompts))
 
     def stream(self, prompt: str) -> Iterator[str]:
         """Continue one prompt, piece by piece."""
-        with self._errors():
+        with _errors(self._target):
             for chunk in self._client.stream(prompt, **self._sampling):
                 yield chunk.text
 
@@ -46,17 +51,52 @@ class Remote:
     def _generate(self, prompt: str) -> str:
         return self._client.generate(prompt, **self._sampling).text
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
+
+@contextmanager
+def operating(target: str, name: str = "") -> Iterator[Client]:
+    """A client to operate the application at `target`; its errors are ours.
+
+    `name` is the application's, where Ray Serve runs several.
+    """
+    with Client(target, application=name) as client, _errors(target):
+        yield client
+
+
+def watch(client: Client, every_s: float) -> Iterator[Topologies]:
+    """The topology again and again; another replica is asked when the one that answers ends."""
+    answered = False
+    while True:
         try:
-            yield
+            for answer in client.watch_topology(every_s):
+                answered = True
+                yield answer
         except GenerationError as error:
-            raise _in_our_words(error, self._target) from None
+            if not answered or error.code not in ("UNAVAILABLE", "INTERNAL"):
+                raise
+        answered = False
+        time.sleep(_AGAIN_S)
+
+
+@contextmanager
+def _errors(target: str) -> Iterator[None]:
+    try:
+        yield
+    except GenerationError as error:
+        raise _in_our_words(error, target) from None
 
 
 def _in_our_words(error: GenerationError, target: str) -> GptMoeError:
     if error.code == "INVALID_ARGUMENT":
         return RequestError(error.message)
+    if error.code in ("FAILED_PRECONDITION", "DEADLINE_EXCEEDED", "ABORTED"):
+        return ClusterError(error.message)
+    if error.code == "NOT_FOUND":  # as Ray Serve says it
+        return ClusterError(
+            f"the server at {target} does not know which application is meant; one of several is "
+            "named with --name, as its config has it"
+        )
+    if error.code == "UNAVAILABLE" and _SAYS_ITSELF in error.message:
+        return ClusterError(error.message)
     if error.code == "UNAVAILABLE":
         return ClusterError(f"no server answers at {target} ({error.message}); is it running?")
     return ClusterError(f"the server at {target} failed: {error}")

@@ -1,19 +1,19 @@
-"""Control messages to bytes and back: one mapping, by field name, for every message.
+"""Control messages to bytes and back: one mapping, by field name (fields.py), for every message.
 
-The only file of this folder, beside the gRPC client, that touches protobuf.
+The only file of this folder, beside the gRPC client, that touches protobuf messages.
 """
 
 import typing
-from dataclasses import fields
-from typing import Any
+from typing import TypeVar
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtoMessage
 
-from cluster import messages
-from gptmoe.errors import ClusterError
+from cluster import fields, messages, operations
+from gptmoe.errors import ClusterError, RequestError
 from protos import control_pb2
+
+A = TypeVar("A", bound=operations.Asked)
 
 VERSION = 1
 """Of the control protocol: grows when an old peer could misread a message."""
@@ -30,7 +30,7 @@ def encode(message: messages.Message) -> bytes:
     body = getattr(envelope, _BODIES[type(message).__name__])
     body.SetInParent()
     try:
-        _fill(body, message)
+        fields.fill(body, message)
     except (TypeError, ValueError) as error:
         name = type(message).__name__
         raise ClusterError(f"control message {name} cannot be sent: {error}") from None
@@ -53,35 +53,21 @@ def decode(data: bytes) -> messages.Message:
     body = envelope.WhichOneof("body")
     if body is None:
         raise ClusterError("control message without a known body; run the same gptmoe on all nodes")
-    return typing.cast(messages.Message, _read(getattr(envelope, body)))
+    return typing.cast(messages.Message, fields.read(getattr(envelope, body)))
 
 
-def _fill(proto: ProtoMessage, value: Any) -> None:
-    for field in fields(value):
-        item = getattr(value, field.name)
-        if isinstance(item, tuple) and item and isinstance(item[0], int):
-            getattr(proto, field.name).extend(item)
-        elif isinstance(item, tuple):
-            for part in item:
-                _fill(getattr(proto, field.name).add(), part)
-        elif isinstance(item, dict):
-            getattr(proto, field.name).update(item)
-        elif hasattr(item, "__dataclass_fields__"):
-            getattr(proto, field.name).SetInParent()
-            _fill(getattr(proto, field.name), item)
-        else:
-            setattr(proto, field.name, item)
+def parse(kind: type[A], data: bytes) -> A:
+    """An operator's request from its bytes; raises RequestError if they are none."""
+    proto = getattr(control_pb2, kind.__name__)
+    try:
+        return typing.cast(A, fields.read(proto.FromString(data)))
+    except DecodeError as error:
+        name = proto.DESCRIPTOR.full_name
+        raise RequestError(f"the request is not a {name} with UTF-8 text: {error}") from None
 
 
-def _read(proto: ProtoMessage) -> Any:
-    cls = getattr(messages, proto.DESCRIPTOR.name)
-    return cls(**{field.name: _value(proto, field) for field in proto.DESCRIPTOR.fields})
-
-
-def _value(proto: ProtoMessage, field: FieldDescriptor) -> Any:
-    value, kind = getattr(proto, field.name), field.message_type
-    if kind is None:
-        return tuple(value) if field.is_repeated else value
-    if kind.GetOptions().map_entry:
-        return dict(value)
-    return tuple(_read(item) for item in value) if field.is_repeated else _read(value)
+def to_proto(answer: operations.Answered) -> ProtoMessage:
+    """The message that answers an operator."""
+    proto: ProtoMessage = getattr(control_pb2, type(answer).__name__)()
+    fields.fill(proto, answer)
+    return proto

@@ -335,3 +335,69 @@ class Envelope(_message.Message):
     step_done: StepDone
     keep: Keep
     def __init__(self, version: _Optional[int] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., register: _Optional[_Union[Register, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., topology_request: _Optional[_Union[TopologyRequest, _Mapping]] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., plan: _Optional[_Union[Plan, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., join: _Optional[_Union[Join, _Mapping]] = ..., refresh: _Optional[_Union[Refresh, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., step_done: _Optional[_Union[StepDone, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ...) -> None: ...
+
+class ControlQuery(_message.Message):
+    __slots__ = ("every_s",)
+    EVERY_S_FIELD_NUMBER: _ClassVar[int]
+    every_s: float
+    def __init__(self, every_s: _Optional[float] = ...) -> None: ...
+
+class Topologies(_message.Message):
+    __slots__ = ("application", "topologies", "replicas", "checkpoint", "version", "draining")
+    APPLICATION_FIELD_NUMBER: _ClassVar[int]
+    TOPOLOGIES_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    application: str
+    topologies: _containers.RepeatedCompositeFieldContainer[Topology]
+    replicas: int
+    checkpoint: str
+    version: int
+    draining: bool
+    def __init__(self, application: _Optional[str] = ..., topologies: _Optional[_Iterable[_Union[Topology, _Mapping]]] = ..., replicas: _Optional[int] = ..., checkpoint: _Optional[str] = ..., version: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("resume", "within_s")
+    RESUME_FIELD_NUMBER: _ClassVar[int]
+    WITHIN_S_FIELD_NUMBER: _ClassVar[int]
+    resume: bool
+    within_s: float
+    def __init__(self, resume: _Optional[bool] = ..., within_s: _Optional[float] = ...) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RefreshRequest(_message.Message):
+    __slots__ = ("checkpoint", "restart", "within_s")
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    RESTART_FIELD_NUMBER: _ClassVar[int]
+    WITHIN_S_FIELD_NUMBER: _ClassVar[int]
+    checkpoint: str
+    restart: bool
+    within_s: float
+    def __init__(self, checkpoint: _Optional[str] = ..., restart: _Optional[bool] = ..., within_s: _Optional[float] = ...) -> None: ...
+
+class RefreshResponse(_message.Message):
+    __slots__ = ("version", "checkpoint")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    checkpoint: str
+    def __init__(self, version: _Optional[int] = ..., checkpoint: _Optional[str] = ...) -> None: ...
+
+class ScaleRequest(_message.Message):
+    __slots__ = ("replicas", "within_s")
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    WITHIN_S_FIELD_NUMBER: _ClassVar[int]
+    replicas: int
+    within_s: float
+    def __init__(self, replicas: _Optional[int] = ..., within_s: _Optional[float] = ...) -> None: ...
+
+class ScaleResponse(_message.Message):
+    __slots__ = ("replicas",)
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    replicas: int
+    def __init__(self, replicas: _Optional[int] = ...) -> None: ...

@@ -1,9 +1,12 @@
 """ServeConfig -> Ray Serve application: one ingress deployment, called after what it owns."""
 
+from dataclasses import asdict
+
 import ray.serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
 from .config import ServeConfig
+from .controller import Settings
 from .replica import Generator
 
 DEPLOYMENT = "Generator"
@@ -21,6 +24,7 @@ def build(config: ServeConfig, num_cpus: float) -> ray.serve.Application:
     deployment = ray.serve.deployment(
         name=DEPLOYMENT,
         ray_actor_options={"num_cpus": num_cpus if config.parallel.world == 1 else 0},
+        user_config=asdict(Settings(checkpoint=str(config.checkpoint))),
         max_ongoing_requests=bound,
         max_queued_requests=bound,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1.0),

@@ -13,7 +13,6 @@ from cluster.shards.shard_actor import model_digest
 from cluster.shards.supervisor import Limits
 from gptmoe.checkpoint import Checkpoint, open_checkpoint
 from gptmoe.config import Location, Uri
-from gptmoe.errors import CheckpointError
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor
 from gptmoe.loaded import spec_of
@@ -34,7 +33,8 @@ class Core(Protocol):
     def prepare(self, checkpoint: Location, version: int) -> None:
         """Read newer weights of the same config, beside those in use; the engine's steps go on.
 
-        Raises CheckpointError for another model or tokenizer, ClusterError if a shard cannot.
+        That they are of the same config has been checked (checkpoints.Interchangeable). Raises
+        CheckpointError or ClusterError if they cannot be read.
         """
         ...
 
@@ -56,13 +56,11 @@ class LocalCore:
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
         model = gptmoe.load(on_this_node(config.checkpoint, config), dtype=config.dtype)
-        self._stored = open_checkpoint(model.path, verify=False)
         self.spec, self.engine = model.spec, model.engine(config.engine)
 
     def prepare(self, checkpoint: Location, version: int) -> None:
         """See Core.prepare."""
         folder = on_this_node(checkpoint, self._config)
-        check_same(self._stored, open_checkpoint(folder, verify=False))
         executor = self.engine.executor
         assert isinstance(executor, LocalExecutor)
         executor.add(version, gptmoe.load(folder, dtype=self._config.dtype).network)
@@ -72,14 +70,13 @@ class ShardedCore:
     """The model on the actors of a group."""
 
     def __init__(self, config: ServeConfig, stored: Checkpoint, group: ShardGroup) -> None:
-        self._config, self._stored, self._group = config, stored, group
+        self._group = group
         self.spec = spec_of(stored)
         tokenizer = load_tokenizer(stored.path)
         self.engine = Engine(group, tokenizer, self.spec.max_seq_len, config.engine)
 
     def prepare(self, checkpoint: Location, version: int) -> None:
         """See Core.prepare."""
-        check_same(self._stored, open_checkpoint(on_this_node(checkpoint, self._config)))
         self._group.refresh(str(checkpoint), version)
 
 
@@ -109,22 +106,3 @@ def on_this_node(checkpoint: Location, config: ServeConfig) -> Path:
     if isinstance(checkpoint, Uri):
         return fetch(checkpoint, config.cache_dir.expanduser())
     return checkpoint
-
-
-def check_same(served: Checkpoint, other: Checkpoint) -> None:
-    """Raise CheckpointError unless both hold models of one config, with the same tokenizer."""
-    for what, digest in (("config", _model), ("tokenizer", _tokenizer)):
-        mine, theirs = digest(served), digest(other)
-        if mine != theirs:
-            raise CheckpointError(
-                f"{other.path} has another {what} (digest {theirs}) than the model that is served "
-                f"(digest {mine}); serve it as another deployment"
-            )
-
-
-def _model(checkpoint: Checkpoint) -> str:
-    return model_digest(spec_of(checkpoint))
-
-
-def _tokenizer(checkpoint: Checkpoint) -> str:
-    return load_tokenizer(checkpoint.path).digest

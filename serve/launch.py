@@ -21,15 +21,16 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from cluster import env, local
 from cluster.client import Client, GenerationError
-from gptmoe.checkpoint import latest_uri, open_checkpoint
-from gptmoe.config import Location, Uri
+from gptmoe.checkpoint import open_checkpoint
+from gptmoe.config import Uri
 from gptmoe.errors import ClusterError, ConfigError
 from gptmoe.loaded import spec_of
 
 from . import app
+from .checkpoints import pinned
 from .config import ServeConfig
 
-SERVICER = "serve.proxy.add_generation"
+SERVICER = "serve.proxy.add_services"
 _POLL_S = 0.2
 
 
@@ -70,16 +71,6 @@ def running(config: ServeConfig) -> Iterator[Endpoints]:
             remove(config.name, cluster)
 
 
-def pinned(location: Location) -> Location:
-    """The checkpoint that all replicas serve, also those that start later.
-
-    Raises CheckpointError if there is none, DataError if a URI cannot be reached.
-    """
-    if isinstance(location, Uri):
-        return latest_uri(location)
-    return open_checkpoint(location, verify=False).path.resolve()  # a replica verifies all of it
-
-
 def check_parallel(config: ServeConfig) -> None:
     """Raise LayoutError unless the shards can share the model; unknown behind a URI."""
     if config.parallel.world > 1 and not isinstance(config.checkpoint, Uri):
@@ -100,7 +91,7 @@ def choose_ports(config: ServeConfig, *, check: bool) -> ServeConfig:
 def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
     """Start Ray Serve; where it runs already its ports stay, and come back in the config.
 
-    Raises ClusterError if it runs without our gRPC service.
+    Raises ClusterError if it runs without our gRPC services.
     """
     ray.serve.start(
         http_options=ray.serve.HTTPOptions(host=config.host, port=config.http_port),
@@ -112,7 +103,7 @@ def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
     http, grpc = details["http_options"], details["grpc_options"]
     if SERVICER not in grpc.get("grpc_servicer_functions", ()):
         raise ClusterError(
-            f"Ray Serve runs on the cluster {cluster.address} already, without this gRPC service; "
+            f"Ray Serve runs on the cluster {cluster.address} already, without our services; "
             "shut it down there (serve shutdown), or serve on another cluster"
         )
     return dataclasses.replace(

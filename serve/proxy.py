@@ -1,24 +1,29 @@
-"""How Ray Serve's gRPC proxy learns the service. Light: the proxy of every node imports it."""
+"""How Ray Serve's gRPC proxy learns the services. Light: the proxy of every node imports it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
 
-from protos.generation_pb2 import DESCRIPTOR  # noqa: TID251  names and methods only, no messages
+from protos import control_pb2, generation_pb2  # noqa: TID251  names and methods, no messages
 
 Behavior = Callable[[object, Any], AsyncIterator[object]]
 
 
-def add_generation(servicer: object, server: grpc.Server) -> None:
-    """Register gptmoe.v1.Generation so that its methods receive a request as the bytes that came.
+def add_services(servicer: object, server: grpc.Server) -> None:
+    """Register the services so that their methods receive a request as the bytes that came.
 
-    The generated function would parse requests in the proxy, which answers one that cannot be
-    parsed (invalid UTF-8, say) with INTERNAL, as if the fault were ours; `rpc` answers
-    INVALID_ARGUMENT.
+    The generated functions would parse requests in the proxy, which answers one that cannot be
+    parsed (invalid UTF-8, say) with INTERNAL, as if the fault were ours; the method
+    answers INVALID_ARGUMENT. Ray Serve goes by a method's name alone: no two may share one.
     """
-    service = DESCRIPTOR.services_by_name["Generation"]
+    for file, name in ((generation_pb2, "Generation"), (control_pb2, "ClusterControl")):
+        _add(file.DESCRIPTOR.services_by_name[name], servicer, server)
+
+
+def _add(service: ServiceDescriptor, servicer: object, server: grpc.Server) -> None:
     handlers = {}
     for method in service.methods:
         handler = (

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import ray.serve
 import torch
 from fastapi import FastAPI
 
-from gptmoe.config import Location, location
+from cluster import coordinator_actor
+from gptmoe.config import location
 from gptmoe.errors import GptMoeError
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.request import SamplingParams, make_request
@@ -21,8 +23,12 @@ from gptmoe.model.spec import ModelSpec
 
 from . import routes
 from .bridge import EngineThread
+from .checkpoints import Interchangeable
 from .config import ServeConfig
+from .control import ControlServicer
+from .controller import Controlled, Settings
 from .core import opened
+from .operations import Operations
 from .rpc import Servicer
 from .service import ModelCard, Service
 
@@ -32,39 +38,47 @@ REFRESH_WITHIN_S = 60.0
 """The engine's thread is between two steps long before."""
 
 
-class Generator(Servicer):
-    """One replica: gRPC by its methods (Servicer), HTTP by the application it builds."""
+class Generator(Servicer, ControlServicer):
+    """One replica: gRPC by its methods (Servicer, ControlServicer), HTTP by what it builds."""
 
     def __init__(self, config: ServeConfig, num_cpus: float) -> None:
         torch.set_num_threads(config.threads)
         with ExitStack() as stack:
             self._core = stack.enter_context(opened(config, num_cpus))
-            engine = self._core.engine
+            engine, spec = self._core.engine, self._core.spec
             encode = engine.tokenizer.encode
-            _warm_up(engine, encode, self._core.spec.max_seq_len)
+            _warm_up(engine, encode, spec.max_seq_len)
             self._bridge = EngineThread(engine)
             self._stack = stack.pop_all()
-        self.service = Service(self._bridge, encode, _card(self._core.spec, config))
+        self.service = Service(self._bridge, encode, _card(spec, config))
         self._stall_s = config.health.stall_s
         self._version = 0
-
-    async def reconfigure(self, wish: Mapping[str, Any]) -> None:
-        """What Ray Serve calls with the application's user_config: weights to move to.
-
-        A replica that cannot goes on with those that it has, and says why in its log.
-        """
-        version = int(wish.get("version", 0))
-        if version > self._version:
-            try:
-                await asyncio.to_thread(
-                    self._refresh, location(wish["checkpoint"]), version, bool(wish.get("restart"))
-                )
-            except GptMoeError as error:
-                log.warning("weights stay version=%s reason=%s", self._version, error)
+        digest = engine.tokenizer.digest
+        self._alike = Interchangeable(spec, digest, config.cache_dir.expanduser())
+        self.operations = Operations(
+            Controlled(config.name),
+            me=ray.serve.get_replica_context().replica_id.unique_id,
+            check=self._alike.check,
+            topologies=coordinator_actor.topologies,
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the HTTP application."""
         return routes.build(self.service, self._stall_s)
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """What Ray Serve calls at the start, and whenever an operator told all replicas something.
+
+        It never raises: Ray Serve would replace the replica. One that cannot take other weights
+        goes on with those that it has, and says why in its log.
+        """
+        settings = Settings(**user_config)
+        self.service.draining = settings.draining
+        if settings.version > self._version:
+            try:
+                await asyncio.to_thread(self._refresh, settings)
+            except GptMoeError as error:
+                log.warning("weights stay version=%s reason=%s", self._version, error)
 
     def check_health(self) -> None:
         """What Ray Serve calls every few seconds; raises if the replica must be replaced."""
@@ -76,10 +90,10 @@ class Generator(Servicer):
             self.service.stop()
             self._stack.close()
 
-    def _refresh(self, checkpoint: Location, version: int, restart: bool) -> None:
-        self._core.prepare(checkpoint, version)
-        engine = self._core.engine
-        done = self._bridge.between_steps(lambda: engine.refresh(version, restart=restart))
+    def _refresh(self, settings: Settings) -> None:
+        engine, version = self._core.engine, settings.version
+        self._core.prepare(location(self._alike.check(settings.checkpoint)), version)
+        done = self._bridge.between_steps(lambda: engine.refresh(version, restart=settings.restart))
         done.result(REFRESH_WITHIN_S)
         self._version = version
 

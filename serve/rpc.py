@@ -8,16 +8,16 @@ after setting them: returning before the first message, it would look like a str
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-import grpc
 from google.protobuf.message import DecodeError, Message
 
-from gptmoe.errors import ClusterError, GptMoeError, Overloaded, RequestError
+from gptmoe.errors import GptMoeError, RequestError
 from gptmoe.generate.engine import Delta
 from gptmoe.generate.request import SamplingParams
 from protos import generation_pb2 as messages
 
+from .refusals import Context, set_status
 from .service import Call, Service
 
 M = TypeVar("M", bound=Message)
@@ -30,20 +30,6 @@ _REASONS = {
     "abort": messages.FINISH_REASON_ABORT,
 }
 
-_CODES = (
-    (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
-    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (ClusterError, grpc.StatusCode.UNAVAILABLE),
-    (GptMoeError, grpc.StatusCode.INTERNAL),
-)
-
-
-class Context(Protocol):
-    """What the methods need of Ray Serve's grpc_context."""
-
-    def set_code(self, code: grpc.StatusCode) -> None: ...
-    def set_details(self, details: str) -> None: ...
-
 
 class Servicer:
     """The methods of the service; a deployment class inherits them. Names are the service's own."""
@@ -54,7 +40,7 @@ class Servicer:
         try:
             done = await self.service.complete(_call(request))
         except GptMoeError as error:
-            _set_status(error, grpc_context)
+            set_status(error, grpc_context)
             return messages.GenerateResponse()
         return messages.GenerateResponse(
             text=done.text,
@@ -85,14 +71,14 @@ class Servicer:
                     )
                     chunks += 1
         except GptMoeError as error:
-            _set_status(error, grpc_context)
+            set_status(error, grpc_context)
             raise
 
     async def GetModel(self, request: bytes, grpc_context: Context) -> messages.ModelInfo:
         try:
             _read(messages.GetModelRequest, request)
         except RequestError as error:
-            _set_status(error, grpc_context)
+            set_status(error, grpc_context)
             return messages.ModelInfo()
         return messages.ModelInfo(**asdict(self.service.card))
 
@@ -128,8 +114,3 @@ def _finish(delta: Delta, completion_tokens: int) -> messages.StreamFinish | Non
         completion_tokens=completion_tokens,
         weights_version=delta.version,
     )
-
-
-def _set_status(error: GptMoeError, context: Context) -> None:
-    context.set_code(next(code for kind, code in _CODES if isinstance(error, kind)))
-    context.set_details(str(error))

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from gptmoe.errors import Unavailable
 from gptmoe.generate.engine import Delta
 from gptmoe.generate.request import SamplingParams, make_request
 
@@ -62,9 +63,18 @@ class Service:
         self._engine = engine
         self._encode = encode
         self.card = card
+        self.draining = False
+        """New requests are refused; running ones go on."""
 
     async def stream(self, call: Call) -> AsyncGenerator[Delta, None]:
-        """Yield the deltas of the call; errors and leaving early as in EngineThread.stream."""
+        """Yield the deltas of the call; errors and leaving early as in EngineThread.stream.
+
+        Raises Unavailable while `draining`.
+        """
+        if self.draining:
+            raise Unavailable(
+                f"{self.card.name} takes no new requests: an operator drains it; ask another server"
+            )
         request = make_request(
             self._encode, self.card.max_seq_len, call.request_id, call.prompt, call.sampling
         )

@@ -35,7 +35,7 @@ def gptmoe_text() -> Any:
 
 
 def remote() -> Any:
-    """cluster.remote: answers by a server (grpc)."""
+    """cluster.remote: a server from afar (grpc)."""
     return importlib.import_module("cluster.remote")
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,13 +12,15 @@ import typer
 
 from cluster import runs
 from cluster.resolve import split_words
-from gptmoe.errors import ClusterError
+from gptmoe.errors import ClusterError, ConfigError
 
 from . import lazy
-from .output import Json, examples, print_facts
-from .serving import Checkpoint, words_of
+from .output import Json, examples, print_facts, print_live
+from .serving import Checkpoint, Name, ServedAt, words_of
 
 app = typer.Typer(rich_markup_mode=None)
+
+_EVERY_S = 1.0
 
 Address = Annotated[
     str,
@@ -70,24 +74,37 @@ def submit(
     epilog=examples(
         "gptmoe status runs/tiny",
         "gptmoe status --address http://head:8265 --json",
+        "gptmoe status --target 127.0.0.1:9000 --watch",
     )
 )
 def status(
     run_dir: Annotated[Path | None, typer.Argument(help="The folder of a run.")] = None,
     address: Address = "",
+    target: ServedAt = "",
+    name: Name = "",
+    watch: Annotated[bool, typer.Option("--watch", help="Draw it anew until Ctrl-C.")] = False,
     json: Json = False,
 ) -> None:
     """Show who owns what, and how far it is.
 
-    Of one run by its folder, or of a whole cluster: resources, jobs, what it serves.
+    Of one run by its folder; of a served model by --target: its shards and their load; or of a
+    whole cluster: resources, jobs, what it serves.
     """
-    if run_dir:
-        found = lazy.status().of_folder(run_dir)
-        drawing = lazy.drawing().draw_run(found)
+    if target:
+        if run_dir or address:
+            raise ConfigError("status takes one of RUN_DIR, --address and --target")
+        with lazy.remote().operating(target, name) as client:
+            if watch:
+                answers = lazy.remote().watch(client, _EVERY_S)
+                print_live(map(_served, answers), as_json=json)
+            else:
+                print_facts(*_served(client.topology()), as_json=json)
+        return
+    look = _look_at(run_dir, address)
+    if watch:
+        print_live(_again(look), as_json=json)
     else:
-        found = lazy.status().of_cluster(lazy.dashboard().Dashboard(address))
-        drawing = lazy.drawing().draw_cluster(found)
-    print_facts(asdict(found), drawing, as_json=json)
+        print_facts(*look(), as_json=json)
 
 
 @app.command(epilog=examples("gptmoe logs pretrain-a-1f2e3d --follow --address http://head:8265"))
@@ -141,3 +158,26 @@ def find_job(target: str, address: str) -> tuple[str, Any]:
     if not state.job_id:
         return "", None
     return state.job_id, lazy.dashboard().Dashboard(address or state.dashboard_url)
+
+
+def _served(answer: Any) -> tuple[Any, Any]:
+    return asdict(answer), lazy.drawing().draw_application(answer)
+
+
+def _look_at(run_dir: Path | None, address: str) -> Callable[[], tuple[Any, Any]]:
+    """Facts and drawing of a run's folder, or of a cluster, each time it is called."""
+    status, drawing = lazy.status(), lazy.drawing()
+    dashboard = None if run_dir else lazy.dashboard().Dashboard(address)
+
+    def look() -> tuple[Any, Any]:
+        found = status.of_folder(run_dir) if run_dir else status.of_cluster(dashboard)
+        draw = drawing.draw_run if run_dir else drawing.draw_cluster
+        return asdict(found), draw(found)
+
+    return look
+
+
+def _again(look: Callable[[], tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
+    while True:
+        yield look()
+        time.sleep(_EVERY_S)

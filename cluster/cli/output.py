@@ -1,13 +1,15 @@
 """Where a command prints: facts to stdout, progress and complaints to stderr."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 _PIPE_WIDTH = 160
@@ -38,6 +40,21 @@ def print_facts(facts: Any, drawing: RenderableType, *, as_json: bool) -> None:
         typer.echo(json.dumps(facts, ensure_ascii=False, indent=2))
     else:
         out().print(drawing)
+
+
+def print_live(pairs: Iterable[tuple[Any, RenderableType]], *, as_json: bool) -> None:
+    """Draw facts anew as they come, until Ctrl-C; JSON: one line each."""
+    console = out()
+    with contextlib.suppress(KeyboardInterrupt):
+        if console.is_terminal and not as_json:
+            with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+                for _, drawing in pairs:
+                    live.update(drawing, refresh=True)
+        for facts, drawing in pairs:
+            if as_json:
+                typer.echo(json.dumps(facts, ensure_ascii=False))
+            else:
+                console.print(drawing)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""gptmoe serve, gptmoe scale: Ray Serve."""
+"""gptmoe serve, scale, drain, refresh: Ray Serve."""
 
 import json as jsonlib
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,12 +16,21 @@ from .training import run_job
 
 app = typer.Typer(rich_markup_mode=None)
 
+_USUAL_NAME = "gptmoe"
+
 Checkpoint = Annotated[  # no Path: it would take a slash of s3:// away
     str, typer.Option(metavar="DIR|URI", help="A checkpoint, or the folder of a run.")
 ]
 Words = Annotated[
     list[str] | None, typer.Argument(metavar="[CONFIG] [KEY=VALUE]", help="As grpc_port=0.")
 ]
+ServedAt = Annotated[
+    str, typer.Option(metavar="HOST:PORT", help="The gRPC address of a served model.")
+]
+Name = Annotated[
+    str, typer.Option(help="The application (name in its config), where several are served.")
+]
+Within = Annotated[float, typer.Option(help="Wait so long for the replicas.")]
 
 
 @app.command(
@@ -60,27 +70,88 @@ def serve(
 
 
 @app.command(
-    epilog=examples("gptmoe scale 3", "gptmoe scale 3 --name gptmoe --address http://head:8265")
+    epilog=examples(
+        "gptmoe scale 3",
+        "gptmoe scale 3 --name gptmoe --address http://head:8265",
+        "gptmoe scale 3 --target 127.0.0.1:9000",
+    )
 )
 def scale(
     replicas: Annotated[int, typer.Argument(min=1, help="How many copies of the model.")],
-    name: Annotated[
-        str, typer.Option(help="The application, as `gptmoe status` calls it.")
-    ] = "gptmoe",
+    name: Name = "",
     address: Annotated[
         str, typer.Option(help="The dashboard of the Ray cluster, as http://HEAD:8265.")
     ] = "",
-    timeout_s: Annotated[float, typer.Option(help="Wait so long for the replicas.")] = 60.0,
+    target: ServedAt = "",
+    timeout_s: Within = 60.0,
     json: Json = False,
 ) -> None:
     """Set the number of replicas of a served model.
 
     Comes back when they run. A model that scales itself (replicas.min below replicas.max) refuses.
     """
-    dashboard = lazy.dashboard().Dashboard(address)
-    dashboard.scale(name, replicas, wait_s=timeout_s)
+    if target:
+        if address:
+            raise ConfigError("scale takes one of --address and --target")
+        with lazy.remote().operating(target, name) as client:
+            client.scale(replicas, within_s=timeout_s)
+    else:
+        name = name or _USUAL_NAME
+        lazy.dashboard().Dashboard(address).scale(name, replicas, wait_s=timeout_s)
     facts = {"name": name, "replicas": replicas}
-    print_facts(facts, f"{name}: {replicas} replicas run", as_json=json)
+    print_facts(facts, f"{name or target}: {replicas} replicas run", as_json=json)
+
+
+@app.command(
+    epilog=examples(
+        "gptmoe drain --target 127.0.0.1:9000", "gptmoe drain --target 127.0.0.1:9000 --resume"
+    )
+)
+def drain(
+    target: ServedAt,
+    name: Name = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Take requests again.")] = False,
+    timeout_s: Within = 60.0,
+    json: Json = False,
+) -> None:
+    """Have a served model take no new requests; running ones finish.
+
+    Comes back when all replicas refuse.
+    """
+    with lazy.remote().operating(target, name) as client:
+        client.drain(resume=resume, within_s=timeout_s)
+    text = "takes requests again" if resume else "takes no new requests"
+    print_facts({"target": target, "draining": not resume}, f"{target} {text}", as_json=json)
+
+
+@app.command(
+    epilog=examples(
+        "gptmoe refresh --checkpoint runs/tiny --target 127.0.0.1:9000",
+        "gptmoe refresh --checkpoint s3://bucket/runs/a --target head:9000 --restart",
+    )
+)
+def refresh(
+    target: ServedAt,
+    checkpoint: Checkpoint,
+    name: Name = "",
+    restart: Annotated[
+        bool,
+        typer.Option(
+            "--restart", help="Running texts begin again; else they end with the old weights."
+        ),
+    ] = False,
+    timeout_s: Within = 300.0,
+    json: Json = False,
+) -> None:
+    """Serve other weights of the same model, without a pause.
+
+    Comes back when all replicas have them.
+    """
+    meant = checkpoint if "://" in checkpoint else str(Path(checkpoint).absolute())
+    with lazy.remote().operating(target, name) as client:
+        version = client.refresh(meant, restart=restart, within_s=timeout_s)
+    facts = {"target": target, "checkpoint": meant, "version": version}
+    print_facts(facts, f"{target} serves {meant} as version {version}", as_json=json)
 
 
 def words_of(words: list[str] | None, checkpoint: str) -> list[str]:

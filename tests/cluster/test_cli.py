@@ -8,11 +8,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import grpc
 import pytest
 
 from cluster import env
+from protos import control_pb2
 
-from .conftest import Run
+from .conftest import ControlServer, Run
 
 COMMANDS = (
     ["models"],
@@ -26,6 +28,8 @@ COMMANDS = (
     ["import"],
     ["serve"],
     ["scale"],
+    ["drain"],
+    ["refresh"],
     ["submit"],
     ["status"],
     ["logs"],
@@ -90,6 +94,10 @@ def test_models_as_json(run: Run) -> None:
         (["pretrain", "nope.toml"], "error: config file nope.toml does not exist"),
         (["pretrain", TINY, "parallel.epp=2"], "error: unknown config key parallel.epp"),
         (["status", "/"], "error: / is not the folder of a run"),
+        (["status", "runs", "--target", "x"], "error: status takes one of RUN_DIR, --address and"),
+        (["scale", "2", "--target", "x", "--address", "y"], "error: scale takes one of"),
+        (["status", "--target", "127.0.0.1:1"], "error: no server answers at 127.0.0.1:1"),
+        (["drain"], "Missing option '--target'"),
         (["generate"], "error: generate wants a PROMPT or --input"),
         (["generate", "春"], "error: generate wants --checkpoint DIR or --target"),
         (["generate", "春", "--stream", "--json"], "error: --stream prints plain text"),
@@ -121,6 +129,64 @@ def test_it_has_no_traceback_either(words: list[str], expected: str) -> None:
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_served_model_is_shown(run: Run, served_at: str) -> None:
+    code, out, _ = run("status", "--target", served_at)
+    assert code == 0
+    assert out.startswith("poems: 1 replicas, weights version 4\n")
+    assert "75% 1/0" in out
+    facts = json.loads(run("status", "--target", served_at, "--json")[1])
+    assert (facts["application"], facts["topologies"][0]["owners"][1]["rank"]) == ("poems", 1)
+
+
+def test_an_operators_commands(run: Run, served_at: str, control: ControlServer) -> None:
+    at = ["--target", served_at]
+    assert run("drain", *at) == (0, f"{served_at} takes no new requests\n", "")
+    assert run("drain", *at, "--resume")[1] == f"{served_at} takes requests again\n"
+    out = run("refresh", "--checkpoint", "runs/b", "--restart", *at)[1]
+    meant = str(env.ROOT / "runs" / "b")
+    assert out == f"{served_at} serves {meant} as version 5\n"
+    uri = "s3://bucket/runs/b"
+    facts = json.loads(run("refresh", "--checkpoint", uri, *at, "--json")[1])
+    assert facts == {"target": served_at, "checkpoint": uri, "version": 5}
+    assert run("scale", "3", *at)[1] == f"{served_at}: 3 replicas run\n"
+    assert control.requests == [
+        control_pb2.DrainRequest(within_s=60),
+        control_pb2.DrainRequest(within_s=60, resume=True),
+        control_pb2.RefreshRequest(checkpoint=meant, restart=True, within_s=300),
+        control_pb2.RefreshRequest(checkpoint=uri, within_s=300),
+        control_pb2.ScaleRequest(replicas=3, within_s=60),
+    ]
+
+
+@pytest.mark.parametrize("code", ["FAILED_PRECONDITION", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT"])
+def test_an_operators_refusal_is_one_sentence(
+    run: Run, served_at: str, control: ControlServer, code: str
+) -> None:
+    control.refusal = (grpc.StatusCode[code], "it scales itself")
+    assert run("scale", "2", "--target", served_at) == (2, "", "error: it scales itself\n")
+
+
+@pytest.mark.parametrize("words", [["--target"], ["run"]])
+def test_a_watch_goes_on_until_ctrl_c(words: list[str], served_at: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    words = [*words, served_at] if words == ["--target"] else [str(tmp_path / "run")]
+    with subprocess.Popen(
+        [*CLI, "status", *words, "--watch", "--json"],
+        cwd=env.ROOT,
+        env=env.child_environment(starts_cluster=False),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout
+        first, second = (json.loads(process.stdout.readline()) for _ in range(2))
+        assert first == second
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, "")
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(run: Run, tmp_path: Path) -> None:

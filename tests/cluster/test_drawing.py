@@ -5,9 +5,17 @@ from dataclasses import replace
 
 from rich.console import Console, RenderableType
 
-from cluster.drawing import describe_experts, draw_cluster, draw_run
+from cluster.drawing import (
+    describe_experts,
+    describe_load,
+    draw_application,
+    draw_cluster,
+    draw_run,
+)
 from cluster.messages import ExpertRange, Owner, Shard, Topology
 from cluster.status import ApplicationStatus, ClusterStatus, JobStatus, RunStatus
+
+from .conftest import SERVED
 
 OWNER = Owner(
     worker="train-1",
@@ -104,3 +112,22 @@ def test_a_cluster_with_jobs_and_what_it_serves() -> None:
     ]
     assert "train-1" in drawn
     assert "no jobs" in text(draw_cluster(replace(cluster, jobs=[])))
+
+
+def test_a_served_model_with_its_shards_and_their_load() -> None:
+    lines = text(draw_application(SERVED)).splitlines()
+    assert lines[:2] == ["poems: 1 replicas, weights version 4", SERVED.checkpoint]
+    assert "poems#1, epoch 3" in lines[2]
+    assert [" ".join(words(line)) for line in lines[4:6]] == [
+        "0 node-a 70 0 0-1 1/1 0 1: 0-1 1,200 75% 1/0 20 0 s ago",
+        "1 node-a 71 0 0-1 1/1 1 1: 2-3 1,200 75% 1/2 20 0 s ago",
+    ]
+    assert lines[6].startswith("rank 1 died")
+    assert "draining" in text(draw_application(replace(SERVED, draining=True)))
+    assert "each holds the whole model" in text(draw_application(replace(SERVED, topologies=())))
+
+
+def test_the_load_of_a_shard_in_words() -> None:
+    assert describe_load({"weights_bytes": 5.0}) == ("", "")
+    assert describe_load({"rows/1/0": 0.0, "rows/1/1": 0.0}) == ("0", "")
+    assert describe_load({"rows/1/0": 1.0, "rows/3/7": 3.0}) == ("4", "75% 3/7")

@@ -7,7 +7,8 @@ from contextlib import closing
 import grpc
 import pytest
 
-from cluster.remote import Remote
+from cluster.client import GenerationError
+from cluster.remote import Remote, operating
 from gptmoe.errors import ClusterError, RequestError
 from gptmoe.generate.request import SamplingParams
 from protos import generation_pb2, generation_pb2_grpc
@@ -59,6 +60,19 @@ def test_what_a_server_refuses_is_in_our_words(target: str) -> None:
             ClusterError, match=f"server at {target} failed: INTERNAL: out of memory"
         ):
             remote.generate(["fine", "break"])
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "expected"),
+    [
+        ("UNAVAILABLE", "poems takes no new requests: it is drained", "^poems takes no new requ"),
+        ("NOT_FOUND", "Application metadata not set.", "which application is meant; .* --name"),
+        ("ABORTED", "another operator wants 4 replicas", "^another operator"),
+    ],
+)
+def test_what_a_server_says_itself_is_passed_on(code: str, message: str, expected: str) -> None:
+    with pytest.raises(ClusterError, match=expected), operating("127.0.0.1:1"):
+        raise GenerationError(code, message)
 
 
 def test_a_server_that_is_away_is_named() -> None:

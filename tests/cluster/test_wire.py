@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import messages, wire
+from cluster import messages, operations, wire
 from cluster.messages import ExpertRange, Heartbeat, Owner, Shard, Topology
-from gptmoe.errors import ClusterError
+from gptmoe.errors import ClusterError, RequestError
 from protos import control_pb2
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -56,8 +56,29 @@ def test_dataclasses_and_proto_messages_have_the_same_fields() -> None:
     }
     assert bodies == {cls.__name__ for cls in get_args(messages.Message)}
     for name, descriptor in in_proto.items():
-        in_python = {field.name for field in fields(getattr(messages, name))}
+        kind = getattr(messages, name, None) or getattr(operations, name)
+        in_python = {field.name for field in fields(kind)}
         assert in_python == {field.name for field in descriptor.fields}, name
+
+
+@given(st.one_of(*[values(kind) for kind in get_args(operations.Answered)]))
+def test_every_answer_to_an_operator_arrives(answer: operations.Answered) -> None:
+    sent = wire.to_proto(answer).SerializeToString()
+    kind = getattr(control_pb2, type(answer).__name__)
+    assert wire.fields.read(kind.FromString(sent)) == answer
+
+
+@pytest.mark.parametrize("kind", get_args(operations.Asked))
+def test_what_an_operator_asks_is_read_or_refused(kind: Any) -> None:
+    asked = kind.__name__
+    message = getattr(control_pb2, asked)()
+    for field in fields(kind):
+        value = {str: "诗", int: 3, bool: True, float: 0.5}[get_type_hints(kind)[field.name]]
+        setattr(message, field.name, value)
+    parsed = wire.parse(kind, message.SerializeToString())
+    assert all(getattr(parsed, name.name) == getattr(message, name.name) for name in fields(kind))
+    with pytest.raises(RequestError, match=f"not a gptmoe.v1.{asked} with UTF-8 text"):
+        wire.parse(kind, b"\xff\xff\xff\xff")
 
 
 @given(st.binary(max_size=64))

@@ -1,5 +1,6 @@
 """A checkpoint small enough to serve in seconds."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from gptmoe.model.transformer import GPT
 from gptmoe.text import train_jiebabpe
 
 
-@pytest.fixture(scope="session")
-def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model of 200,000 parameters; its greedy text does not end by itself."""
+def save_model(run: Path, step: int = 1, *, seed: int = 1, d_model: int = 32) -> Path:
+    """A checkpoint of a run: an untrained model of 200,000 parameters.
+
+    Its greedy text does not end by itself.
+    """
     spec = ModelSpec(
         num_layers=2,
-        d_model=32,
+        d_model=d_model,
         num_heads=2,
         d_ff=128,
         vocab_size=512,
@@ -26,10 +29,10 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         init_std=0.1,
     )
     network = GPT(spec)
-    initialize(network, seed=1)
+    initialize(network, seed=seed)
     tokenizer = train_jiebabpe(["春风又绿江南岸，明月何时照我还。"] * 4, vocab_size=280)
-    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "step-00000001"
-    folder.parent.mkdir()
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
     pieces = [whole(name, parameter.detach()) for name, parameter in network.named_parameters()]
     save(
         folder,
@@ -38,7 +41,18 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         barrier=lambda: None,
         groups={"weights": pieces},
         config={"model": to_dict(spec)},
-        progress={"step": 1},
+        progress={"step": step},
         copy_files=tokenizer.save,
     )
     return folder
+
+
+@pytest.fixture(name="save_model", scope="session")
+def _save_model() -> Callable[..., Path]:
+    return save_model
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that serves in seconds."""
+    return save_model(tmp_path_factory.mktemp("run"))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -9,10 +10,14 @@ import grpc.aio
 import pytest
 from google.protobuf.message import Message
 
+from cluster.operations import DrainRequest, DrainResponse
 from gptmoe.errors import CheckpointError, GptMoeError
+from protos import control_pb2
 from protos import generation_pb2 as messages
 from protos import generation_pb2_grpc as services
-from serve.proxy import add_generation
+from protos.control_pb2_grpc import ClusterControlStub
+from serve.control import ControlServicer
+from serve.proxy import add_services
 from serve.rpc import Servicer
 from serve.service import Service
 
@@ -196,9 +201,16 @@ def test_the_model_describes_itself(servicer: Servicer) -> None:
 
 
 def test_the_registered_service_hands_over_bytes_and_takes_messages() -> None:
-    """What proxy.add_generation registers serves the generated client."""
+    """What proxy.add_services registers serves the generated clients."""
+    drained = []
 
-    class Echo:
+    async def drain(request: DrainRequest) -> DrainResponse:
+        drained.append(request)
+        return DrainResponse()
+
+    class Echo(ControlServicer):
+        operations = SimpleNamespace(drain=drain)  # type: ignore[assignment]
+
         async def Generate(self, request: bytes, context: object) -> Message:
             return messages.GenerateResponse(text=repr(type(request)))
 
@@ -211,18 +223,38 @@ def test_the_registered_service_hands_over_bytes_and_takes_messages() -> None:
 
     async def call(use: Callable[[Any], Any]) -> Any:
         server = grpc.aio.server()
-        add_generation(Echo(), server)
+        add_services(Echo(), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            result = await use(services.GenerationStub(channel))
+            result = await use(channel)
         await server.stop(None)
         return result
 
-    async def use(stub: Any) -> tuple[str, list[str], str]:
+    async def use(channel: Any) -> tuple[str, list[str], str]:
+        stub, control = services.GenerationStub(channel), ClusterControlStub(channel)
+        await control.Drain(control_pb2.DrainRequest(within_s=5), timeout=5)
         ask = messages.GenerateRequest(prompt="春风")
         unary = await stub.Generate(ask, timeout=5)
         parts = [chunk.text async for chunk in stub.GenerateStream(ask, timeout=5)]
         return unary.text, parts, (await stub.GetModel(messages.GetModelRequest())).name
 
     assert asyncio.run(call(use)) == ("<class 'bytes'>", ["春", "风"], "echo")
+    assert drained == [DrainRequest(within_s=5)]
+
+
+def test_a_drained_model_is_unavailable_and_running_texts_go_on(
+    servicer: Servicer, service: Service
+) -> None:
+    async def drain_between() -> list[messages.GenerateChunk]:
+        chunks = []
+        async for chunk in servicer.GenerateStream(request(max_new_tokens=5), Context()):
+            service.draining = True
+            chunks.append(chunk)
+        return chunks
+
+    assert len(asyncio.run(drain_between())) == 5
+    for call in (unary, streamed):
+        _, context = call(servicer, request())
+        assert context.code == grpc.StatusCode.UNAVAILABLE
+        assert "poems takes no new requests" in context.details

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from gptmoe.config import Uri
+from serve.checkpoints import pinned
 from serve.command import _parser, read_config
 from serve.config import ServeConfig
 from serve.core import on_this_node
-from serve.launch import pinned
 from tests.bucket import serving
 
 

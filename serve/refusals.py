@@ -1,0 +1,43 @@
+"""Errors as gRPC says them: one table for all methods."""
+
+from typing import Protocol
+
+import grpc
+
+from gptmoe.errors import ClusterError, GptMoeError, Overloaded, RequestError
+
+
+class NotWithThis(GptMoeError):
+    """The request is right, and does not go with this application."""
+
+
+class TooLate(GptMoeError):
+    """What was begun has not finished in time."""
+
+
+class Overtaken(GptMoeError):
+    """Another operator came between."""
+
+
+_CODES = (
+    (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (NotWithThis, grpc.StatusCode.FAILED_PRECONDITION),
+    (TooLate, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (Overtaken, grpc.StatusCode.ABORTED),
+    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (ClusterError, grpc.StatusCode.UNAVAILABLE),
+    (GptMoeError, grpc.StatusCode.INTERNAL),
+)
+
+
+class Context(Protocol):
+    """What the methods need of Ray Serve's grpc_context."""
+
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+    def set_details(self, details: str) -> None: ...
+
+
+def set_status(error: GptMoeError, context: Context) -> None:
+    """The code and sentence of an error."""
+    context.set_code(next(code for kind, code in _CODES if isinstance(error, kind)))
+    context.set_details(str(error))
