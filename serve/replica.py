@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from cluster import coordinator_actor
 from gptmoe.config import location
-from gptmoe.errors import GptMoeError
+from gptmoe.errors import GptMoeError, Unavailable
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.request import SamplingParams, make_request
 from gptmoe.model.counts import parameters
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 REFRESH_WITHIN_S = 60.0
 """The engine's thread is between two steps long before."""
+
+TRY_AGAIN_S = 1.0
+"""Between tries to refresh while a shard is away."""
 
 
 class Generator(Servicer, ControlServicer):
@@ -74,11 +77,15 @@ class Generator(Servicer, ControlServicer):
         """
         settings = Settings(**user_config)
         self.service.draining = settings.draining
-        if settings.version > self._version:
+        while settings.version > self._version:
             try:
                 await asyncio.to_thread(self._refresh, settings)
+            except Unavailable as error:
+                log.info("weights wait for a shard version=%s reason=%s", self._version, error)
+                await asyncio.sleep(TRY_AGAIN_S)
             except GptMoeError as error:
                 log.warning("weights stay version=%s reason=%s", self._version, error)
+                return
 
     def check_health(self) -> None:
         """What Ray Serve calls every few seconds; raises if the replica must be replaced."""

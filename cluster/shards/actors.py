@@ -108,9 +108,14 @@ class Actors:
         """See Post.send."""
         return self._actors[rank].handle.remote(data)
 
-    def collect(self, calls: Mapping[int, Any], within_s: float) -> dict[int, bytes | None]:
+    def wait(self, calls: Mapping[int, Any], within_s: float) -> bool:
+        """See Post.wait."""
+        _, left = ray.wait(list(calls.values()), num_returns=len(calls), timeout=within_s)
+        return not left
+
+    def collect(self, calls: Mapping[int, Any]) -> dict[int, bytes | None]:
         """See Post.collect."""
-        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=within_s)
+        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=0)
         return {rank: _result(call) if call in done else None for rank, call in calls.items()}
 
     def stop(self) -> None:

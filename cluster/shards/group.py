@@ -53,7 +53,7 @@ class ShardGroup:
         self._store: Any = None
         self._changed = threading.Condition()
         self._in_use = threading.Lock()
-        self._mustering = threading.Lock()  # one change of the group at a time
+        self._refreshing = threading.Lock()
         self._wanted: tuple[int, ...] = ()  # versions of weights to keep; () = no wish
         self._step_began_s: float | None = None
         self._used_s = time.monotonic()
@@ -117,10 +117,11 @@ class ShardGroup:
 
         Raises ClusterError if a shard refuses, and Unavailable while one is away; nothing changes.
         """
-        with self._mustering:
-            if self._live is None:
-                raise Unavailable("a shard is away; refresh the weights once it is back", 10.0)
-            self._muster.refresh(checkpoint, version)
+        live = self._live
+        if live is None:
+            raise Unavailable("a shard is away; refresh the weights once it is back", 10.0)
+        with self._refreshing:
+            self._muster.refresh(checkpoint, version, lambda: self._live is not live)
 
     def topology(self) -> Topology:
         """Who owns what, and when it was last heard of."""
@@ -181,10 +182,10 @@ class ShardGroup:
         return todo
 
     def _upkeep(self, live: ShardsExecutor, *, fresh: bool) -> None:
-        wanted, self._wanted = self._wanted, ()
-        if wanted:
-            with self._mustering:
-                self._muster.keep(wanted)
+        if self._wanted and self._refreshing.acquire(blocking=False):
+            wanted, self._wanted = self._wanted, ()
+            self._muster.keep(wanted)
+            self._refreshing.release()
         if fresh and time.monotonic() - self._used_s > BEAT_AFTER_S:
             self._beat(live)
 
@@ -217,8 +218,7 @@ class ShardGroup:
                 self._recover(again)
 
     def _bring_up(self, suspects: Sequence[int] = (), reason: str = "") -> dict[str, float]:
-        with self._mustering:
-            live, phases = self._muster.bring_up(suspects, reason)
+        live, phases = self._muster.bring_up(suspects, reason)
         self._state = supervisor.started(self._state)
         self._set_live(live)
         return phases

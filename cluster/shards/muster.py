@@ -27,7 +27,7 @@ from cluster.messages import (
     TopologyRequest,
 )
 from cluster.messages import Shard as ShardMessage
-from gptmoe.errors import ClusterError
+from gptmoe.errors import ClusterError, Unavailable
 from gptmoe.shard.parts import Part
 
 from . import links, supervisor
@@ -113,8 +113,9 @@ class Muster:
         self._epoch, self._sent = epoch, dict.fromkeys(range(len(self.job.parts)), 3)
         return live, clock.phases
 
-    def refresh(self, checkpoint: str, version: int) -> None:
-        """All shards read newer weights beside the old. Raises ClusterError, nothing changed."""
+    def refresh(self, checkpoint: str, version: int, changed: Callable[[], bool]) -> None:
+        """All shards read newer weights beside the old; `changed` says when these shards are not
+        together any more. Raises ClusterError, nothing is changed then."""
 
         def command(rank: int) -> Refresh:
             return Refresh(
@@ -124,7 +125,10 @@ class Muster:
                 version=version,
             )
 
-        answers = self._further(command, self.job.start_s)
+        answers = order(self._actors, list(self._sent), command, self.job.start_s, changed)
+        if changed():
+            raise Unavailable("a shard was lost; refresh the weights once it is back", 10.0)
+        self._count(answers)
         if answers.refusals or answers.lost:
             self.keep((self.job.version,))
             answers.check("refreshing")
@@ -136,14 +140,13 @@ class Muster:
         def command(rank: int) -> Keep:
             return Keep(epoch=self._epoch, sequence=self._sent[rank] + 1, versions=versions)
 
-        self._further(command, PLAN_S)  # who is lost will be missed elsewhere
+        # Who is lost will be missed elsewhere.
+        self._count(order(self._actors, list(self._sent), command, PLAN_S))
 
-    def _further(self, command: Callable[[int], Any], within_s: float) -> Answers:
-        """A command in mid-epoch; ranks that failed at an earlier one count for themselves."""
-        answers = order(self._actors, list(self._sent), command, within_s)
+    def _count(self, answers: Answers) -> None:
+        """Ranks that failed at a command count for themselves."""
         for rank in answers.ready:
             self._sent[rank] += 1
-        return answers
 
     def _silent(self) -> list[int]:
         """Ranks whose actors do not answer, or cannot leave their groups. All others have left."""
@@ -178,7 +181,14 @@ class Muster:
         return epoch, plan
 
     def _order(self, command: Callable[[int], Any], within_s: float, what: str) -> None:
-        order(self._actors, range(len(self.job.parts)), command, within_s).check(what)
+        ranks = range(len(self.job.parts))
+        order(self._actors, ranks, command, within_s, self._somebody_lost).check(what)
+
+    def _somebody_lost(self) -> bool:
+        """Whether a shard has died, or has fallen silent after it registered."""
+        ages_s = [owner.heartbeat_age_s for owner in self.topology().owners]
+        silent = max(ages_s, default=0.0) > self.job.limits.idle_silent_s
+        return silent or bool(self._actors.dead())
 
     def _report(self, epoch: int, reason: str) -> None:
         self.coordinator.ask(Failure(epoch=epoch, reason=reason, goes_on=True))

@@ -1,6 +1,7 @@
 """Commands to all shards at once, and who answered."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from gptmoe.errors import ClusterError
 
 log = logging.getLogger(__name__)
 
+LOOK_EVERY_S = 0.5
+
 
 class Post(Protocol):
     """How bytes reach shards, and come back."""
@@ -18,8 +21,11 @@ class Post(Protocol):
     def send(self, rank: int, data: bytes) -> Any:
         """Start; what comes back names the call."""
 
-    def collect(self, calls: Mapping[int, Any], within_s: float) -> dict[int, bytes | None]:
-        """The answers by rank; None for a rank that is lost or did not answer in time."""
+    def wait(self, calls: Mapping[int, Any], within_s: float) -> bool:
+        """Whether all calls have ended, in an answer or a loss, after so long at most."""
+
+    def collect(self, calls: Mapping[int, Any]) -> dict[int, bytes | None]:
+        """The answers by rank; None for a rank that is lost or has not answered yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +49,20 @@ class Answers:
 
 
 def order(
-    post: Post, ranks: Sequence[int], command: Callable[[int], Command], within_s: float
+    post: Post,
+    ranks: Sequence[int],
+    command: Callable[[int], Command],
+    within_s: float,
+    hopeless: Callable[[], bool] = lambda: False,
 ) -> Answers:
-    """Send each rank its command, wait for all answers, for so long at most."""
+    """Send each rank its command, wait for all answers: for so long at most, and not when it has
+    become `hopeless`, which is asked twice a second."""
     calls = {rank: post.send(rank, wire.encode(command(rank))) for rank in ranks}
-    return sort_answers(post.collect(calls, within_s))
+    deadline_s = time.monotonic() + within_s
+    left_s = within_s
+    while left_s > 0 and not post.wait(calls, min(LOOK_EVERY_S, left_s)) and not hopeless():
+        left_s = deadline_s - time.monotonic()
+    return sort_answers(post.collect(calls))
 
 
 def sort_answers(answers: Mapping[int, bytes | None]) -> Answers:

@@ -2,7 +2,7 @@
 
     python -m tests.soak.soak [--minutes 30] [--seed 0]        what `make soak` runs
 
-An application of one to two replicas, each on two shards. Callers stream without a pause, some
+An application of two replicas, or one, each on two shards. Callers stream without a pause, some
 leave early; meanwhile a shard is killed or frozen, the weights are refreshed, the replicas scaled.
 At the end: each request has ended in the text that one process writes with its weights, or in a
 documented code; no actor, placement group, place in an engine or file of a served checkpoint is
@@ -115,7 +115,7 @@ class Trouble:
         self.checkpoints, self.tally = checkpoints, tally
         self.dice = random.Random(seed)
         self.version = 0
-        self.replicas = 1
+        self.replicas = 2
 
     def make(self) -> None:
         """One, at random; a refusal (a shard is away just now) counts as such."""
@@ -168,7 +168,7 @@ def soak(minutes: float, seed: int, folder: Path) -> Tally:
     """Serve, trouble, calm, count."""
     checkpoints = [small_model.write(folder / f"run{n}", seed=3 + n) for n in range(2)]
     words = ["checkpoint=" + json.dumps(str(checkpoints[0])), "grpc_port=0", "http_port=0"]
-    words += ["parallel.ep=2", "replicas.max=1", "--json"]
+    words += ["parallel.ep=2", "replicas.min=2", "replicas.max=2", "--json"]
     variables = env.child_environment(starts_cluster=True)
     command = [sys.executable, "-m", "serve", *words]
     with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as process:

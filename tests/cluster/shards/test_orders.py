@@ -7,7 +7,7 @@ import pytest
 
 from cluster import wire
 from cluster.messages import Accepted, Command, Failure, Load, Message, Ready, Refusal
-from cluster.shards.orders import Answers, order, sort_answers
+from cluster.shards.orders import LOOK_EVERY_S, Answers, order, sort_answers
 from gptmoe.errors import ClusterError
 
 READY = Ready(epoch=1, sequence=2)
@@ -19,15 +19,20 @@ class Mail:
 
     answers: dict[int, Message | None]
     sent: dict[int, Message] = field(default_factory=dict)
-    within_s: float = 0.0
+    looks: int = 1
+    """The last answer is there at this look."""
 
     def send(self, rank: int, data: bytes) -> str:
         self.sent[rank] = wire.decode(data)
         return f"call to {rank}"
 
-    def collect(self, calls: Mapping[int, str], within_s: float) -> dict[int, bytes | None]:
+    def wait(self, calls: Mapping[int, str], within_s: float) -> bool:
+        assert 0 < within_s <= LOOK_EVERY_S
+        self.looks -= 1
+        return not self.looks
+
+    def collect(self, calls: Mapping[int, str]) -> dict[int, bytes | None]:
         assert calls == {rank: f"call to {rank}" for rank in self.sent}
-        self.within_s = within_s
         return {
             rank: None if message is None else wire.encode(message)
             for rank, message in self.answers.items()
@@ -44,7 +49,15 @@ def test_each_rank_gets_its_command_and_all_are_ready() -> None:
     assert answers == Answers({0: READY, 2: READY}, (), {})
     answers.check("loading")
     assert mail.sent == {0: load(0), 2: load(2)}
-    assert mail.within_s == 3.5
+    assert mail.looks == 0
+
+
+def test_nobody_waits_longer_than_told_nor_without_hope() -> None:
+    mail = Mail({0: None, 1: READY}, looks=1000)
+    assert order(mail, [0, 1], load, 0.0).lost == (0,)
+    hope = iter([False, False, True])
+    assert order(mail, [0, 1], load, 3600.0, lambda: next(hope)).lost == (0,)
+    assert mail.looks == 997
 
 
 def test_answers_are_sorted_by_what_they_mean() -> None:
