@@ -64,9 +64,10 @@ def draw_topology(topology: Topology, *, running: bool) -> Table:
 
 def draw_application(answer: Topologies) -> RenderableType:
     """What is served, and of each replica: its shards, their load, what failed."""
+    replicas = "1 replica" if answer.replicas == 1 else f"{answer.replicas} replicas"
     version = f"weights version {answer.version}" + (", draining" if answer.draining else "")
     parts: list[RenderableType] = [
-        Text(f"{answer.application}: {answer.replicas} replicas, {version}", style="bold"),
+        Text(f"{answer.application}: {replicas}, {version}", style="bold"),
         Text(answer.checkpoint),
     ]
     if not answer.topologies:

@@ -92,8 +92,8 @@ def _in_our_words(error: GenerationError, target: str) -> GptMoeError:
         return ClusterError(error.message)
     if error.code == "NOT_FOUND":  # as Ray Serve says it
         return ClusterError(
-            f"the server at {target} does not know which application is meant; one of several is "
-            "named with --name, as its config has it"
+            f"the server at {target} has no such application, or several of them: --name says "
+            "which is meant"
         )
     if error.code == "UNAVAILABLE" and _SAYS_ITSELF in error.message:
         return ClusterError(error.message)

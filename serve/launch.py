@@ -103,7 +103,7 @@ def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
     http, grpc = details["http_options"], details["grpc_options"]
     if SERVICER not in grpc.get("grpc_servicer_functions", ()):
         raise ClusterError(
-            f"Ray Serve runs on the cluster {cluster.address} already, without our services; "
+            f"Ray Serve runs on the cluster {cluster.address} already, without our gRPC services; "
             "shut it down there (serve shutdown), or serve on another cluster"
         )
     return dataclasses.replace(

@@ -1,6 +1,7 @@
 """The gptmoe command from outside: quick, helpful, and one sentence for a wrong input."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def test_it_has_no_traceback_either(words: list[str], expected: str) -> None:
 def test_a_served_model_is_shown(run: Run, served_at: str) -> None:
     code, out, _ = run("status", "--target", served_at)
     assert code == 0
-    assert out.startswith("poems: 1 replicas, weights version 4\n")
+    assert out.startswith("poems: 1 replica, weights version 4\n")
     assert "75% 1/0" in out
     facts = json.loads(run("status", "--target", served_at, "--json")[1])
     assert (facts["application"], facts["topologies"][0]["owners"][1]["rank"]) == ("poems", 1)
@@ -187,6 +188,25 @@ def test_a_watch_goes_on_until_ctrl_c(words: list[str], served_at: str, tmp_path
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, "")
+
+
+def test_a_watch_on_a_terminal_draws_in_place(served_at: str) -> None:
+    terminal, theirs = os.openpty()
+    with subprocess.Popen(
+        [*CLI, "status", "--target", served_at, "--watch"],
+        cwd=env.ROOT,
+        env={**env.child_environment(starts_cluster=False), "TERM": "xterm"},
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+    ) as process:
+        drawn = b""
+        while drawn.count(b"poems") < 5 or b"\x1b[1A" not in drawn:  # a line up
+            drawn += os.read(terminal, 65536)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (0, b"")
+    os.close(terminal)
+    os.close(theirs)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(run: Run, tmp_path: Path) -> None:

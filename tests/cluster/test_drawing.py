@@ -116,7 +116,7 @@ def test_a_cluster_with_jobs_and_what_it_serves() -> None:
 
 def test_a_served_model_with_its_shards_and_their_load() -> None:
     lines = text(draw_application(SERVED)).splitlines()
-    assert lines[:2] == ["poems: 1 replicas, weights version 4", SERVED.checkpoint]
+    assert lines[:2] == ["poems: 1 replica, weights version 4", SERVED.checkpoint]
     assert "poems#1, epoch 3" in lines[2]
     assert [" ".join(words(line)) for line in lines[4:6]] == [
         "0 node-a 70 0 0-1 1/1 0 1: 0-1 1,200 75% 1/0 20 0 s ago",

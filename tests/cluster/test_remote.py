@@ -66,7 +66,11 @@ def test_what_a_server_refuses_is_in_our_words(target: str) -> None:
     ("code", "message", "expected"),
     [
         ("UNAVAILABLE", "poems takes no new requests: it is drained", "^poems takes no new requ"),
-        ("NOT_FOUND", "Application metadata not set.", "which application is meant; .* --name"),
+        (
+            "NOT_FOUND",
+            "Application metadata not set.",
+            "no such application, or several of them: --name",
+        ),
         ("ABORTED", "another operator wants 4 replicas", "^another operator"),
     ],
 )

@@ -112,6 +112,6 @@ def test_ray_serve_without_our_service_is_refused(address: str, small_checkpoint
     try:
         message = refused("--address", address, "--checkpoint", str(small_checkpoint), "threads=1")
         assert "runs on the cluster" in message
-        assert "already, without this gRPC service" in message
+        assert "already, without our gRPC services" in message
     finally:
         ray.serve.shutdown()
