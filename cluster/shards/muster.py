@@ -38,6 +38,8 @@ from .orders import Answers, order
 PLAN_S = 3.0
 """A shard that is alive answers Plan at once, whatever it computes."""
 MEET_S = 20.0
+RESTART_S = 60.0
+"""A shard that starts again gets so long, then another try: it may hang before it can be missed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +106,8 @@ class Muster:
             self._report(epoch, f"{reason}; started again: {_ranks(missing)}")
         for rank in missing:
             self._actors.start(rank)
-        self._order(plan, self.job.start_s, "a shard's start")
+        start_s = self.job.start_s if self._epoch == 0 else min(self.job.start_s, RESTART_S)
+        self._order(plan, start_s, "a shard's start")
         clock.end("start_s")
         self._order(lambda _: Load(epoch=epoch, sequence=2), self.job.start_s, "loading")
         clock.end("load_s")
