@@ -1,6 +1,7 @@
 """A group of shards that writes eight texts while something happens to it."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from cluster.shards.muster import GroupJob
 from cluster.shards.shard_actor import model_digest
@@ -10,6 +11,7 @@ from gptmoe.generate.executor import Executor
 from gptmoe.generate.request import Request, SamplingParams
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.loaded import LoadedModel
+from gptmoe.model.spec import ModelSpec
 from gptmoe.shard.parts import Part
 
 ENGINE = EngineConfig(max_batch_size=8)
@@ -30,13 +32,19 @@ Texts = dict[str, list[int]]
 
 
 def job(model: LoadedModel, parts: tuple[Part, ...], run: str = "test") -> GroupJob:
+    return job_of(model.path, model.spec, parts, run=run)
+
+
+def job_of(
+    path: Path, spec: ModelSpec, parts: tuple[Part, ...], *, dtype: str = "float32", run: str
+) -> GroupJob:
     return GroupJob(
         run=run,
         parts=parts,
-        checkpoint=str(model.path),
-        config_digest=model_digest(model.spec),
-        dtype="float32",
-        vocab_size=model.spec.vocab_size,
+        checkpoint=str(path),
+        config_digest=model_digest(spec),
+        dtype=dtype,
+        vocab_size=spec.vocab_size,
         slots=8,
         num_cpus=1,
         threads=1,

@@ -1,0 +1,122 @@
+"""Memory of a served model's shards against its weights, and how fast they load.
+
+    python -m tests.bench.bench_shard_memory [--json FILE]
+
+A model of 5.5 GB in bfloat16 on two actors that share its experts, on a local Ray cluster. Memory
+is that of both processes (proportional set size: shared pages are counted once), once it has
+generated a few tokens. Goal: at most 1.1 times the weights.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+import torch
+
+from cluster import env
+from cluster.shards.group import ShardGroup
+from gptmoe.checkpoint import open_checkpoint, save, whole
+from gptmoe.config import to_dict
+from gptmoe.generate.engine import Engine
+from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.scheduler import EngineConfig
+from gptmoe.loaded import spec_of
+from gptmoe.model.spec import ModelSpec
+from gptmoe.model.transformer import GPT
+from gptmoe.shard.parts import arrange
+from tests import small_model
+from tests.faults.shards import job_of
+
+GOAL = 1.1
+GB = 1e9
+
+
+def write(run_dir: Path) -> Path:
+    """A model of random weights."""
+    words = small_model.tokenizer()
+    spec = ModelSpec(
+        num_layers=8,
+        d_model=1024,
+        num_heads=8,
+        d_ff=4096,
+        vocab_size=words.vocab_size,
+        max_seq_len=256,
+        num_experts=(80,) * 4,
+    )
+    with torch.device("meta"):
+        network = GPT(spec)
+    weights = {
+        name: torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02)
+        for name, parameter in network.named_parameters()
+    }
+    folder = run_dir / "checkpoints" / "step-00000001"
+    save(
+        folder,
+        rank=0,
+        world=1,
+        barrier=lambda: None,
+        groups={"weights": [whole(name, tensor) for name, tensor in weights.items()]},
+        config={"model": to_dict(spec)},
+        progress={"step": 1, "samples": 0, "tokens": 0},
+        copy_files=words.save,
+    )
+    return folder
+
+
+def resident_bytes(pid: int) -> int:
+    """Of a process, its share of shared pages included."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
+        if line.startswith("Pss:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/{pid}/smaps_rollup has no Pss")
+
+
+def main() -> None:
+    """Print sizes and seconds; write them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    arguments = parser.parse_args()
+    env.prepare()
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder))
+        spec = spec_of(open_checkpoint(path, verify=False))
+        weights = 2 * sum(p.numel() for p in _meta(spec).parameters())
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+        job = job_of(path, spec, arrange(spec, dp=2, ep=2), dtype="bfloat16", run="memory")
+        began_s = time.monotonic()
+        with ShardGroup(job) as group:
+            seconds = time.monotonic() - began_s
+            generate(group, spec)
+            pids = [owner.pid for owner in group.topology().owners]
+            resident = sum(map(resident_bytes, pids))
+        ray.shutdown()
+    ratio = resident / weights
+    print(
+        f"weights {weights / GB:.2f} GB, two shards {resident / GB:.2f} GB: {ratio:.3f} times "
+        f"(goal {GOAL}); started in {seconds:.1f} s"
+    )
+    if arguments.json:
+        facts = {"title": "memory of shards", "reached": ratio <= GOAL, "ratio": ratio}
+        arguments.json.write_text(json.dumps([facts], indent=1) + "\n", encoding="utf-8")
+
+
+def generate(group: ShardGroup, spec: ModelSpec) -> None:
+    words = small_model.tokenizer()
+    engine = Engine(group, words, spec.max_seq_len, EngineConfig(max_batch_size=4))
+    for index in range(4):
+        sampling = SamplingParams(max_new_tokens=16, temperature=0, ignore_end=True)
+        engine.add(Request(str(index), tuple(range(50 + index, 80 + index)), sampling))
+    while engine.has_work:
+        engine.step()
+
+
+def _meta(spec: ModelSpec) -> GPT:
+    with torch.device("meta"):
+        return GPT(spec)
+
+
+if __name__ == "__main__":
+    main()
