@@ -10,10 +10,15 @@ from rich.text import Text
 from .follow import describe
 from .messages import ExpertRange, Topology
 from .operations import Topologies
+from .planner.hot import Proposal, propose, rows_answered
+from .shards.roles import part_of
 from .status import ClusterStatus, JobStatus, RunStatus
 
 SILENT_S = 15.0
 """A worker of a running run that was not heard of for longer is marked."""
+
+ENOUGH_ROWS = 1000
+"""Fewer rows answered in all say nothing of which experts are hot."""
 
 ROWS = "rows/"
 """A shard's counter `rows/LAYER/EXPERT`: the rows that this expert has answered."""
@@ -74,8 +79,17 @@ def draw_application(answer: Topologies) -> RenderableType:
         parts.append(Text("no replica lies on shards: each holds the whole model"))
     for topology in answer.topologies:
         parts.append(_shards_table(topology))
+        parts += [Text(f"hot: {proposal}", style="yellow") for proposal in hot_experts(topology)]
         parts += [Text(str(failure), style="yellow") for failure in topology.failures]
     return Group(*parts)
+
+
+def hot_experts(topology: Topology) -> list[Proposal]:
+    """Experts to hold on more shards (parallel.hot), once there are rows enough to say so."""
+    rows = rows_answered([owner.counters for owner in topology.owners])
+    if sum(rows.values()) < ENOUGH_ROWS:
+        return []
+    return propose(rows, [part_of(owner.shard) for owner in topology.owners])
 
 
 def _shards_table(topology: Topology) -> Table:

@@ -16,7 +16,6 @@ from cluster.coordinator_actor import ActorChannel
 from cluster.messages import (
     Begin,
     Begun,
-    ExpertRange,
     Failure,
     Join,
     Keep,
@@ -26,7 +25,6 @@ from cluster.messages import (
     Topology,
     TopologyRequest,
 )
-from cluster.messages import Shard as ShardMessage
 from gptmoe.errors import ClusterError, Unavailable
 from gptmoe.shard.parts import Part
 
@@ -34,6 +32,7 @@ from . import links, supervisor
 from .actors import Actors
 from .executor import ShardsExecutor
 from .orders import Answers, order
+from .roles import message_of
 
 PLAN_S = 3.0
 """A shard that is alive answers Plan at once, whatever it computes."""
@@ -218,19 +217,6 @@ class Muster:
             raise ClusterError("the engine did not meet its shards")
         line = links.Links(mine[0].everyone)
         return ShardsExecutor(job.parts, line, epoch, job.vocab_size, getattr(torch, job.dtype))
-
-
-def message_of(part: Part) -> ShardMessage:
-    """A part as the control protocol says it."""
-    return ShardMessage(
-        stage=part.stage,
-        layers=part.layers,
-        slice=part.slice,
-        slices=part.slices,
-        experts=tuple(ExpertRange(layer=e.layer, first=e.first, end=e.end) for e in part.experts),
-        data=part.data,
-        experts_only=part.experts_only,
-    )
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -35,11 +35,11 @@ from gptmoe.errors import CheckpointError, ClusterError, GptMoeError
 from gptmoe.loaded import named_dtype, spec_of
 from gptmoe.model.spec import ModelSpec
 from gptmoe.remote import fetch
-from gptmoe.shard.parts import ExpertSpan, Part
 from gptmoe.shard.shard import Shard
 
 from . import links, member
 from .pulse import BEAT_EVERY_S, Pulse
+from .roles import part_of
 from .routes import route_of
 from .step_loop import run_steps
 
@@ -159,7 +159,7 @@ class ShardActor:
         plan = self._state.plan
         assert plan is not None
         if self._shard is None:
-            parts = parts_of(plan)
+            parts = tuple(map(part_of, plan.shards))
             spec = spec_of(self._open(plan.checkpoint))
             dtype = named_dtype(plan.dtype)
             self._shard = Shard(spec, parts, plan.rank, plan.slots, dtype, self._device)
@@ -239,19 +239,3 @@ class ShardActor:
 def model_digest(spec: ModelSpec) -> str:
     """Names a model's config: shards of one plan must have the same."""
     return configs.digest(configs.to_dict(spec))
-
-
-def parts_of(plan: Plan) -> tuple[Part, ...]:
-    """The parts that a plan names, by rank."""
-    return tuple(
-        Part(
-            stage=shard.stage,
-            layers=shard.layers,
-            slice=shard.slice,
-            slices=shard.slices,
-            experts=tuple(ExpertSpan(e.layer, e.first, e.end) for e in shard.experts),
-            data=shard.data,
-            experts_only=shard.experts_only,
-        )
-        for shard in plan.shards
-    )

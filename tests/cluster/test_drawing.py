@@ -13,6 +13,7 @@ from cluster.drawing import (
     draw_run,
 )
 from cluster.messages import ExpertRange, Owner, Shard, Topology
+from cluster.operations import Topologies
 from cluster.status import ApplicationStatus, ClusterStatus, JobStatus, RunStatus
 
 from .conftest import SERVED
@@ -131,3 +132,24 @@ def test_the_load_of_a_shard_in_words() -> None:
     assert describe_load({"weights_bytes": 5.0}) == ("", "")
     assert describe_load({"rows/1/0": 0.0, "rows/1/1": 0.0}) == ("0", "")
     assert describe_load({"rows/1/0": 1.0, "rows/3/7": 3.0}) == ("4", "75% 3/7")
+
+
+def test_experts_that_make_shards_wait_are_named() -> None:
+    shards = [
+        Shard(
+            layers=(0, 1),
+            data=data,
+            experts=(ExpertRange(layer=1, first=2 * data, end=2 * data + 2),),
+        )
+        for data in (0, 1)
+    ]
+    rows = ({"rows/1/0": 900.0, "rows/1/1": 100.0}, {"rows/1/2": 100.0, "rows/1/3": 100.0})
+    owners = tuple(
+        Owner(worker=f"shard-{rank}", rank=rank, node="vm", pid=1, shard=shard, counters=counters)
+        for rank, (shard, counters) in enumerate(zip(shards, rows, strict=True))
+    )
+    answer = Topologies(
+        application="gptmoe", topologies=(Topology(epoch=1, run="gptmoe#1", owners=owners),)
+    )
+    drawn = text(draw_application(answer))
+    assert 'hot: "1:0" (busiest shard 1.67 -> 1.08 times the mean)' in drawn
