@@ -84,9 +84,9 @@ def share(
         )
         for spans, count in zip(spans_of, decoding, strict=True)
     )
-    arrived = [span for spans in spans_of for span in spans if span.samples]
-    wanted = [span for span in plan.spans if span.samples]
-    return Shares(steps, tuple(arrived.index(span) for span in wanted))
+    arrived = [span.slot for spans in spans_of for span in spans if span.samples]
+    row_of = {slot: row for row, slot in enumerate(arrived)}
+    return Shares(steps, tuple(row_of[span.slot] for span in plan.spans if span.samples))
 
 
 def _message(span: Span, dp: int) -> SpanMessage:
