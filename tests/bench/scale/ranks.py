@@ -87,6 +87,16 @@ class Process:
         return found
 
 
+@dataclass(slots=True)
+class Call:
+    """A command under way."""
+
+    rank: int
+    data: bytes
+    ends_s: float
+    answer: bytes | None = None
+
+
 class Actors:
     """Processes by rank, as `cluster.shards.actors.Actors` holds them, and what befalls them."""
 
@@ -132,30 +142,39 @@ class Actors:
         """Ranks whose process is known to have ended."""
         return sorted(rank for rank, process in self.processes.items() if process.dead)
 
-    def send(self, rank: int, data: bytes) -> bytes:
+    def send(self, rank: int, data: bytes) -> Call:
         """See Post.send."""
-        return data
+        message = cast(Command, wire.decode(data))
+        self.sent[rank].append((message.epoch, data))
+        return Call(rank, data, self.clock.now_s + self._took_s(rank, message))
 
-    def collect(self, calls: Mapping[int, bytes], within_s: float) -> dict[int, bytes | None]:
-        """See Post.collect: who cannot answer in time carries its command out later."""
-        messages = {rank: cast(Command, wire.decode(data)) for rank, data in calls.items()}
-        took_s = {rank: self._took_s(rank, message) for rank, message in messages.items()}
-        end_s = self.clock.now_s + min(within_s, max(took_s.values()))
+    def wait(self, calls: Mapping[int, Call], within_s: float) -> bool:
+        """See Post.wait: time goes on until all have answered or are dead, or for so long."""
+        last_s = self.clock.now_s + within_s
+        open_s = [call.ends_s for call in calls.values() if self._is_open(call)]
+        frozen = any(self.processes[call.rank].frozen for call in calls.values())
+        end_s = last_s if frozen else min(last_s, max(open_s, default=self.clock.now_s))
         self.strike_until(end_s)
         self._catch_up()
-        answers: dict[int, bytes | None] = {}
-        for rank, data in calls.items():
-            process = self.processes[rank]
-            self.sent[rank].append((messages[rank].epoch, data))
-            if process.dead:
-                answers[rank] = None
-            elif process.frozen or took_s[rank] > within_s:
-                answers[rank], end_s = None, self.clock.now_s + within_s
-                self._late.append((process, data))
-            else:
-                answers[rank] = self._handle(rank, messages[rank])
-        self.clock.now_s = max(self.clock.now_s, end_s)
-        return answers
+        for call in calls.values():
+            process = self.processes[call.rank]
+            if self._is_open(call) and not process.frozen and call.ends_s <= end_s:
+                call.answer = self._handle(call.rank, cast(Command, wire.decode(call.data)))
+        ended = not any(self._is_open(call) for call in calls.values())
+        self.clock.now_s = max(self.clock.now_s, end_s if ended else last_s)
+        self.channel.beat(self.clock.now_s)
+        return ended
+
+    def collect(self, calls: Mapping[int, Call]) -> dict[int, bytes | None]:
+        """See Post.collect: who has not answered carries its command out later."""
+        for call in calls.values():
+            if self._is_open(call):
+                self._late.append((self.processes[call.rank], call.data))
+        return {rank: call.answer for rank, call in calls.items()}
+
+    def _is_open(self, call: Call) -> bool:
+        """Whether there may yet be an answer."""
+        return call.answer is None and not self.processes[call.rank].dead
 
     def _catch_up(self) -> None:
         """Processes that have started by now carry out what had waited for them."""
