@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .follow import describe
-from .messages import ExpertRange, Topology
+from .messages import ExpertRange, Owner, Topology
 from .operations import Topologies
 from .planner.hot import Proposal, propose, rows_answered
 from .shards.roles import part_of
@@ -111,10 +111,16 @@ def _shards_table(topology: Topology) -> Table:
             describe_experts(shard.experts),
             rows,
             load,
-            str(owner.step),
+            describe_step(owner),
             Text(f"{age_s:.0f} s ago", style="red" if age_s > SILENT_S else ""),
         )
     return table
+
+
+def describe_step(owner: Owner) -> str:
+    """Its steps, or how much of its weights it has read so far."""
+    loaded = owner.counters.get("loaded", 1.0)
+    return f"loading {loaded:.0%}" if loaded < 1 else str(owner.step)
 
 
 def describe_load(counters: Mapping[str, float]) -> tuple[str, str]:

@@ -95,9 +95,7 @@ class Actors:
 
     def dead(self) -> list[int]:
         """Ranks whose process has ended."""
-        if not self._lives:
-            return []
-        ended, _ = ray.wait(list(self._lives.values()), num_returns=len(self._lives), timeout=0)
+        ended = _ended(list(self._lives.values()), 0)
         return [rank for rank, life in self._lives.items() if life in ended]
 
     def known(self) -> list[int]:
@@ -105,17 +103,18 @@ class Actors:
         return sorted(self._actors)
 
     def send(self, rank: int, data: bytes) -> Any:
-        """See Post.send."""
-        return self._actors[rank].handle.remote(data)
+        """See Post.send; None for a rank without an actor."""
+        actor = self._actors.get(rank)
+        return None if actor is None else actor.handle.remote(data)
 
     def wait(self, calls: Mapping[int, Any], within_s: float) -> bool:
         """See Post.wait."""
-        _, left = ray.wait(list(calls.values()), num_returns=len(calls), timeout=within_s)
-        return not left
+        under_way = [call for call in calls.values() if call is not None]
+        return len(_ended(under_way, within_s)) == len(under_way)
 
     def collect(self, calls: Mapping[int, Any]) -> dict[int, bytes | None]:
         """See Post.collect."""
-        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=0)
+        done = _ended([call for call in calls.values() if call is not None], 0)
         return {rank: _result(call) if call in done else None for rank, call in calls.items()}
 
     def stop(self) -> None:
@@ -136,6 +135,14 @@ class Actors:
             f"no room for {ranks} shards of {self._num_cpus:g} CPU each after {within_s:g} s: "
             f"{why}; add nodes, stop other work, or use a smaller layout"
         )
+
+
+def _ended(calls: Sequence[Any], within_s: float) -> Sequence[Any]:
+    """Those of the calls that have ended, after so long at most."""
+    if not calls:
+        return []
+    done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=within_s)
+    return list(done)
 
 
 def _is_shard(pid: int) -> bool:

@@ -86,6 +86,7 @@ class ShardGroup:
         self._stopped.set()
         self._thread.join(5.0)
         self._set_live(None)
+        self._muster.drain()
         self._stack.close()
 
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:

@@ -16,6 +16,7 @@ from cluster.coordinator_actor import ActorChannel
 from cluster.messages import (
     Begin,
     Begun,
+    Drain,
     Failure,
     Join,
     Keep,
@@ -144,6 +145,15 @@ class Muster:
 
         # Who is lost will be missed elsewhere.
         self._count(order(self._actors, list(self._sent), command, PLAN_S))
+
+    def drain(self) -> None:
+        """All shards leave their groups and take no more steps, as far as they can."""
+
+        def command(rank: int) -> Drain:
+            return Drain(epoch=self._epoch, sequence=self._sent[rank] + 1)
+
+        links.leave()
+        order(self._actors, list(self._sent), command, PLAN_S, self._somebody_lost)
 
     def _count(self, answers: Answers) -> None:
         """Ranks that failed at a command count for themselves."""

@@ -90,6 +90,8 @@ class ShardActor:
     def counters(self) -> tuple[int, dict[str, float]]:
         """Steps so far, and numbers for people: what a heartbeat says."""
         counters: dict[str, float] = {"weights_bytes": float(self._read_bytes)}
+        if self._total_bytes:
+            counters["loaded"] = self._read_bytes / self._total_bytes
         shard = self._shard
         if shard is not None:
             for layer, load in shard.load_of.items():

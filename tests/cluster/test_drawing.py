@@ -8,6 +8,7 @@ from rich.console import Console, RenderableType
 from cluster.drawing import (
     describe_experts,
     describe_load,
+    describe_step,
     draw_application,
     draw_cluster,
     draw_run,
@@ -153,3 +154,10 @@ def test_experts_that_make_shards_wait_are_named() -> None:
     )
     drawn = text(draw_application(answer))
     assert 'hot: "1:0" (busiest shard 1.67 -> 1.08 times the mean)' in drawn
+
+
+def test_a_shard_that_loads_says_how_far_it_is() -> None:
+    shard = Shard(layers=(0, 1))
+    owner = Owner(worker="shard-0", rank=0, node="vm", pid=1, shard=shard, step=7)
+    assert describe_step(owner) == "7"
+    assert describe_step(replace(owner, counters={"loaded": 0.454})) == "loading 45%"
