@@ -90,17 +90,16 @@ class Links:
     def __init__(self, group: Any) -> None:
         self._group = group  # named at each call: the default one may be another epoch's by then
         self._sent: list[tuple[Any, Tensor]] = []
+        self._framed: tuple[Message | None, Tensor] = None, torch.empty(0)
 
     def send(self, message: Message, to: int) -> None:
-        """Start sending a control message."""
-        data = wire.encode(message)
-        head = _LENGTH_BYTES + len(data)
-        buffer = torch.zeros(max(HEADER_BYTES, head), dtype=torch.uint8)
-        framed = len(data).to_bytes(_LENGTH_BYTES, "little") + data
-        buffer[:head] = torch.frombuffer(bytearray(framed), dtype=torch.uint8)
-        self.send_tensor(buffer[:HEADER_BYTES], to)
-        if head > HEADER_BYTES:
-            self.send_tensor(buffer[HEADER_BYTES:], to)
+        """Start sending a control message; the same one to the next rank costs no encoding."""
+        if message is not self._framed[0]:
+            self._framed = message, _frame(message)
+        frame = self._framed[1]
+        self.send_tensor(frame[:HEADER_BYTES], to)
+        if len(frame) > HEADER_BYTES:
+            self.send_tensor(frame[HEADER_BYTES:], to)
 
     def receive(self, source: int) -> Message:
         """Wait for a control message. Raises ClusterError for a lost peer or malformed bytes."""
@@ -136,6 +135,13 @@ class Links:
         except (RuntimeError, ValueError) as error:
             reason = str(error).partition("] ")[2].partition(".")[0] or str(error)
             raise ClusterError(f"rank {peer} is lost: {reason}") from None
+
+
+def _frame(message: Message) -> Tensor:
+    """A message's length and bytes, at least HEADER_BYTES in all."""
+    data = wire.encode(message)
+    framed = len(data).to_bytes(_LENGTH_BYTES, "little") + data
+    return torch.frombuffer(bytearray(framed.ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
 
 def _slice_ranks(parts: Sequence[Part]) -> list[list[int]]:

@@ -66,7 +66,10 @@ def arrange(
     else:
         layout = Layout(dp=dp, tp=tp, ep=ep, pp=pp)
         layout.check_model(spec)
-    parts = [_attention(spec, layout, rank, not expert_ranks) for rank in range(layout.world)]
+    parts = [
+        part_of_rank(spec, layout, rank, with_experts=not expert_ranks)
+        for rank in range(layout.world)
+    ]
     for stage in range(layout.pp):
         layers = layout.layer_chunks(spec.num_layers)[stage]
         parts += [
@@ -80,6 +83,21 @@ def arrange(
             for index in range(expert_ranks)
         ]
     return tuple(_with_hot(part, tuple(hot), not expert_ranks) for part in parts)
+
+
+def part_of_rank(spec: ModelSpec, layout: Layout, rank: int, *, with_experts: bool = True) -> Part:
+    """What a rank of a layout owns, in training and in serving."""
+    place = layout.place(rank)
+    layers = layout.layers_of(rank, spec.num_layers)
+    index = layout.expert_part(rank)[0] if with_experts else 0
+    return Part(
+        stage=place.stage,
+        layers=layers,
+        slice=place.slice,
+        slices=layout.tp,
+        experts=_share(spec, layers, layout.ep, index) if with_experts else (),
+        data=place.data,
+    )
 
 
 def layout_of(parts: Sequence[Part]) -> Layout:
@@ -120,20 +138,6 @@ def travels(parts: Sequence[Part], layer: int, num_experts: int) -> bool:
     """Whether rows of a layer leave their rank: not where each attention rank has all experts."""
     stage = [part for part in parts if layer in part.layers and not part.experts_only]
     return any(len(part.experts_in(layer)) < num_experts for part in stage)
-
-
-def _attention(spec: ModelSpec, layout: Layout, rank: int, with_experts: bool) -> Part:
-    place = layout.place(rank)
-    layers = layout.layers_of(rank, spec.num_layers)
-    index = layout.expert_part(rank)[0] if with_experts else 0
-    return Part(
-        stage=place.stage,
-        layers=layers,
-        slice=place.slice,
-        slices=layout.tp,
-        experts=_share(spec, layers, layout.ep, index) if with_experts else (),
-        data=place.data,
-    )
 
 
 def _share(
