@@ -67,6 +67,25 @@ def test_the_served_text_and_numbers_are_the_cores(run: Path, target: str) -> No
             assert served == pytest.approx(training_forward(plain, prompt, tokens), abs=1e-5)
 
 
+def test_a_run_that_goes_on_refreshes_what_is_served(run: Path, target: str) -> None:
+    """Last in this file: the weights are others afterwards."""
+    words = ["pretrain", "configs/train/tiny.toml", "parallel.ep=2", "train.max_steps=30"]
+    words += ["train.validate_every_steps=5", f"run.refresh={target}", f"run.dir={run}"]
+    command = [sys.executable, "-m", "cluster.cli", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "THE DEPLOYMENT KEEPS ITS WEIGHTS" not in done.stderr
+    (served,) = (run / "served").iterdir()
+    assert served.name == "step-00000030"
+    with Client(target, timeout_s=120) as client:
+        answer = client.generate("春风", max_new_tokens=NEW_TOKENS, temperature=0.0)
+        assert client.topology().checkpoint == str(served)
+    assert answer.weights_version >= 1
+    torch.set_num_threads(1)
+    expected = gptmoe.load(served).generate("春风", max_new_tokens=NEW_TOKENS, temperature=0)
+    assert answer.text == expected
+
+
 def own_path(model: gptmoe.LoadedModel, prompt: str, tokens: list[int]) -> list[float]:
     """Log-probabilities of `tokens` after `prompt` from one pass over all, on generation's path."""
     prompt_ids = model.tokenizer.encode(prompt)
