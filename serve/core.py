@@ -38,6 +38,10 @@ class Core(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """Raise ClusterError if the replica must be replaced."""
+        ...
+
 
 @contextmanager
 def opened(config: ServeConfig, num_cpus: float) -> Iterator[Core]:
@@ -65,6 +69,9 @@ class LocalCore:
         assert isinstance(executor, LocalExecutor)
         executor.add(version, gptmoe.load(folder, dtype=self._config.dtype).network)
 
+    def check(self) -> None:
+        """See Core.check."""
+
 
 class ShardedCore:
     """The model on the actors of a group."""
@@ -78,6 +85,10 @@ class ShardedCore:
     def prepare(self, checkpoint: Location, version: int) -> None:
         """See Core.prepare."""
         self._group.refresh(str(checkpoint), version)
+
+    def check(self) -> None:
+        """See Core.check."""
+        self._group.check()
 
 
 def job_of(config: ServeConfig, stored: Checkpoint, num_cpus: float) -> GroupJob:

@@ -90,6 +90,7 @@ class Generator(Servicer, ControlServicer):
     def check_health(self) -> None:
         """What Ray Serve calls every few seconds; raises if the replica must be replaced."""
         self.service.check(self._stall_s)
+        self._core.check()
 
     def __del__(self) -> None:
         """What Ray Serve calls at the end, once running requests had their time to finish."""

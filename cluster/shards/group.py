@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence, Set
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -37,6 +37,8 @@ BEAT_AFTER_S = 3.0
 """An idle group gets a sign of life so often: its calls would else run into their timeout."""
 FRESH_S = 1.5
 """Only shards heard of so lately get one: with a frozen one it would hang."""
+BLIND_S = 10.0
+"""A supervisor that fails for longer is given up."""
 LOOK_AGAIN_S = 0.1
 """The engine's thread waits so long for shards that are away before it hears its callers again."""
 
@@ -50,7 +52,6 @@ class ShardGroup:
         """Of each: the reason, the moment it began (time.monotonic), seconds of its phases."""
         self._state = supervisor.State()
         self._live: ShardsExecutor | None = None
-        self._store: Any = None
         self._changed = threading.Condition()
         self._in_use = threading.Lock()
         self._refreshing = threading.Lock()
@@ -58,6 +59,7 @@ class ShardGroup:
         self._step_began_s: float | None = None
         self._used_s = time.monotonic()
         self._failure = ""
+        self._blind_since_s: float | None = None
         self._stopped = threading.Event()
         self._stack = ExitStack()
         self._actors = Actors(job.parts, job.run, job.num_cpus, job.threads, job.cache_dir)
@@ -86,7 +88,8 @@ class ShardGroup:
         self._stopped.set()
         self._thread.join(5.0)
         self._set_live(None)
-        self._muster.drain()
+        with suppress(ClusterError):  # without a coordinator: they are killed all the same
+            self._muster.drain()
         self._stack.close()
 
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
@@ -123,6 +126,15 @@ class ShardGroup:
             raise Unavailable("a shard is away; refresh the weights once it is back", 10.0)
         with self._refreshing:
             self._muster.refresh(checkpoint, version, lambda: self._live is not live)
+
+    def check(self) -> None:
+        """Raise ClusterError if nobody watches over the shards: the replica must be replaced."""
+        since_s = self._blind_since_s
+        if since_s is not None and time.monotonic() - since_s > BLIND_S:
+            raise ClusterError(
+                f"for over {BLIND_S:g} s nobody has watched over this replica's shards (their "
+                "coordinator may be lost); restart the replica"
+            )
 
     def topology(self) -> Topology:
         """Who owns what, and when it was last heard of."""
@@ -162,8 +174,10 @@ class ShardGroup:
                 todo = self._look()
                 if todo is not None:
                     self._recover(todo)
+                self._blind_since_s = None
             except Exception:
                 log.exception("supervisor fails")
+                self._blind_since_s = self._blind_since_s or time.monotonic()
 
     def _look(self) -> supervisor.Recover | None:
         now_s, limits = time.monotonic(), self.job.limits

@@ -11,7 +11,8 @@ import ray
 
 import gptmoe
 from cluster import env
-from cluster.shards.group import ShardGroup
+from cluster.coordinator_actor import NAMESPACE, PREFIX
+from cluster.shards.group import BLIND_S, ShardGroup
 from cluster.shards.muster import GroupJob
 from gptmoe.errors import ClusterError
 from gptmoe.generate.engine import Engine
@@ -158,3 +159,12 @@ def test_no_room_is_a_sentence(local: None, model: LoadedModel) -> None:
 
 def vars_of(job: GroupJob) -> dict[str, object]:
     return {name: getattr(job, name) for name in GroupJob.__dataclass_fields__}
+
+
+def test_a_group_that_nobody_watches_says_so(group: ShardGroup) -> None:
+    """Last of those that share the group: it is of no use afterwards."""
+    group.check()
+    ray.kill(ray.get_actor(PREFIX + group.job.run, namespace=NAMESPACE))
+    time.sleep(BLIND_S + 5)
+    with pytest.raises(ClusterError, match="nobody has watched over this replica's shards"):
+        group.check()
