@@ -35,7 +35,7 @@ from .executor import ShardsExecutor
 from .orders import Answers, order
 from .roles import message_of
 
-PLAN_S = 3.0
+PLAN_S = 5.0
 """A shard that is alive answers Plan at once, whatever it computes."""
 MEET_S = 20.0
 RESTART_S = 60.0
