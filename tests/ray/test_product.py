@@ -1,6 +1,6 @@
 """What states the product: what Ray Train learned, Ray Serve says, with the core's numbers.
 
-It types what a user types. Twenty steps on two workers that share the experts, one checkpoint, one
+It types what a user types. Twelve steps on two workers that share the experts, one checkpoint, one
 server; then each served token is compared with the model core's own forward pass.
 """
 
@@ -27,7 +27,7 @@ NEW_TOKENS = 40
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("product") / "run"
-    words = ["pretrain", "configs/train/tiny.toml", "parallel.ep=2", "train.max_steps=20"]
+    words = ["pretrain", "configs/train/tiny.toml", "parallel.ep=2", "train.max_steps=12"]
     command = [sys.executable, "-m", "cluster.cli", *words, f"run.dir={folder}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -46,7 +46,7 @@ def target(run: Path) -> Iterator[str]:
 def test_training_learned(run: Path) -> None:
     records = metrics.read(run / "metrics.jsonl")
     losses = [record["loss"] for record in records if "loss" in record]
-    assert len(losses) == 20
+    assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.3
     assert math.isfinite(records[-1]["bits_per_char"])
 
@@ -68,15 +68,18 @@ def test_the_served_text_and_numbers_are_the_cores(run: Path, target: str) -> No
 
 
 def test_a_run_that_goes_on_refreshes_what_is_served(run: Path, target: str) -> None:
-    """Last in this file: the weights are others afterwards."""
-    words = ["pretrain", "configs/train/tiny.toml", "parallel.ep=2", "train.max_steps=30"]
-    words += ["train.validate_every_steps=5", f"run.refresh={target}", f"run.dir={run}"]
+    """Last in this file: the weights are others afterwards.
+
+    On these few poems validation improves until about step 20.
+    """
+    words = ["pretrain", "configs/train/tiny.toml", "parallel.ep=2", "train.max_steps=17"]
+    words += [f"run.refresh={target}", f"run.dir={run}"]
     command = [sys.executable, "-m", "cluster.cli", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert "THE DEPLOYMENT KEEPS ITS WEIGHTS" not in done.stderr
     (served,) = (run / "served").iterdir()
-    assert served.name == "step-00000030"
+    assert served.name == "step-00000017"
     with Client(target, timeout_s=120) as client:
         answer = client.generate("春风", max_new_tokens=NEW_TOKENS, temperature=0.0)
         assert client.topology().checkpoint == str(served)
