@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from gptmoe.errors import ClusterError, GptMoeError, RequestError
-from gptmoe.generate.request import SamplingParams
+from gptmoe.generate.params import SamplingParams
 
 from .client import Client, GenerationError, Sampling
 from .operations import Topologies

@@ -8,6 +8,10 @@ GptMoeError
   ClusterError      a Ray cluster is unreachable, too small or lost a part
     Unavailable     for now: `retry_after_s` says when to try again
   RequestError      a generation request is invalid; `field` names what to change
+  NotFound          no model or running request of that name
+  AlreadyRunning    a request with that id runs
+  Unauthenticated   a key is missing or wrong
+  DeadlineExceeded  what was asked for is not done in time
   Overloaded        a queue is full; `retry_after_s` says when to come back
 
 A message is one sentence or two: what was wanted, what was found, what to do. Arguments are
@@ -61,6 +65,22 @@ class RequestError(GptMoeError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class NotFound(GptMoeError):
+    """No model, or no running request, has that name."""
+
+
+class AlreadyRunning(GptMoeError):
+    """A request with that id runs; wait for it or use another id."""
+
+
+class Unauthenticated(GptMoeError):
+    """A key is missing or wrong."""
+
+
+class DeadlineExceeded(GptMoeError):
+    """What was asked for is not done in time."""
 
 
 class Overloaded(GptMoeError):

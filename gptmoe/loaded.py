@@ -1,7 +1,6 @@
 """A checkpoint in one process, `gptmoe.load(folder)`: the core that trained it and serves it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,7 +13,8 @@ from gptmoe.errors import CheckpointError, ConfigError, RequestError
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor
 from gptmoe.generate.packed import pack
-from gptmoe.generate.request import Request, SamplingParams, make_request
+from gptmoe.generate.params import as_params
+from gptmoe.generate.request import Request, make_request
 from gptmoe.generate.scheduler import EngineConfig, Span
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
@@ -214,15 +214,5 @@ class LoadedModel:
         return pieces()
 
     def _request(self, request_id: str, prompt: str, sampling: Mapping[str, Any]) -> Request:
-        known = [field.name for field in fields(SamplingParams)]
-        for name in sampling:
-            if name not in known:
-                raise RequestError(
-                    f"unknown sampling parameter {name}; known: {', '.join(known)}", name
-                )
-        stop = sampling.get("stop", ())
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        params = SamplingParams(**{**sampling, "stop": stop})
-        return make_request(
-            self.tokenizer.encode, self.spec.max_seq_len, request_id, prompt, params
-        )
+        params = as_params(sampling)
+        return make_request(self.tokenizer, self.spec.max_seq_len, request_id, prompt, params)

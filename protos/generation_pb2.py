@@ -24,29 +24,61 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/generation.proto\x12\tgptmoe.v1\"\xbf\x02\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x18\n\x0btemperature\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x0e \x01(\x03H\x04\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x1e \x01(\x05H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x1f \x03(\t\x12\x12\n\nrequest_id\x18( \x01(\t\x12\x10\n\x08logprobs\x18) \x01(\x08\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x11\n\x0f_max_new_tokens\"\xd4\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.gptmoe.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\x05\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x17\n\x0fweights_version\x18\x08 \x01(\x03\x12\x10\n\x08logprobs\x18\x07 \x03(\x02\"\x94\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\'\n\x06header\x18\x03 \x01(\x0b\x32\x17.gptmoe.v1.StreamHeader\x12\'\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x17.gptmoe.v1.StreamFinish\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\"H\n\x0cStreamHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\x12\r\n\x05model\x18\x03 \x01(\t\"k\n\x0cStreamFinish\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.gptmoe.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x17\n\x0fweights_version\x18\x03 \x01(\x03\"\x11\n\x0fGetModelRequest\"\xcd\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x03\x12\x19\n\x11\x61\x63tive_parameters\x18\x03 \x01(\x03\x12\x13\n\x0bmax_seq_len\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nnum_layers\x18\x07 \x01(\x05\x12\x0f\n\x07\x64_model\x18\x08 \x01(\x05\x12\x11\n\tnum_heads\x18\t \x01(\x05\x12\x13\n\x0bnum_experts\x18\n \x03(\x05*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xd9\x01\n\nGeneration\x12\x43\n\x08Generate\x12\x1a.gptmoe.v1.GenerateRequest\x1a\x1b.gptmoe.v1.GenerateResponse\x12H\n\x0eGenerateStream\x12\x1a.gptmoe.v1.GenerateRequest\x1a\x18.gptmoe.v1.GenerateChunk0\x01\x12<\n\x08GetModel\x12\x1a.gptmoe.v1.GetModelRequest\x1a\x14.gptmoe.v1.ModelInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17protos/generation.proto\x12\tgptmoe.v1\"\xe5\x07\n\x0fGenerateRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12\x18\n\x10resume_token_ids\x18\x03 \x03(\x05\x12\r\n\x05model\x18\x04 \x01(\t\x12\x18\n\x0btemperature\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\r \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x0e \x01(\x03H\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x0f \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x10 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x11 \x01(\x01H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\x12 \x03(\x0b\x32).gptmoe.v1.GenerateRequest.LogitBiasEntry\x12\x0e\n\x01n\x18\x13 \x01(\x05H\x08\x88\x01\x01\x12\x16\n\tnum_beams\x18\x14 \x01(\x05H\t\x88\x01\x01\x12\x1c\n\x0fnum_beam_groups\x18\x15 \x01(\x05H\n\x88\x01\x01\x12\x1e\n\x11\x64iversity_penalty\x18\x16 \x01(\x01H\x0b\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x17 \x01(\x01H\x0c\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x1e \x01(\x05H\r\x88\x01\x01\x12\x0c\n\x04stop\x18\x1f \x03(\t\x12\x16\n\x0estop_token_ids\x18  \x03(\x05\x12\x17\n\nignore_end\x18! \x01(\x08H\x0e\x88\x01\x01\x12\x12\n\nrequest_id\x18( \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18* \x01(\x03\x12\x10\n\x08priority\x18+ \x01(\x05\x12\x10\n\x08logprobs\x18) \x01(\x08\x12\x14\n\x0ctop_logprobs\x18\x32 \x01(\x05\x12\x17\n\x0fprompt_logprobs\x18\x33 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x08\n\x06_min_pB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x04\n\x02_nB\x0c\n\n_num_beamsB\x12\n\x10_num_beam_groupsB\x14\n\x12_diversity_penaltyB\x11\n\x0f_length_penaltyB\x11\n\x0f_max_new_tokensB\r\n\x0b_ignore_end\"\xdc\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.gptmoe.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\x05\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x10\n\x08logprobs\x18\x07 \x03(\x02\x12\x17\n\x0fweights_version\x18\x08 \x01(\x03\x12\"\n\x07\x63hoices\x18\t \x03(\x0b\x32\x11.gptmoe.v1.Choice\x12\x17\n\x0fprompt_logprobs\x18\n \x03(\x02\x12#\n\x07timings\x18\x0b \x01(\x0b\x32\x12.gptmoe.v1.Timings\x12\x15\n\rcached_tokens\x18\x0c \x01(\x05\x12\r\n\x05model\x18\r \x01(\t\"\xc4\x01\n\x06\x43hoice\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12.\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x17.gptmoe.v1.FinishReason\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12,\n\x0ctop_logprobs\x18\x06 \x03(\x0b\x32\x16.gptmoe.v1.TopLogprobs\x12\x1a\n\x12\x63umulative_logprob\x18\x07 \x01(\x01\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"B\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x15\n\rfirst_token_s\x18\x02 \x01(\x01\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"\xea\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\'\n\x06header\x18\x03 \x01(\x0b\x32\x17.gptmoe.v1.StreamHeader\x12\'\n\x06\x66inish\x18\x04 \x01(\x0b\x32\x17.gptmoe.v1.StreamFinish\x12\x10\n\x08logprobs\x18\x05 \x03(\x02\x12\r\n\x05index\x18\x06 \x01(\x05\x12,\n\x0ctop_logprobs\x18\x07 \x03(\x0b\x32\x16.gptmoe.v1.TopLogprobs\x12\x17\n\x0fprompt_logprobs\x18\x08 \x03(\x02\"H\n\x0cStreamHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x05\x12\r\n\x05model\x18\x03 \x01(\t\"\xc3\x01\n\x0cStreamFinish\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.gptmoe.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x17\n\x0fweights_version\x18\x03 \x01(\x03\x12#\n\x07timings\x18\x04 \x01(\x0b\x32\x12.gptmoe.v1.Timings\x12\x15\n\rcached_tokens\x18\x05 \x01(\x05\x12\x1a\n\x12\x63umulative_logprob\x18\x06 \x01(\x01\"k\n\x0cScoreRequest\x12\x0e\n\x06prompt\x18\x01 \x01(\t\x12\x15\n\rcontinuations\x18\x02 \x03(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x64\x65\x61\x64line_ms\x18\x04 \x01(\x03\x12\x10\n\x08priority\x18\x05 \x01(\x05\"2\n\rScoreResponse\x12!\n\x06scores\x18\x01 \x03(\x0b\x32\x11.gptmoe.v1.Scored\"N\n\x06Scored\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x0e\n\x06greedy\x18\x04 \x01(\x08\"\x1f\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\" \n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.gptmoe.v1.ModelInfo\"\xcd\x01\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x03\x12\x19\n\x11\x61\x63tive_parameters\x18\x03 \x01(\x03\x12\x13\n\x0bmax_seq_len\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nnum_layers\x18\x07 \x01(\x05\x12\x0f\n\x07\x64_model\x18\x08 \x01(\x05\x12\x11\n\tnum_heads\x18\t \x01(\x05\x12\x13\n\x0bnum_experts\x18\n \x03(\x05*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xac\x04\n\nGeneration\x12\x43\n\x08Generate\x12\x1a.gptmoe.v1.GenerateRequest\x1a\x1b.gptmoe.v1.GenerateResponse\x12H\n\x0eGenerateStream\x12\x1a.gptmoe.v1.GenerateRequest\x1a\x18.gptmoe.v1.GenerateChunk0\x01\x12:\n\x05Score\x12\x17.gptmoe.v1.ScoreRequest\x1a\x18.gptmoe.v1.ScoreResponse\x12\x43\n\x08Tokenize\x12\x1a.gptmoe.v1.TokenizeRequest\x1a\x1b.gptmoe.v1.TokenizeResponse\x12I\n\nDetokenize\x12\x1c.gptmoe.v1.DetokenizeRequest\x1a\x1d.gptmoe.v1.DetokenizeResponse\x12<\n\x08GetModel\x12\x1a.gptmoe.v1.GetModelRequest\x1a\x14.gptmoe.v1.ModelInfo\x12I\n\nListModels\x12\x1c.gptmoe.v1.ListModelsRequest\x1a\x1d.gptmoe.v1.ListModelsResponse\x12:\n\x05\x41\x62ort\x12\x17.gptmoe.v1.AbortRequest\x1a\x18.gptmoe.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1136
-  _globals['_FINISHREASON']._serialized_end=1256
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._loaded_options = None
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=2998
+  _globals['_FINISHREASON']._serialized_end=3118
   _globals['_GENERATEREQUEST']._serialized_start=39
-  _globals['_GENERATEREQUEST']._serialized_end=358
-  _globals['_GENERATERESPONSE']._serialized_start=361
-  _globals['_GENERATERESPONSE']._serialized_end=573
-  _globals['_GENERATECHUNK']._serialized_start=576
-  _globals['_GENERATECHUNK']._serialized_end=724
-  _globals['_STREAMHEADER']._serialized_start=726
-  _globals['_STREAMHEADER']._serialized_end=798
-  _globals['_STREAMFINISH']._serialized_start=800
-  _globals['_STREAMFINISH']._serialized_end=907
-  _globals['_GETMODELREQUEST']._serialized_start=909
-  _globals['_GETMODELREQUEST']._serialized_end=926
-  _globals['_MODELINFO']._serialized_start=929
-  _globals['_MODELINFO']._serialized_end=1134
-  _globals['_GENERATION']._serialized_start=1259
-  _globals['_GENERATION']._serialized_end=1476
+  _globals['_GENERATEREQUEST']._serialized_end=1036
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_start=752
+  _globals['_GENERATEREQUEST_LOGITBIASENTRY']._serialized_end=800
+  _globals['_GENERATERESPONSE']._serialized_start=1039
+  _globals['_GENERATERESPONSE']._serialized_end=1387
+  _globals['_CHOICE']._serialized_start=1390
+  _globals['_CHOICE']._serialized_end=1586
+  _globals['_TOPLOGPROBS']._serialized_start=1588
+  _globals['_TOPLOGPROBS']._serialized_end=1638
+  _globals['_TIMINGS']._serialized_start=1640
+  _globals['_TIMINGS']._serialized_end=1706
+  _globals['_GENERATECHUNK']._serialized_start=1709
+  _globals['_GENERATECHUNK']._serialized_end=1943
+  _globals['_STREAMHEADER']._serialized_start=1945
+  _globals['_STREAMHEADER']._serialized_end=2017
+  _globals['_STREAMFINISH']._serialized_start=2020
+  _globals['_STREAMFINISH']._serialized_end=2215
+  _globals['_SCOREREQUEST']._serialized_start=2217
+  _globals['_SCOREREQUEST']._serialized_end=2324
+  _globals['_SCORERESPONSE']._serialized_start=2326
+  _globals['_SCORERESPONSE']._serialized_end=2376
+  _globals['_SCORED']._serialized_start=2378
+  _globals['_SCORED']._serialized_end=2456
+  _globals['_TOKENIZEREQUEST']._serialized_start=2458
+  _globals['_TOKENIZEREQUEST']._serialized_end=2489
+  _globals['_TOKENIZERESPONSE']._serialized_start=2491
+  _globals['_TOKENIZERESPONSE']._serialized_end=2544
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2546
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2584
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2586
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2620
+  _globals['_ABORTREQUEST']._serialized_start=2622
+  _globals['_ABORTREQUEST']._serialized_end=2656
+  _globals['_ABORTRESPONSE']._serialized_start=2658
+  _globals['_ABORTRESPONSE']._serialized_end=2673
+  _globals['_GETMODELREQUEST']._serialized_start=2675
+  _globals['_GETMODELREQUEST']._serialized_end=2707
+  _globals['_LISTMODELSREQUEST']._serialized_start=2709
+  _globals['_LISTMODELSREQUEST']._serialized_end=2728
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2730
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2788
+  _globals['_MODELINFO']._serialized_start=2791
+  _globals['_MODELINFO']._serialized_end=2996
+  _globals['_GENERATION']._serialized_start=3121
+  _globals['_GENERATION']._serialized_end=3677
 # @@protoc_insertion_point(module_scope)

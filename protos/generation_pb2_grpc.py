@@ -26,9 +26,10 @@ if _version_not_supported:
 
 
 class GenerationStub:
-    """Text generation with one model. Through Ray Serve's proxy all methods answer bad input with
-    INVALID_ARGUMENT, a full queue with RESOURCE_EXHAUSTED and a lost replica with UNAVAILABLE;
-    cancelling a call frees its place in the engine.
+    """Text generation with one model. Bad input is answered with INVALID_ARGUMENT, an unknown model or
+    request with NOT_FOUND, a running request's id with ALREADY_EXISTS, a full queue with
+    RESOURCE_EXHAUSTED, a missing or wrong token with UNAUTHENTICATED, a deadline that has passed with
+    DEADLINE_EXCEEDED, and a replica that is away with UNAVAILABLE. Cancelling a call frees its place.
     """
 
     def __init__(self, channel):
@@ -47,17 +48,43 @@ class GenerationStub:
                 request_serializer=protos_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_generation__pb2.GenerateChunk.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/gptmoe.v1.Generation/Score',
+                request_serializer=protos_dot_generation__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=protos_dot_generation__pb2.ScoreResponse.FromString,
+                _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/gptmoe.v1.Generation/Tokenize',
+                request_serializer=protos_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=protos_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/gptmoe.v1.Generation/Detokenize',
+                request_serializer=protos_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=protos_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.GetModel = channel.unary_unary(
                 '/gptmoe.v1.Generation/GetModel',
                 request_serializer=protos_dot_generation__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=protos_dot_generation__pb2.ModelInfo.FromString,
                 _registered_method=True)
+        self.ListModels = channel.unary_unary(
+                '/gptmoe.v1.Generation/ListModels',
+                request_serializer=protos_dot_generation__pb2.ListModelsRequest.SerializeToString,
+                response_deserializer=protos_dot_generation__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/gptmoe.v1.Generation/Abort',
+                request_serializer=protos_dot_generation__pb2.AbortRequest.SerializeToString,
+                response_deserializer=protos_dot_generation__pb2.AbortResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServicer:
-    """Text generation with one model. Through Ray Serve's proxy all methods answer bad input with
-    INVALID_ARGUMENT, a full queue with RESOURCE_EXHAUSTED and a lost replica with UNAVAILABLE;
-    cancelling a call frees its place in the engine.
+    """Text generation with one model. Bad input is answered with INVALID_ARGUMENT, an unknown model or
+    request with NOT_FOUND, a running request's id with ALREADY_EXISTS, a full queue with
+    RESOURCE_EXHAUSTED, a missing or wrong token with UNAUTHENTICATED, a deadline that has passed with
+    DEADLINE_EXCEEDED, and a replica that is away with UNAVAILABLE. Cancelling a call frees its place.
     """
 
     def Generate(self, request, context):
@@ -68,15 +95,49 @@ class GenerationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Continues a prompt and answers piece by piece, as tokens appear. The pieces' texts joined are
-        the text of Generate; no piece ends inside a character.
+        """Continues a prompt and answers piece by piece: first a header, then pieces that each carry all
+        tokens since the one before, last a finish. For each index the pieces' texts joined are the text
+        of Generate; no piece ends inside a character.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """Log-probabilities of given continuations of a prompt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
         """Says which model answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListModels(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Abort(self, request, context):
+        """Ends a running request, on whatever replica it runs; its caller gets what was generated so far,
+        with FINISH_REASON_ABORT. NOT_FOUND if no such request runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,10 +156,35 @@ def add_GenerationServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_generation__pb2.GenerateChunk.SerializeToString,
             ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=protos_dot_generation__pb2.ScoreRequest.FromString,
+                    response_serializer=protos_dot_generation__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=protos_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=protos_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=protos_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=protos_dot_generation__pb2.DetokenizeResponse.SerializeToString,
+            ),
             'GetModel': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModel,
                     request_deserializer=protos_dot_generation__pb2.GetModelRequest.FromString,
                     response_serializer=protos_dot_generation__pb2.ModelInfo.SerializeToString,
+            ),
+            'ListModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListModels,
+                    request_deserializer=protos_dot_generation__pb2.ListModelsRequest.FromString,
+                    response_serializer=protos_dot_generation__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=protos_dot_generation__pb2.AbortRequest.FromString,
+                    response_serializer=protos_dot_generation__pb2.AbortResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -109,9 +195,10 @@ def add_GenerationServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Generation:
-    """Text generation with one model. Through Ray Serve's proxy all methods answer bad input with
-    INVALID_ARGUMENT, a full queue with RESOURCE_EXHAUSTED and a lost replica with UNAVAILABLE;
-    cancelling a call frees its place in the engine.
+    """Text generation with one model. Bad input is answered with INVALID_ARGUMENT, an unknown model or
+    request with NOT_FOUND, a running request's id with ALREADY_EXISTS, a full queue with
+    RESOURCE_EXHAUSTED, a missing or wrong token with UNAUTHENTICATED, a deadline that has passed with
+    DEADLINE_EXCEEDED, and a replica that is away with UNAVAILABLE. Cancelling a call frees its place.
     """
 
     @staticmethod
@@ -169,6 +256,87 @@ class Generation:
             _registered_method=True)
 
     @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gptmoe.v1.Generation/Score',
+            protos_dot_generation__pb2.ScoreRequest.SerializeToString,
+            protos_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gptmoe.v1.Generation/Tokenize',
+            protos_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            protos_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gptmoe.v1.Generation/Detokenize',
+            protos_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            protos_dot_generation__pb2.DetokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetModel(request,
             target,
             options=(),
@@ -185,6 +353,60 @@ class Generation:
             '/gptmoe.v1.Generation/GetModel',
             protos_dot_generation__pb2.GetModelRequest.SerializeToString,
             protos_dot_generation__pb2.ModelInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gptmoe.v1.Generation/ListModels',
+            protos_dot_generation__pb2.ListModelsRequest.SerializeToString,
+            protos_dot_generation__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gptmoe.v1.Generation/Abort',
+            protos_dot_generation__pb2.AbortRequest.SerializeToString,
+            protos_dot_generation__pb2.AbortResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Protocol
 
 from gptmoe.errors import ClusterError, GptMoeError, Unavailable
-from gptmoe.generate.engine import Delta
+from gptmoe.generate.delta import Delta
 from gptmoe.generate.request import Request
 
 log = logging.getLogger(__name__)

@@ -21,10 +21,10 @@ from cluster.operations import (
     ScaleResponse,
     Topologies,
 )
-from gptmoe.errors import ClusterError, RequestError
+from gptmoe.errors import ClusterError, DeadlineExceeded, RequestError
 
 from .controller import Settings, State
-from .refusals import Overtaken, TooLate
+from .refusals import Overtaken
 
 WITHIN_S = 300.0
 EVERY_S = 1.0
@@ -93,7 +93,7 @@ class Operations:
         """Have all replicas serve other weights.
 
         Raises RequestError and NotWithThis as Interchangeable.check, and nothing is changed;
-        TooLate, Overtaken, or ClusterError if replicas cannot take them.
+        DeadlineExceeded, Overtaken, or ClusterError if replicas cannot take them.
         """
         deadline_s = _deadline(request.within_s)
         checkpoint = await asyncio.to_thread(self._check, request.checkpoint)
@@ -105,7 +105,10 @@ class Operations:
         return RefreshResponse(version=settings.version, checkpoint=checkpoint)
 
     async def scale(self, request: ScaleRequest) -> ScaleResponse:
-        """Set the number of replicas. Raises RequestError, NotWithThis, TooLate or Overtaken."""
+        """Set the number of replicas.
+
+        Raises RequestError, NotWithThis, DeadlineExceeded or Overtaken.
+        """
         deadline_s, wanted = _deadline(request.within_s), request.replicas
         if wanted < 1:
             raise RequestError(f"replicas must be at least 1; found {wanted}", "replicas")
@@ -117,7 +120,7 @@ class Operations:
             if state.running == wanted:
                 return ScaleResponse(replicas=wanted)
             if time.monotonic() > deadline_s:
-                raise TooLate(
+                raise DeadlineExceeded(
                     f"{state.running} of {wanted} replicas run so far, and it goes on; the cluster "
                     f"may lack room for more {_in_brackets(state.message)}".rstrip()
                 )
@@ -137,7 +140,7 @@ class Operations:
             if state.status == "DEPLOY_FAILED":
                 raise ClusterError(f"not all replicas could change: {_last_line(state.message)}")
             if time.monotonic() > deadline_s:
-                raise TooLate(
+                raise DeadlineExceeded(
                     f"not all replicas have changed in time, and it goes on "
                     f"{_in_brackets(state.message)}".rstrip()
                 )

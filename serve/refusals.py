@@ -4,15 +4,20 @@ from typing import Protocol
 
 import grpc
 
-from gptmoe.errors import ClusterError, GptMoeError, Overloaded, RequestError
+from gptmoe.errors import (
+    AlreadyRunning,
+    ClusterError,
+    DeadlineExceeded,
+    GptMoeError,
+    NotFound,
+    Overloaded,
+    RequestError,
+    Unauthenticated,
+)
 
 
 class NotWithThis(GptMoeError):
     """The request is right, and does not go with this application."""
-
-
-class TooLate(GptMoeError):
-    """What was begun has not finished in time."""
 
 
 class Overtaken(GptMoeError):
@@ -22,7 +27,10 @@ class Overtaken(GptMoeError):
 _CODES = (
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (NotWithThis, grpc.StatusCode.FAILED_PRECONDITION),
-    (TooLate, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (NotFound, grpc.StatusCode.NOT_FOUND),
+    (AlreadyRunning, grpc.StatusCode.ALREADY_EXISTS),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (Overtaken, grpc.StatusCode.ABORTED),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (ClusterError, grpc.StatusCode.UNAVAILABLE),

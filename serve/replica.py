@@ -5,7 +5,7 @@ Plain Python: app.py makes it a Ray Serve deployment.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +17,8 @@ from cluster import coordinator_actor
 from gptmoe.config import location
 from gptmoe.errors import GptMoeError, Unavailable
 from gptmoe.generate.engine import Engine
-from gptmoe.generate.request import SamplingParams, make_request
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import make_request
 from gptmoe.model.counts import parameters
 from gptmoe.model.spec import ModelSpec
 
@@ -49,11 +50,10 @@ class Generator(Servicer, ControlServicer):
         with ExitStack() as stack:
             self._core = stack.enter_context(opened(config, num_cpus))
             engine, spec = self._core.engine, self._core.spec
-            encode = engine.tokenizer.encode
-            _warm_up(engine, encode, spec.max_seq_len)
+            _warm_up(engine, spec.max_seq_len)
             self._bridge = EngineThread(engine)
             self._stack = stack.pop_all()
-        self.service = Service(self._bridge, encode, _card(spec, config))
+        self.service = Service(self._bridge, engine.tokenizer, _card(spec, config))
         self._stall_s = config.health.stall_s
         self._version = 0
         digest = engine.tokenizer.digest
@@ -106,10 +106,10 @@ class Generator(Servicer, ControlServicer):
         self._version = version
 
 
-def _warm_up(engine: Engine, encode: Callable[[str], Sequence[int]], max_seq_len: int) -> None:
+def _warm_up(engine: Engine, max_seq_len: int) -> None:
     """Generate one token: a replica that cannot is never asked, and first requests wait less."""
     sampling = SamplingParams(max_new_tokens=1)
-    engine.add(make_request(encode, max_seq_len, "warm-up", "春风", sampling))
+    engine.add(make_request(engine.tokenizer, max_seq_len, "warm-up", "春风", sampling))
     while engine.has_work:
         engine.step()
 

@@ -21,8 +21,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from gptmoe.errors import GptMoeError, Overloaded, RequestError, Unavailable
-from gptmoe.generate.engine import Delta
-from gptmoe.generate.request import SamplingParams
+from gptmoe.generate.delta import Delta
+from gptmoe.generate.params import SamplingParams
 
 from .service import Call, Service
 
@@ -75,7 +75,7 @@ def build(service: Service, stall_s: float) -> FastAPI:
             return await generate_stream(body)
         call = body.call()
         done = await service.complete(call)
-        return JSONResponse({"text": call.prompt + done.text})
+        return JSONResponse({"text": body.inputs[0] + done.text})
 
     @app.post("/generate/stream")
     async def generate_stream(body: GenerateBody) -> Response:

@@ -5,16 +5,18 @@ With Ray Serve 2.60 a unary method sets code and details and returns; a streamin
 after setting them: returning before the first message, it would look like a stream that ended well.
 """
 
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict
-from typing import TypeVar
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
 
+import grpc
 from google.protobuf.message import DecodeError, Message
 
 from gptmoe.errors import GptMoeError, RequestError
-from gptmoe.generate.engine import Delta
-from gptmoe.generate.request import SamplingParams
+from gptmoe.generate.delta import Delta
+from gptmoe.generate.params import SamplingParams, biases, check
 from protos import generation_pb2 as messages
 
 from .refusals import Context, set_status
@@ -22,7 +24,8 @@ from .service import Call, Service
 
 M = TypeVar("M", bound=Message)
 
-_SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "max_new_tokens")
+_SWITCHES = ("logprobs", "top_logprobs", "prompt_logprobs")
+"""What is off unless it is asked for."""
 
 _REASONS = {
     "stop": messages.FINISH_REASON_STOP,
@@ -82,14 +85,45 @@ class Servicer:
             return messages.ModelInfo()
         return messages.ModelInfo(**asdict(self.service.card))
 
+    async def _not_yet(self, request: bytes, grpc_context: Context) -> Message:
+        grpc_context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        return messages.AbortResponse()
+
+    Score = Tokenize = Detokenize = ListModels = Abort = _not_yet
+
 
 def _call(data: bytes) -> Call:
     message = _read(messages.GenerateRequest, data)
-    given = {name: getattr(message, name) for name in _SAMPLING if message.HasField(name)}
-    sampling = SamplingParams(**given, stop=tuple(message.stop), logprobs=message.logprobs)
-    if message.request_id:
-        return Call(prompt=message.prompt, sampling=sampling, request_id=message.request_id)
-    return Call(prompt=message.prompt, sampling=sampling)
+    check(
+        not (message.prompt and message.prompt_token_ids),
+        "prompt",
+        "both",
+        "a text or prompt_token_ids",
+    )
+    check(message.deadline_ms >= 0, "deadline_ms", message.deadline_ms, "at least 0 (0 = none)")
+    return Call(
+        prompt=tuple(message.prompt_token_ids) or message.prompt,
+        sampling=_sampling(message),
+        request_id=message.request_id or uuid.uuid4().hex,
+        model=message.model,
+        resume_ids=tuple(message.resume_token_ids),
+        priority=message.priority,
+        deadline_s=message.deadline_ms / 1000 if message.deadline_ms else None,
+    )
+
+
+def _sampling(message: messages.GenerateRequest) -> SamplingParams:
+    """What is absent keeps its default."""
+    given: dict[str, Any] = {}
+    for field in fields(SamplingParams):
+        value = getattr(message, field.name)
+        if field.name == "logit_bias":
+            given[field.name] = biases(value)
+        elif field.name in ("stop", "stop_token_ids"):
+            given[field.name] = tuple(value)
+        elif field.name in _SWITCHES or message.HasField(field.name):
+            given[field.name] = value
+    return SamplingParams(**given)
 
 
 def _read(kind: type[M], data: bytes) -> M:

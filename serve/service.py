@@ -4,14 +4,17 @@ Both front ends turn what they receive into a Call, and the typed errors of gptm
 statuses; everything between is here, once.
 """
 
+import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from gptmoe.errors import Unavailable
-from gptmoe.generate.engine import Delta
-from gptmoe.generate.request import SamplingParams, make_request
+from gptmoe.errors import DeadlineExceeded, NotFound, Unavailable
+from gptmoe.generate.delta import Delta
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request, make_request
+from gptmoe.text import Tokenizer
 
 from .bridge import EngineThread
 
@@ -20,9 +23,18 @@ from .bridge import EngineThread
 class Call:
     """One request for text."""
 
-    prompt: str
+    prompt: str | tuple[int, ...]
+    """A text or its token ids."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    model: str = ""
+    """Of what name the model must be; empty: any."""
+    resume_ids: tuple[int, ...] = ()
+    """What an earlier answer has said."""
+    priority: int = 0
+    """Lower goes first."""
+    deadline_s: float | None = None
+    """Seconds from now after which nobody wants the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +69,9 @@ class ModelCard:
 class Service:
     """One model and its running engine."""
 
-    def __init__(
-        self, engine: EngineThread, encode: Callable[[str], Sequence[int]], card: ModelCard
-    ) -> None:
+    def __init__(self, engine: EngineThread, tokenizer: Tokenizer, card: ModelCard) -> None:
         self._engine = engine
-        self._encode = encode
+        self._tokenizer = tokenizer
         self.card = card
         self.draining = False
         """New requests are refused; running ones go on."""
@@ -75,12 +85,27 @@ class Service:
             raise Unavailable(
                 f"{self.card.name} takes no new requests: an operator drains it; ask another server"
             )
-        request = make_request(
-            self._encode, self.card.max_seq_len, call.request_id, call.prompt, call.sampling
-        )
+        request = self._request(call)
         async with aclosing(self._engine.stream(request)) as deltas:
             async for delta in deltas:
                 yield delta
+
+    def _request(self, call: Call) -> Request:
+        if call.model not in ("", self.card.name):
+            raise NotFound(f"model {call.model!r} is not served here; {self.card.name!r} is")
+        deadline_s = call.deadline_s
+        if deadline_s is not None and deadline_s <= 0:
+            raise DeadlineExceeded("the deadline has passed before the request arrived")
+        return make_request(
+            self._tokenizer,
+            self.card.max_seq_len,
+            call.request_id,
+            call.prompt,
+            call.sampling,
+            resume_ids=call.resume_ids,
+            priority=call.priority,
+            deadline_s=None if deadline_s is None else time.monotonic() + deadline_s,
+        )
 
     async def complete(self, call: Call) -> Completion:
         """The whole text of the call; errors as in `stream`."""

@@ -11,7 +11,7 @@ import typer
 
 from cluster import prompts
 from gptmoe.errors import ConfigError
-from gptmoe.generate.request import SamplingParams
+from gptmoe.generate.params import SamplingParams
 
 from . import lazy
 from .output import Json, bar, examples, print_facts

@@ -1,35 +1,18 @@
 """The generation engine: decide (pure scheduler), compute (executor), account (here)."""
 
 from collections import deque
-from dataclasses import dataclass
 
 from torch import Tensor
 
-from gptmoe.errors import Overloaded, RequestError
+from gptmoe.errors import AlreadyRunning, Overloaded, RequestError
 from gptmoe.text import Tokenizer
 
+from .delta import Delta
 from .executor import CacheLost, Executor
 from .output import TextStream
 from .request import Request
 from .sampling import choose, log_probability
 from .scheduler import EngineConfig, Progress, StepPlan, plan_step
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What is new for one request after a step."""
-
-    request_id: str
-    token_ids: tuple[int, ...]
-    text: str
-    """New text: whole characters, certain not to be part of a stop string."""
-    finish_reason: str
-    """"" while running; then "stop" (end token or stop string) or "length"."""
-    prompt_tokens: int
-    logprobs: tuple[float, ...] = ()
-    """Of each token, where the request asks for them."""
-    version: int = 0
-    """Of the weights that chose the token."""
 
 
 class _Sequence:
@@ -90,13 +73,13 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request.
 
-        Raises RequestError for an id in use or a prompt that does not fit the context, Overloaded
-        for a full queue.
+        Raises AlreadyRunning for an id in use, RequestError for a prompt that does not fit the
+        context, Overloaded for a full queue.
         """
         known = request.request_id in self.running
         if known or any(r.request_id == request.request_id for r in self.waiting):
-            raise RequestError(
-                f"request_id {request.request_id!r} is already running; use a new one", "request_id"
+            raise AlreadyRunning(
+                f"request_id {request.request_id!r} is running; wait for it, or use another id"
             )
         if not 0 < len(request.prompt_ids) < self.max_seq_len:
             raise RequestError(
@@ -204,7 +187,13 @@ class Engine:
             self._release(request.request_id)
         prompt_tokens = len(request.prompt_ids)
         return Delta(
-            request.request_id, (token,), text, reason, prompt_tokens, logprobs, sequence.version
+            request_id=request.request_id,
+            token_ids=(token,),
+            text=text,
+            finish_reason=reason,
+            prompt_tokens=prompt_tokens,
+            logprobs=logprobs,
+            version=sequence.version,
         )
 
     def _finish_reason(self, sequence: _Sequence, ended: bool) -> str:

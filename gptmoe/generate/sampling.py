@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .request import SamplingParams
+from .params import SamplingParams
 
 NUCLEUS_TRIES = (64, 1024)
 """How many of the likeliest tokens are sorted in search of `top_p`, before all of them are."""

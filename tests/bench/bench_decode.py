@@ -21,7 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gptmoe.checkpoint import read_gpt2
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.packed import pack
-from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request
 from gptmoe.loaded import KEPT_WIDE, LoadedModel
 from gptmoe.model.initialize import initialize
 from gptmoe.model.spec import ModelSpec

@@ -21,7 +21,8 @@ from cluster.shards.group import ShardGroup
 from gptmoe.checkpoint import open_checkpoint, save, whole
 from gptmoe.config import to_dict
 from gptmoe.generate.engine import Engine
-from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.loaded import spec_of
 from gptmoe.model.spec import ModelSpec

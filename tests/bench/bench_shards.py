@@ -29,7 +29,8 @@ from cluster import env
 from cluster.shards.group import ShardGroup
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import Executor
-from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.loaded import LoadedModel
 from gptmoe.shard.parts import arrange

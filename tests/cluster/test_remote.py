@@ -10,7 +10,7 @@ import pytest
 from cluster.client import GenerationError
 from cluster.remote import Remote, operating
 from gptmoe.errors import ClusterError, RequestError
-from gptmoe.generate.request import SamplingParams
+from gptmoe.generate.params import SamplingParams
 from protos import generation_pb2, generation_pb2_grpc
 
 

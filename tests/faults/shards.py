@@ -8,7 +8,8 @@ from cluster.shards.shard_actor import model_digest
 from cluster.shards.supervisor import Limits
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import Executor
-from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.loaded import LoadedModel
 from gptmoe.model.spec import ModelSpec

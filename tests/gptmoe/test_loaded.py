@@ -12,7 +12,7 @@ import gptmoe
 from gptmoe.checkpoint import save, whole
 from gptmoe.config import to_dict
 from gptmoe.errors import CheckpointError, ConfigError, RequestError
-from gptmoe.generate.request import SamplingParams
+from gptmoe.generate.params import SamplingParams
 from gptmoe.model.initialize import initialize
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT

@@ -18,7 +18,8 @@ from gptmoe.checkpoint import open_checkpoint
 from gptmoe.errors import ClusterError
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import Executor
-from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig, StepPlan
 from gptmoe.shard.parts import ExpertSpan, Part, arrange
 from gptmoe.shard.shard import Shard

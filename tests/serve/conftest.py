@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from gptmoe.errors import Overloaded
-from gptmoe.generate.engine import Delta
-from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.delta import Delta
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request
 from serve.bridge import EngineThread
 from serve.service import ModelCard, Service
+from tests.characters import Characters
 
 CARD = ModelCard(
     name="poems",
@@ -24,10 +26,6 @@ CARD = ModelCard(
     num_heads=2,
     num_experts=(4,),
 )
-
-
-def encode(text: str) -> list[int]:
-    return [ord(character) for character in text]
 
 
 class CountingEngine:
@@ -76,7 +74,13 @@ class CountingEngine:
         if reason:
             del self.requests[request.request_id]
         token = ord(text or "。")
-        return Delta(request.request_id, (token,), text, reason, len(request.prompt_ids))
+        return Delta(
+            request_id=request.request_id,
+            token_ids=(token,),
+            text=text,
+            finish_reason=reason,
+            prompt_tokens=len(request.prompt_ids),
+        )
 
 
 def wait_until(condition: Callable[[], object], within_s: float = 5.0) -> None:
@@ -107,7 +111,7 @@ def bridge(engine: CountingEngine) -> Iterator[EngineThread]:
 
 @pytest.fixture
 def service(bridge: EngineThread) -> Service:
-    return Service(bridge, encode, CARD)
+    return Service(bridge, Characters(), CARD)
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_a_bad_body_is_400_with_a_sentence(
         ("temperature", "hot", "Input should be a valid number, found 'hot'"),
         ("repetition_penalty", 0, "parameters.repetition_penalty must be above 0"),
         ("seed", 2**70, "parameters.seed must be a 64-bit whole number"),
-        ("stop", ["a"] * 10_000, "parameters.stop must be at most 16; found 10000 strings"),
+        ("stop", ["a"] * 10_000, "parameters.stop must be at most 16 of them; found 10000"),
         ("stop", [""], "parameters.stop must be strings of at least one character"),
         ("stop", "。", "Input should be a valid list"),
         ("temprature", 1, "parameters.temprature is not a known field"),

@@ -131,7 +131,7 @@ def test_absent_fields_have_the_defaults_and_zero_is_a_value(servicer: Servicer)
         (request(top_p=float("inf")), "top_p must be above 0"),
         (request(repetition_penalty=0), "repetition_penalty must be above 0"),
         (request(stop=[""]), "stop must be strings of at least one character"),
-        (request(stop=["a"] * 10_000), "stop must be at most 16; found 10000 strings"),
+        (request(stop=["a"] * 10_000), "stop must be at most 16 of them; found 10000"),
         (b"\x0a\x02\xff\xfe", "not a gptmoe.v1.GenerateRequest with UTF-8 text"),
         (b"\xff\xff\xff\xff", "not a gptmoe.v1.GenerateRequest"),
         (b"\x0a\x7f", "not a gptmoe.v1.GenerateRequest"),
@@ -208,7 +208,7 @@ def test_the_registered_service_hands_over_bytes_and_takes_messages() -> None:
         drained.append(request)
         return DrainResponse()
 
-    class Echo(ControlServicer):
+    class Echo(Servicer, ControlServicer):
         operations = SimpleNamespace(drain=drain)  # type: ignore[assignment]
 
         async def Generate(self, request: bytes, context: object) -> Message:

@@ -2,7 +2,8 @@
 
 import random
 
-from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request
 
 VOCAB = 256
 FIRST_WORD = 2

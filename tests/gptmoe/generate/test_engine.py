@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptmoe.errors import Overloaded, RequestError
-from gptmoe.generate.engine import Delta, Engine
+from gptmoe.errors import AlreadyRunning, Overloaded, RequestError
+from gptmoe.generate.delta import Delta
+from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import CacheLost
-from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig, StepPlan
 from gptmoe.text import Tokenizer
 
@@ -113,10 +115,10 @@ def test_a_full_queue_is_refused_with_a_time(tokenizer: Tokenizer) -> None:
 def test_an_id_in_use_is_refused(tokenizer: Tokenizer) -> None:
     running = engine(tokenizer)
     running.add(request("a"))
-    with pytest.raises(RequestError, match="request_id 'a' is already running; use a new one"):
+    with pytest.raises(AlreadyRunning, match="request_id 'a' is running; wait for it, or use"):
         running.add(request("a"))
     running.step()
-    with pytest.raises(RequestError, match="already running"):
+    with pytest.raises(AlreadyRunning):
         running.add(request("a"))
 
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptmoe.generate.engine import Delta
+from gptmoe.generate.delta import Delta
 from gptmoe.generate.executor import LocalExecutor
-from gptmoe.generate.request import Request, SamplingParams
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig, Span
 from gptmoe.loaded import LoadedModel
 

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from gptmoe.errors import RequestError
-from gptmoe.generate.request import Request, SamplingParams, make_request
+from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request, make_request
+from tests.characters import Characters
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,7 @@ from gptmoe.generate.request import Request, SamplingParams, make_request
         ("max_new_tokens", 0, "max_new_tokens must be at least 1; found 0"),
         ("max_new_tokens", -5, "max_new_tokens must be at least 1; found -5"),
         ("seed", 2**63, f"seed must be a 64-bit whole number; found {2**63}"),
-        ("stop", ("a",) * 17, "stop must be at most 16; found 17 strings"),
+        ("stop", ("a",) * 17, "stop must be at most 16 of them; found 17"),
         (
             "stop",
             ("a", ""),
@@ -57,7 +59,6 @@ ROOM = "to leave room for one more in the context of 8"
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (7, "prompt must be a text; found 7"),
         ("", "prompt must be at least one character; found an empty text"),
         ("\ud800", "prompt is not valid Unicode text; send UTF-8 without lone surrogates"),
         ("字" * 8, f"prompt must be at most 7 tokens, {ROOM}; found 8 tokens"),
@@ -66,13 +67,13 @@ ROOM = "to leave room for one more in the context of 8"
 )
 def test_bad_prompts(prompt: str, message: str) -> None:
     with pytest.raises(RequestError) as caught:
-        make_request(lambda text: [1] * len(text), 8, "a", prompt, SamplingParams())
+        make_request(Characters(), 8, "a", prompt, SamplingParams())
     assert str(caught.value) == message
     assert caught.value.field == "prompt"
 
 
 def test_a_good_prompt() -> None:
-    made = make_request(lambda text: [ord(c) for c in text], 8, "a", "春风", SamplingParams())
+    made = make_request(Characters(), 8, "a", "春风", SamplingParams())
     assert made == Request("a", (ord("春"), ord("风")), SamplingParams())
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from gptmoe.generate.request import SamplingParams
+from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.sampling import candidates, choose, log_probability, penalize, uniform
 
 SCORES = [2.0, -1.0, 0.5, 3.0, 1.0, -4.0, 2.5, 0.0]

@@ -1,0 +1,200 @@
+"""How to pick tokens and when to stop, checked where it enters. No torch."""
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gptmoe.errors import RequestError
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1000
+MAX_ANSWERS = 16
+MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024
+
+_NUMBERS = {
+    "temperature": (0, 100, "between 0 (greedy) and 100"),
+    "min_p": (0, 1, "between 0 (off) and 1"),
+    "presence_penalty": (-100, 100, "between -100 and 100 (0 = off)"),
+    "frequency_penalty": (-100, 100, "between -100 and 100 (0 = off)"),
+    "diversity_penalty": (0, 1e6, "between 0 (off) and 1000000"),
+    "length_penalty": (-100, 100, "between -100 and 100"),
+}
+_WHOLE = {
+    "top_k": (0, math.inf, "at least 0 (0 = all tokens)"),
+    "seed": (-(2**63), 2**63 - 1, "a 64-bit whole number"),
+    "n": (1, MAX_ANSWERS, f"between 1 and {MAX_ANSWERS}"),
+    "num_beams": (1, MAX_ANSWERS, f"between 1 (no search) and {MAX_ANSWERS}"),
+    "num_beam_groups": (1, MAX_ANSWERS, f"between 1 and {MAX_ANSWERS}"),
+    "max_new_tokens": (1, math.inf, "at least 1"),
+    "top_logprobs": (0, MAX_TOP_LOGPROBS, f"between 0 and {MAX_TOP_LOGPROBS}"),
+}
+_SWITCHES = ("ignore_end", "logprobs", "prompt_logprobs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to pick tokens and when to stop."""
+
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 = all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely, as a part of the likeliest one's probability
+    (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides the scores of tokens already present, the prompt's too (arXiv 1909.05858, section
+    4.1); 1 = off."""
+    presence_penalty: float = 0.0
+    """Taken from the scores of tokens generated already."""
+    frequency_penalty: float = 0.0
+    """The same, times how often they were generated."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, what is added to its score) pairs."""
+    seed: int = 0
+    """The noise of a token is a function of (seed, index of the answer, position) alone."""
+    n: int = 1
+    """Answers to the same prompt."""
+    num_beams: int = 1
+    """Beams of a beam search, of which the best n are answered; 1: no search. Greedy only."""
+    num_beam_groups: int = 1
+    """Groups of beams that shall differ (diverse beam search, arXiv 1610.02424)."""
+    diversity_penalty: float = 0.0
+    """What a token costs for each beam of earlier groups that chose it in the same step."""
+    length_penalty: float = 1.0
+    """Beams are compared by log-probability / length ** length_penalty."""
+    max_new_tokens: int = 128
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The text ends before the first of these, as before the model's own end token."""
+    ignore_end: bool = False
+    """Go on after the model's end token (for measurements)."""
+    logprobs: bool = False
+    """Report each token's log-probability under the model, before penalties and temperature."""
+    top_logprobs: int = 0
+    """And those of so many of the likeliest tokens at each place."""
+    prompt_logprobs: bool = False
+    """And those of the prompt's tokens."""
+
+    def __post_init__(self) -> None:
+        for name, (least, most, wanted) in _NUMBERS.items():
+            value = self._number(name, numbers.Real, "a number")
+            check(least <= value <= most, name, value, wanted)
+        for name, (least, most, wanted) in _WHOLE.items():
+            value = self._number(name, numbers.Integral, "a whole number")
+            check(least <= value <= most, name, value, wanted)
+        for name in _SWITCHES:
+            value = getattr(self, name)
+            check(isinstance(value, bool), name, repr(value), "true or false")
+        top_p = self._number("top_p", numbers.Real, "a number")
+        check(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
+        penalty = self._number("repetition_penalty", numbers.Real, "a number")
+        wanted = "above 0 and at most 100 (1 = off)"
+        check(0 < penalty <= 100, "repetition_penalty", penalty, wanted)
+        self._check_stops()
+        self._check_biases()
+        self._check_answers()
+
+    def _number(self, name: str, kind: type, wanted: str) -> float:
+        value: float = getattr(self, name)
+        check(isinstance(value, kind) and not isinstance(value, bool), name, repr(value), wanted)
+        return value
+
+    def _check_stops(self) -> None:
+        for name, kind, wanted in (
+            ("stop", str, "a tuple of strings"),
+            ("stop_token_ids", int, "a tuple of token ids"),
+        ):
+            value = getattr(self, name)
+            good = isinstance(value, tuple) and all(type(item) is kind for item in value)
+            check(good, name, _short(value), wanted)
+            wanted = f"at most {MAX_STOPS} of them"
+            check(len(value) <= MAX_STOPS, name, f"{len(value)}", wanted)
+        check(all(self.stop), "stop", "an empty string", "strings of at least one character")
+        longest = max(map(len, self.stop), default=0)
+        wanted = f"strings of at most {MAX_STOP_CHARACTERS} characters"
+        check(longest <= MAX_STOP_CHARACTERS, "stop", f"one of {longest}", wanted)
+        check(
+            all(token >= 0 for token in self.stop_token_ids),
+            "stop_token_ids",
+            min(self.stop_token_ids, default=0),
+            "token ids of at least 0",
+        )
+
+    def _check_biases(self) -> None:
+        value = self.logit_bias
+        good = isinstance(value, tuple) and all(
+            isinstance(pair, tuple)
+            and len(pair) == 2
+            and type(pair[0]) is int
+            and isinstance(pair[1], numbers.Real)
+            for pair in value
+        )
+        check(good, "logit_bias", _short(value), "pairs of a token id and a number")
+        count = len(value)
+        check(count <= MAX_BIASES, "logit_bias", f"{count} tokens", f"at most {MAX_BIASES} tokens")
+        for token, bias in value:
+            check(token >= 0, "logit_bias", token, "of token ids of at least 0")
+            check(-100 <= bias <= 100, "logit_bias", bias, "of numbers between -100 and 100")
+
+    def _check_answers(self) -> None:
+        beams, groups = self.num_beams, self.num_beam_groups
+        if beams > 1:
+            check(self.greedy, "num_beams", beams, "1 unless temperature is 0: beams are not drawn")
+            check(self.n <= beams, "n", self.n, f"at most num_beams={beams}")
+            check(beams % groups == 0, "num_beam_groups", groups, f"a divisor of num_beams={beams}")
+        else:
+            check(groups == 1, "num_beam_groups", groups, "1 without num_beams")
+            wanted = "1 where temperature is 0 and num_beams is 1: all answers would be the same"
+            check(self.n == 1 or not self.greedy, "n", self.n, wanted)
+
+    @property
+    def greedy(self) -> bool:
+        """True if no noise is involved."""
+        return self.temperature == 0
+
+
+def biases(given: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    """A mapping from token to bias as SamplingParams takes it."""
+    return tuple(sorted(given.items()))
+
+
+def check(good: bool, field: str, found: object, wanted: str) -> None:
+    """Raise RequestError about `field` unless `good`."""
+    if not good:
+        raise RequestError(f"{field} must be {wanted}; found {found}", field)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def as_params(given: Mapping[str, object]) -> SamplingParams:
+    """From keywords as people write them: one stop string, lists, a mapping of biases.
+
+    Raises RequestError for an unknown name or a value out of range.
+    """
+    known = SamplingParams.__dataclass_fields__
+    for name in given:
+        if name not in known:
+            raise RequestError(
+                f"unknown sampling parameter {name}; known: {', '.join(known)}", name
+            )
+    values: dict[str, Any] = dict(given)
+    for name in ("stop", "stop_token_ids"):
+        value = values.get(name, ())
+        if isinstance(value, str | int):
+            values[name] = (value,)
+        elif isinstance(value, Sequence):
+            values[name] = tuple(value)
+    bias = values.get("logit_bias")
+    if isinstance(bias, Mapping):
+        values["logit_bias"] = biases(bias)
+    return SamplingParams(**values)
