@@ -8,11 +8,15 @@ from gptmoe.text import StreamDecoder, Tokenizer
 class TextStream:
     """Text of one request. Pieces joined = the decoded tokens, cut before the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], already: Sequence[int] = ()
+    ) -> None:
         self.decoder = StreamDecoder(tokenizer)
         self.stop = tuple(stop)
         self.held = ""
         self.stopped = False
+        for token in already:
+            self.push(token)
 
     def push(self, token_id: int) -> str:
         """Text that this token makes certain; `stopped` turns True at a complete stop string."""

@@ -10,18 +10,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gptmoe.text import Tokenizer
+
+from .delta import TokenScore, TopLogprobs
 from .params import SamplingParams
 
 NUCLEUS_TRIES = (64, 1024)
 """How many of the likeliest tokens are sorted in search of `top_p`, before all of them are."""
 
 
-def choose(logits_V: Tensor, params: SamplingParams, history: Sequence[int]) -> int:
+def choose(
+    logits_V: Tensor,
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    new_ids: Sequence[int],
+    index: int = 0,
+) -> int:
     """Pick the next token after `history` (prompt and generated tokens).
 
     Order: repetition penalty, temperature, top_k, top_p, then the inverse of the cumulative
     distribution at one uniform number that depends on (seed, position) only.
     """
+    history = [*prompt_ids, *new_ids]
     scores_V = logits_V.float()
     if params.repetition_penalty != 1:
         scores_V = penalize(scores_V, params.repetition_penalty, history)
@@ -82,3 +92,22 @@ def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that is a pure function of (seed, position): 53 bits of a SHA-256."""
     digest = hashlib.sha256(struct.pack("<qq", seed, position)).digest()
     return (int.from_bytes(digest[:8], "little") >> 11) / 2**53
+
+
+def ends(token: int, params: SamplingParams, tokenizer: Tokenizer) -> bool:
+    """shim"""
+    special = not params.ignore_end and token in (tokenizer.end_id, tokenizer.sep_id)
+    return special or token in params.stop_token_ids
+
+
+def log_probabilities(logits_V: Tensor, token: int, top: int) -> tuple[float, TopLogprobs]:
+    """shim"""
+    return log_probability(logits_V, token), ()
+
+
+def token_scores(logits_TV: Tensor, token_ids: Sequence[int]) -> tuple[TokenScore, ...]:
+    """shim"""
+    return tuple(
+        TokenScore(log_probability(row, token), int(row.argmax()) == token)
+        for row, token in zip(logits_TV, token_ids, strict=True)
+    )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gptmoe.generate.scheduler import Span, StepPlan
+from gptmoe.generate.plan import Span, StepPlan
 from tests.bench.bench_scale import DEVICE, MODEL, SLOTS_PER_RANK, serve, simulate
 from tests.bench.scale.failures import CAUSES, FAILURES, Failure, Phases, Spares, draw, strikes_of
 from tests.bench.scale.group import Group

@@ -14,8 +14,8 @@ from cluster.messages import Message, Ready, Step, StepDone
 from cluster.shards.executor import ShardsExecutor
 from cluster.shards.routes import route_of
 from gptmoe.errors import ClusterError
-from gptmoe.generate.executor import sampled_rows
-from gptmoe.generate.scheduler import Span, StepPlan
+from gptmoe.generate.executor import output_rows
+from gptmoe.generate.plan import Span, StepPlan
 from gptmoe.model.spec import ModelSpec
 from gptmoe.shard.parts import Part, arrange
 
@@ -71,7 +71,7 @@ class Shards:
         return into.copy_(rows)
 
     def _answer(self, step: Step, rank: int) -> None:
-        last = [step.token_ids[row] for row in sampled_rows(step.spans)]
+        last = [step.token_ids[row] for row in output_rows(step.spans)]
         compute_s, exchange_s = self.seconds.get(rank, (0.0, 0.0))
         self.waiting[rank].append(
             StepDone(
@@ -122,9 +122,7 @@ def test_scores_come_together_in_the_order_of_the_plan(
     executor = executor_of(line)
     for _ in range(2):
         wanted = [
-            TOKENS[span.request_id][span.start + span.count - 1]
-            for span in plan.spans
-            if span.samples
+            TOKENS[span.key][span.start + span.count - 1] for span in plan.spans if span.outputs
         ]
         assert torch.equal(executor.run(plan, TOKENS), scores_of(wanted))
     assert not any(line.waiting.values())

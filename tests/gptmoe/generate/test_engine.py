@@ -13,8 +13,9 @@ from gptmoe.generate.delta import Delta
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import CacheLost
 from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.plan import StepPlan
 from gptmoe.generate.request import Request
-from gptmoe.generate.scheduler import EngineConfig, StepPlan
+from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.text import Tokenizer
 
 FIRST = 400
@@ -23,6 +24,8 @@ FIRST = 400
 
 class Counting:
     """A model that says n + 1 after n, and 0 after the last; a slot must serve one request."""
+
+    banks = 1
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -39,11 +42,15 @@ class Counting:
         if self.loses:
             self.loses = False
             raise CacheLost(7)
-        sampled = [span for span in plan.spans if span.samples]
-        logits_SV = torch.zeros(len(sampled), self.vocab_size + 7)
+        last = [
+            tokens[span.key][place]
+            for span in plan.spans
+            for place in range(span.start + span.count - span.outputs, span.start + span.count)
+        ]
+        logits_SV = torch.zeros(len(last), self.vocab_size + 7)
         logits_SV[:, self.vocab_size :] = 9.0  # padding of the vocabulary must never be chosen
-        for row, span in enumerate(sampled):
-            logits_SV[row, (tokens[span.request_id][-1] + 1) % self.vocab_size] = 5.0
+        for row, token in enumerate(last):
+            logits_SV[row, (token + 1) % self.vocab_size] = 5.0
         return logits_SV
 
 
@@ -189,7 +196,8 @@ def test_every_request_ends_and_no_slot_is_lost(
         mine = [delta for delta in deltas if delta.request_id == name]
         assert [d.token_ids[0] for d in mine] == list(range(FIRST + 1, FIRST + 1 + count))
         assert [d.finish_reason for d in mine] == [""] * (count - 1) + ["length"]
-    assert sorted(running.free_slots) == list(range(slots))
+    assert running.stats.kv_used_blocks == 0
+    assert not running.has_work
 
 
 def test_a_lost_cache_costs_time_and_no_token(tokenizer: Tokenizer) -> None:
@@ -203,7 +211,7 @@ def test_a_lost_cache_costs_time_and_no_token(tokenizer: Tokenizer) -> None:
     deltas += run_out(running)
     assert [delta.token_ids[0] - FIRST for delta in deltas] == [2, 3, 4, 5]
     again = executor.steps[3].spans[0]
-    assert (again.start, again.count, again.samples) == (0, 4, True)
+    assert (again.start, again.count, again.outputs) == (0, 4, 1)
     assert deltas[-1].version == 7  # of the weights that were there then
 
 
