@@ -11,7 +11,7 @@ from .delta import Delta
 from .executor import CacheLost, Executor
 from .output import TextStream
 from .request import Request
-from .sampling import choose, log_probability
+from .sampling import choose, log_probabilities
 from .scheduler import EngineConfig, Progress, StepPlan, plan_step
 
 
@@ -168,13 +168,15 @@ class Engine:
             sequence.computed += span.count
             if span.samples:
                 logits_V = next(rows)
-                token = choose(logits_V, sequence.request.sampling, sequence.tokens)
+                prompt_ids = sequence.request.prompt_ids
+                new_ids = sequence.tokens[len(prompt_ids) :]
+                token = choose(logits_V, sequence.request.sampling, prompt_ids, new_ids)
                 deltas.append(self._append(sequence, token, logits_V))
         return deltas
 
     def _append(self, sequence: _Sequence, token: int, logits_V: Tensor) -> Delta:
         request = sequence.request
-        logprobs = (log_probability(logits_V, token),) if request.sampling.logprobs else ()
+        logprobs = (log_probabilities(logits_V, token, 0)[0],) if request.sampling.logprobs else ()
         sequence.tokens.append(token)
         ended = not request.sampling.ignore_end and token in (
             self.tokenizer.end_id,
