@@ -105,6 +105,7 @@ def penalize(scores_V: Tensor, penalty: float, token_ids: Iterable[int]) -> Tens
     """
     token_N = _ids(sorted(set(token_ids)), scores_V)
     scores_N = scores_V[token_N]
+    penalty = max(penalty, 1e-30)  # less would be 0 in float32
     penalized_N = torch.where(scores_N > 0, scores_N / penalty, scores_N * penalty)
     limits = torch.finfo(scores_V.dtype)  # an extreme penalty makes no score infinite
     return scores_V.index_copy(0, token_N, penalized_N.clamp(limits.min, limits.max))
