@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, reject
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,17 +39,18 @@ SETTINGS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
+@settings(max_examples=250)
 @given(
     scores=st.lists(st.floats(-8, 8), min_size=SIZE, max_size=SIZE),
-    settings=st.fixed_dictionaries({}, optional=SETTINGS),
+    asked=st.fixed_dictionaries({}, optional=SETTINGS),
     prompt=st.lists(TOKEN, min_size=1, max_size=4),
     new=st.lists(TOKEN, max_size=6),
     index=st.integers(0, 15),
 )
 def test_every_parameter_as_the_reference(
-    scores: list[float], settings: dict[str, Any], prompt: list[int], new: list[int], index: int
+    scores: list[float], asked: dict[str, Any], prompt: list[int], new: list[int], index: int
 ) -> None:
-    params = SamplingParams(**settings)
+    params = SamplingParams(**asked)
     try:
         wanted = reference_choice(scores, params, prompt, new, index)
     except TooCloseError:
@@ -59,30 +60,27 @@ def test_every_parameter_as_the_reference(
     assert logits_V.tolist() == scores  # left as it was
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"temperature": 0.6, "min_p": 0.02},
-        {"top_k": 30},
-        {"top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.2},
-        {"repetition_penalty": 1.4, "logit_bias": ((3, 5.0), (2900, -100.0))},
-    ],
-    ids=str,
-)
-def test_narrow_scores_nearly_always_choose_as_wide_ones(
-    dtype: torch.dtype, settings: dict[str, Any]
-) -> None:
-    """Sums of float32 move the borders of the draw by some 1e-6, not more."""
+SETTINGS_OF_ALL_KINDS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.6, "min_p": 0.02},
+    {"top_k": 30},
+    {"top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+    {"repetition_penalty": 1.4, "logit_bias": ((3, 5.0), (2900, -100.0))},
+]
+
+
+@pytest.mark.parametrize("asked", SETTINGS_OF_ALL_KINDS, ids=str)
+def test_scores_of_every_width_choose_alike(asked: dict[str, Any]) -> None:
+    """float32's sums move the borders of the draw by some 1e-6; narrower scores are widened."""
     prompt, new = [5, 17, 2999], [3, 3, 2900, 800]
     for seed in range(40):
-        logits_V = spread(seed).to(dtype)
-        if dtype != torch.float32:  # many equals: as in the reference, the lower one first
-            logits_V = (logits_V.double() - torch.arange(3000) * 1e-5).float()
-        params = SamplingParams(seed=seed, **settings)
-        wide = choose(logits_V.double(), params, prompt, new)
-        assert choose(logits_V, params, prompt, new) == wide
+        params, scores_V = SamplingParams(seed=seed, **asked), spread(seed)
+        chosen = choose(scores_V, params, prompt, new)
+        assert chosen == choose(scores_V.double(), params, prompt, new)
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow_V = scores_V.to(dtype)
+            chosen = choose(narrow_V, params, prompt, new)
+            assert chosen == choose(narrow_V.float(), params, prompt, new)
 
 
 def spread(place: int) -> Tensor:
@@ -113,15 +111,15 @@ PINNED: dict[str, tuple[dict[str, Any], list[int]]] = {
 @pytest.mark.parametrize("name", PINNED)
 def test_a_seed_says_the_same_in_every_version(name: str) -> None:
     """The text of a seed is a promise to whoever stored the seed."""
-    settings, wanted = PINNED[name]
+    asked, wanted = PINNED[name]
     prompt, new = [5, 17, 2999], list[int]()
     for place in range(len(wanted)):
-        new.append(choose(spread(place), SamplingParams(seed=-7, **settings), prompt, new))
+        new.append(choose(spread(place), SamplingParams(seed=-7, **asked), prompt, new))
     assert new == wanted
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "asked",
     [
         {"temperature": 0.5},
         {"temperature": 3.0, "top_k": 3},
@@ -132,14 +130,13 @@ def test_a_seed_says_the_same_in_every_version(name: str) -> None:
     ],
     ids=str,
 )
-def test_the_drawn_tokens_follow_the_distribution(settings: dict[str, Any]) -> None:
+def test_the_drawn_tokens_follow_the_distribution(asked: dict[str, Any]) -> None:
     prompt, new, draws = [3, 4], [3, 5, 5], 3000
     scores_V = torch.tensor(SCORES)
-    params = SamplingParams(**settings)
+    params = SamplingParams(**asked)
     expected = distribution(changed(SCORES, params, prompt, new), params)
     counts = Counter(
-        choose(scores_V, SamplingParams(seed=seed, **settings), prompt, new)
-        for seed in range(draws)
+        choose(scores_V, SamplingParams(seed=seed, **asked), prompt, new) for seed in range(draws)
     )
     assert set(counts) <= set(expected)
     chi_square = sum(
@@ -192,10 +189,10 @@ def test_a_low_temperature_is_nearly_greedy(temperature: float) -> None:
         assert choose(torch.tensor(SCORES) * 1e4, params, [0], []) == SCORES.index(max(SCORES))
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 4}, {"top_p": 0.999}, {"min_p": 1e-9}])
-def test_a_token_of_no_probability_is_never_drawn(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("asked", [{}, {"top_k": 4}, {"top_p": 0.999}, {"min_p": 1e-9}])
+def test_a_token_of_no_probability_is_never_drawn(asked: dict[str, Any]) -> None:
     scores = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
-    drawn = {choose(scores, SamplingParams(seed=s, **settings), [0], [4]) for s in range(200)}
+    drawn = {choose(scores, SamplingParams(seed=s, **asked), [0], [4]) for s in range(200)}
     assert drawn == {1, 3}
 
 
@@ -217,10 +214,10 @@ BAD = [math.nan, math.inf]
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_k": 2}, {"min_p": 0.5}])
-def test_scores_that_are_not_finite_are_refused(bad: float, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("asked", [{}, {"temperature": 0}, {"top_k": 2}, {"min_p": 0.5}])
+def test_scores_that_are_not_finite_are_refused(bad: float, asked: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError) as caught:
-        choose(torch.tensor([1.0, bad, 2.0]), SamplingParams(**settings), [0, 1], [])
+        choose(torch.tensor([1.0, bad, 2.0]), SamplingParams(**asked), [0, 1], [])
     assert str(caught.value) == (
         f"the model's best score of the next token must be finite; found {bad}: its weights are "
         "damaged, or overflow in this dtype; verify the checkpoint, or load it in float32"
