@@ -12,9 +12,9 @@ from torch import Tensor
 from gptmoe.text import Tokenizer
 
 from .delta import Delta, Timings, TokenScore, TopLogprobs
-from .output import TextStream
+from .output import TextStream, end_ids
 from .request import Request
-from .sampling import choose, ends, log_probabilities
+from .sampling import choose, log_probabilities
 from .scheduler import Entry, Lane
 
 
@@ -25,8 +25,10 @@ class Outcome:
     deltas: list[Delta] = field(default_factory=list)
     parents: list[Lane] = field(default_factory=list)
     """If not empty: live lanes go on as these, by place, before the tokens below."""
-    tokens: Mapping[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
     """Next token by lane."""
+    resting: list[Lane] = field(default_factory=list)
+    """Live lanes that have nothing to do for now."""
     ended: list[Lane] = field(default_factory=list)
 
 
@@ -64,7 +66,7 @@ class Drawn:
 
     def __init__(self, request: Request, tokenizer: Tokenizer, max_seq_len: int) -> None:
         self._request = request
-        self._tokenizer = tokenizer
+        self._end_ids = end_ids(tokenizer, request.sampling)
         self._max_seq_len = max_seq_len
         stop, already = request.sampling.stop, request.resume_ids
         self._answers = {
@@ -108,7 +110,7 @@ class Drawn:
         if params.logprobs or params.top_logprobs:
             logprob, top = log_probabilities(logits_V, token, params.top_logprobs)
             answer.cumulative_logprob += logprob
-        ended = ends(token, params, self._tokenizer)
+        ended = token in self._end_ids
         text = "" if ended else answer.stream.push(token)
         full = len(known) + 1 >= min(prompt + params.max_new_tokens, self._max_seq_len)
         reason = "stop" if ended or answer.stream.stopped else "length" if full else ""

@@ -18,6 +18,7 @@ from .rate import Rate
 from .request import Request
 from .sampling import token_scores
 from .scheduler import EngineConfig, Entry, Lane, Scheduler
+from .searched import Searched
 from .slots import blocks_of
 from .stats import EngineStats
 
@@ -198,6 +199,8 @@ class Engine:
     def _answers(self, request: Request) -> Answers:
         if request.score_only:
             return Scored(request)
+        if request.sampling.num_beams > 1:
+            return Searched(request, self.tokenizer, self.max_seq_len)
         return Drawn(request, self.tokenizer, self.max_seq_len)
 
     def _longest(self, request: Request) -> int:
@@ -284,6 +287,8 @@ class Engine:
         for lane in entry.live:
             if lane.key in outcome.tokens:
                 lane.tokens.append(outcome.tokens[lane.key])
+        for lane in outcome.resting:
+            lane.idle = True
         self._counts["generated"] += len(outcome.tokens)
         version = entry.version
         for lane in outcome.ended:
