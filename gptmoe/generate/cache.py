@@ -63,6 +63,7 @@ class KVCache:
             self.segments.append(Segment(first, size, self._zeros(size), self._zeros(size)))
         return count
 
+    @torch.inference_mode()
     def copy(self, copies: Sequence[SlotCopy]) -> None:
         """Copy the beginnings of slots, in this order."""
         for copy in copies:

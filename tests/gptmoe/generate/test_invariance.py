@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptmoe.generate.beams import Beams
 from gptmoe.generate.delta import Delta
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor
+from gptmoe.generate.output import TextStream, end_ids
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.plan import Span
 from gptmoe.generate.request import Request
@@ -22,6 +24,7 @@ from gptmoe.loaded import LoadedModel
 
 from .conftest import Make
 
+GROWING = SamplingParams(max_new_tokens=40, ignore_end=True, logprobs=True, seed=4)
 LENGTHS = (1, 2, 5, 37, 63, 64, 65, 128, 129, 255, 257)
 """Prompts around the borders of what attention reads at once."""
 NEW_TOKENS = 6
@@ -107,13 +110,17 @@ def test_with_any_state_of_the_cache(model: LoadedModel) -> None:
         Request(f"heir {count}", longest.prompt_ids[:count], longest.sampling)
         for count in (len(longest.prompt_ids), 17, 64, 100)
     ]
-    alone = {r.request_id: run(model, EngineConfig(), r)[r.request_id] for r in wanted + heirs}
+    growing = [
+        Request(f"grows {first}", longest.prompt_ids[first : first + 47], GROWING)
+        for first in range(6)
+    ]
     small = EngineConfig(
-        max_batch_size=4, max_queue=64, token_budget=37, kv_tokens=model.spec.max_seq_len + 16
+        max_batch_size=6, max_queue=64, token_budget=37, kv_tokens=model.spec.max_seq_len
     )
     engine = model.engine(small)
-    assert run_in(engine, *wanted) == {r.request_id: alone[r.request_id] for r in wanted}
-    assert run_in(engine, *heirs) == {r.request_id: alone[r.request_id] for r in heirs}
+    for some in (wanted, heirs, growing):
+        alone = {r.request_id: run(model, EngineConfig(), r)[r.request_id] for r in some}
+        assert run_in(engine, *some) == alone
     assert engine.stats.preemptions > 0
     assert engine.stats.prefix_hits > 0
     assert engine.stats.kv_used_blocks == 0
@@ -228,3 +235,42 @@ def test_training_s_forward_pass_agrees(make_model: Make, has_experts: bool) -> 
         expected = model.network.logits(hidden_BTD)
     scale = float(expected.abs().max())
     assert float((model.logits(tokens_BT) - expected).abs().max()) <= 1e-5 * scale
+
+
+@each_case
+def test_a_beam_search_in_the_engine_is_the_one_over_whole_passes(model: LoadedModel) -> None:
+    """Whatever was copied, put off or cut into chunks on the way."""
+    ids = requests(model)[-1].prompt_ids
+    sampling = SamplingParams(
+        temperature=0,
+        max_new_tokens=6,
+        n=3,
+        num_beams=4,
+        num_beam_groups=2,
+        diversity_penalty=0.7,
+        logprobs=True,
+    )
+    vocab = model.tokenizer.vocab_size
+    search = Beams(
+        sampling,
+        ids,
+        end_ids=end_ids(model.tokenizer, sampling),
+        stream=TextStream(model.tokenizer, ()),
+        max_new_tokens=6,
+    )
+    done = False
+    while not done:
+        rows = [model.logits([[*ids, *said]])[0, -1, :vocab] for said in search.living]
+        done = search.advance(torch.stack(rows)).done
+    expected = [(h.token_ids, h.text, h.logprobs, h.finish_reason) for h in search.best(3)]
+    tight = EngineConfig(
+        max_batch_size=5, token_budget=37, kv_tokens=5 * (len(ids) + 16), prefix_cache=False
+    )
+    for config in (EngineConfig(), tight):
+        others = [
+            Request(str(index), ids[index:], SamplingParams(max_new_tokens=9)) for index in range(3)
+        ]
+        deltas = run(model, config, Request("a", ids, sampling), *others)["a"]
+        found = [(d.token_ids, d.text, d.logprobs, d.finish_reason) for d in deltas]
+        assert [delta.index for delta in deltas] == [0, 1, 2]
+        assert found == expected
