@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from gptmoe.errors import AlreadyRunning, Overloaded, RequestError
+from gptmoe.errors import AlreadyRunning, Overloaded
 from gptmoe.text import Tokenizer
 
+from .admission import check_fits, check_queue, cost, lanes_of
 from .answers import Account, Answers, Drawn, Outcome, Scored, lane_key
 from .delta import Delta
 from .executor import CacheLost, Executor
@@ -19,7 +20,6 @@ from .request import Request
 from .sampling import token_scores
 from .scheduler import EngineConfig, Entry, Lane, Scheduler
 from .searched import Searched
-from .slots import blocks_of
 from .stats import EngineStats
 
 PRIORITY_S = 10.0
@@ -107,7 +107,6 @@ class Engine:
         self._arrivals += 1
         rank = (now_s + PRIORITY_S * request.priority, self._arrivals)
         entry = Entry(rank, _lanes(request))
-        self._check_queue(request)
         self._accounts[request.request_id] = Account(request, entry, self._answers(request), now_s)
         self._scheduler.add(entry)
 
@@ -166,35 +165,22 @@ class Engine:
         return late + deltas
 
     def _check(self, request: Request) -> None:
-        most, prompt = self.max_seq_len, len(request.prompt_ids) + len(request.resume_ids)
-        limit = most if request.score_only else most - 1
-        if not 0 < prompt <= limit:
-            raise RequestError(f"prompt must be 1 to {limit} tokens; found {prompt}", "prompt")
-        params = request.sampling
-        name = "num_beams" if params.num_beams > 1 else "n"
-        lanes = len(_lanes(request))
-        room = min(
-            self._scheduler.most_lanes(),
-            self._scheduler.pool.blocks // blocks_of(self._longest(request)),
-        )
-        if lanes > room:
-            raise RequestError(
-                f"{name} must be at most {room}, which have room at once here; found {lanes}", name
+        scheduler, most = self._scheduler, self.max_seq_len
+        check_fits(request, most, scheduler.most_lanes(), scheduler.pool.blocks)
+        waiting = len(scheduler.waiting)
+        tokens = sum(map(self._left, scheduler.waiting)) + cost(request, most)
+        ahead = tokens + sum(map(self._left, scheduler.running))
+        try:
+            check_queue(
+                self.config,
+                waiting=waiting,
+                free=scheduler.pool.num_free,
+                tokens=tokens,
+                retry_after_s=self._rate.seconds_for(ahead / (waiting + self.num_running + 1)),
             )
-
-    def _check_queue(self, request: Request) -> None:
-        waiting = self._scheduler.waiting
-        free = self._scheduler.pool.num_free
-        tokens = sum(map(self._left, waiting)) + self._cost(request)
-        full = len(waiting) >= self.config.max_queue + free
-        long = bool(waiting) and tokens > self.config.max_queue_tokens
-        if full or long:
+        except Overloaded:
             self._counts["refused"] += 1
-            what = f"{self.config.max_queue} requests"
-            what = what if full else f"{self.config.max_queue_tokens} tokens"
-            ahead = tokens + sum(map(self._left, self._scheduler.running))
-            retry_s = self._rate.seconds_for(ahead / (len(waiting) + self.num_running + 1))
-            raise Overloaded(f"the queue of {what} is full; try again later", retry_s)
+            raise
 
     def _answers(self, request: Request) -> Answers:
         if request.score_only:
@@ -203,22 +189,12 @@ class Engine:
             return Searched(request, self.tokenizer, self.max_seq_len)
         return Drawn(request, self.tokenizer, self.max_seq_len)
 
-    def _longest(self, request: Request) -> int:
-        """Tokens that one lane may come to have."""
-        new = 0 if request.score_only else request.sampling.max_new_tokens
-        return min(self.max_seq_len, len(request.prompt_ids) + max(new, 1))
-
-    def _cost(self, request: Request) -> int:
-        """Tokens to compute at most, all lanes."""
-        prompt = len(request.prompt_ids)
-        return prompt + len(_lanes(request)) * (self._longest(request) - prompt)
-
     def _left(self, entry: Entry) -> int:
         """Tokens that an entry may still compute."""
         account = self._accounts[_request_id(entry.lanes[0].key)]
         lanes = entry.live or entry.lanes
         done = sum(lane.computed for lane in lanes)
-        return max(1, self._cost(account.request) - done)
+        return max(1, cost(account.request, self.max_seq_len) - done)
 
     def _end_late(self, now_s: float) -> list[Delta]:
         late = [
@@ -322,15 +298,10 @@ class Engine:
 
 def _lanes(request: Request) -> list[Lane]:
     """The first computes the prompt; the others branch off it."""
-    params = request.sampling
-    count = 1 if request.score_only else max(params.n, params.num_beams)
     tokens = [*request.prompt_ids, *request.resume_ids]
-    first = Lane(lane_key(request.request_id, 0), tokens, request.score_from)
-    others = [
-        Lane(lane_key(request.request_id, index), list(tokens), idle=True)
-        for index in range(1, count)
-    ]
-    return [first, *others]
+    keys = [lane_key(request.request_id, index) for index in range(lanes_of(request))]
+    others = [Lane(key, list(tokens), idle=True) for key in keys[1:]]
+    return [Lane(keys[0], tokens, request.score_from), *others]
 
 
 def _request_id(key: str) -> str:

@@ -138,6 +138,11 @@ class Group:
         self._come_up(None)
         self.clock.now_s = max(0.0, self.clock.now_s)
 
+    @property
+    def banks(self) -> int:
+        """See Executor.banks."""
+        return self.replica.timing.layout.dp
+
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         """See Executor.run; the engine's clock goes on."""
         if self.engine_s < self.clock.now_s:

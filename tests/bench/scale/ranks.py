@@ -73,6 +73,7 @@ class Process:
 
     def run(self, step: Step) -> list[int]:
         """The next token of each span with outputs."""
+        assert not step.copies
         ids, found, at = step.token_ids, [], 0
         for span in step.spans:
             count, history = self.cache.get(span.slot, (0, 0)) if span.start else (0, 0)
