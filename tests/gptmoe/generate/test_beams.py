@@ -254,6 +254,19 @@ def test_a_search_that_is_cut_short_has_what_it_found() -> None:
     assert all(len(ids) == 3 for ids in beams.living)
 
 
+def test_asking_for_an_unfinished_text_changes_nothing() -> None:
+    """It ends with what was held back; the search goes on to the stop string."""
+    scores = [[10.0 if token == wanted else 0.0 for token in range(5)] for wanted in range(5)]
+    search = Search(lambda ids: scores[len(ids)], params(num_beams=2, stop=("cd",)), frozenset(), 4)
+    beams = start(search)
+    for _ in range(3):
+        beams.advance(rows(search.model, beams.living))
+    assert beams.best(1, reason="abort")[0].text == "abc"
+    beams.advance(rows(search.model, beams.living))
+    assert beams.best(1)[0].text == "ab"
+    assert beams.best(1)[0].finish_reason == "stop"
+
+
 def test_the_likeliest_tokens_are_those_of_each_place() -> None:
     search = Search(random_model(9, 6), params(num_beams=3, top_logprobs=2), frozenset({5}), 4)
     for hypothesis in run(search).best(3):
