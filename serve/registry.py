@@ -39,7 +39,6 @@ class Registry:
     def claim(self, request_id: str, replica: str) -> bool:
         """Whether the request is this replica's to run: False if it runs, anywhere."""
         self._heard(replica)
-        self._forget_silent()
         if request_id in self._owners:
             return False
         self._owners[request_id] = replica
@@ -82,6 +81,7 @@ class Registry:
         return len(self._owners)
 
     def _heard(self, replica: str) -> _Replica:
+        self._forget_silent()  # also this one: others may have its requests by now
         found = self._replicas.setdefault(replica, _Replica(self._clock()))
         found.heard_s = self._clock()
         return found

@@ -84,7 +84,8 @@ class RegistryActor:
     async def _leave_when_alone(self) -> None:
         while not self._registry.alone:
             await asyncio.sleep(SILENT_S / 3)
-        ray.actor.exit_actor()
+        with contextlib.suppress(ray.exceptions.AsyncioActorExit):  # nobody waits for this task
+            ray.actor.exit_actor()
 
 
 def connected(application: str) -> Any:
