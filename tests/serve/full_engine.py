@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from gptmoe.generate.delta import Delta, Timings, TokenScore
 from gptmoe.generate.request import Request
@@ -15,13 +16,16 @@ CACHED = 1
 class FullEngine(CountingEngine):
     """Answer i counts from i + 1 on; each token's log-probability is minus its number / 4."""
 
-    def __init__(self, slots: int = 4, queue: int = 4) -> None:
+    def __init__(self, slots: int = 4, queue: int = 4, most_tokens: int = 10**10) -> None:
         super().__init__(slots, queue)
+        self.most_tokens = most_tokens
+        """Of an answer: where its context is full."""
         self.seen: list[Request] = []
         self.version = 0
 
     def add(self, request: Request) -> None:
-        super().add(request)
+        most = min(self.most_tokens, request.sampling.max_new_tokens)
+        super().add(replace(request, sampling=replace(request.sampling, max_new_tokens=most)))
         self.seen.append(request)
 
     def step(self) -> list[Delta]:
