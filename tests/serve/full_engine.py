@@ -1,4 +1,4 @@
-"""The engine of conftest.py with all that a request may ask of one (or stop strings)."""
+"""The engine of conftest.py with all that a request may ask (stop strings: for one answer)."""
 
 import time
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ class FullEngine(CountingEngine):
             del self.requests[request.request_id]
             yield self._scores(request)
             return
-        if request.sampling.stop:
+        if request.sampling.stop and request.sampling.n == 1:
             yield self._next(request)
             return
         count = self.produced[request.request_id] = self.produced[request.request_id] + 1
