@@ -13,6 +13,8 @@ from gptmoe.model.spec import ModelSpec
 from gptmoe.parallel.layout import smallest_dp
 from gptmoe.shard.parts import Part, arrange
 
+from .result_cache import CacheConfig
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicasConfig:
@@ -157,6 +159,7 @@ class ServeConfig:
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
         if not self.name:
