@@ -71,7 +71,7 @@ class Service:
 
     def __init__(self, engine: EngineThread, tokenizer: Tokenizer, card: ModelCard) -> None:
         self._engine = engine
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.card = card
         self.draining = False
         """New requests are refused; running ones go on."""
@@ -97,7 +97,7 @@ class Service:
         if deadline_s is not None and deadline_s <= 0:
             raise DeadlineExceeded("the deadline has passed before the request arrived")
         return make_request(
-            self._tokenizer,
+            self.tokenizer,
             self.card.max_seq_len,
             call.request_id,
             call.prompt,
