@@ -221,10 +221,10 @@ def router(service: Service) -> APIRouter:
             calls = [body.call(head.request_id, service.card.max_seq_len)]
             writer = _Writer(service, body, head)
             if not body.stream:
-                answers = await while_connected(request, collected(service, calls))
+                answers = await while_connected(request.receive, collected(service, calls))
                 return answered(writer.whole(answers))
             close = writer.close if body.wants_usage else None
             events = pieces(together(service, calls), writer.piece, close)
-            return await answer_events(request, events, failed)
+            return await answer_events(request.receive, events, failed)
 
     return router

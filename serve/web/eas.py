@@ -136,7 +136,7 @@ def router(service: Service) -> APIRouter:
 
     async def stream(body: GenerateBody, request: Request, request_id: str | None) -> Response:
         events = _events(heard(service, body.call(request_id)))
-        return await answer_events(request, events, _failed)
+        return await answer_events(request.receive, events, _failed)
 
     @router.post(
         "/generate", response_model=GenerateAnswer, responses=EVENTS, summary="Continue a text"
@@ -148,7 +148,7 @@ def router(service: Service) -> APIRouter:
             if body.stream:
                 return await stream(body, request, x_request_id)
             work = collected(service, [body.call(x_request_id)])
-            [[answer]] = await while_connected(request, work)
+            [[answer]] = await while_connected(request.receive, work)
             return JSONResponse({"text": sent(body.prompt + answer.text)})
 
     @router.post(

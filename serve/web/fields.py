@@ -12,11 +12,18 @@ from fastapi import Header
 from gptmoe.generate.params import MAX_STOP_CHARACTERS, MAX_STOPS
 from gptmoe.generate.request import MAX_ID_CHARACTERS, MOST_PRIORITY
 
+from .door import MAX_BODY_BYTES
+
 
 class Strict(pydantic.BaseModel):
     """Only known fields, only values of the type that is written."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        str_max_length=MAX_BODY_BYTES,  # with a bound, lone surrogates are found as well
+    )
 
 
 def described(default: Any, text: str, **schema: Any) -> Any:

@@ -148,7 +148,7 @@ _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 60
 _short.maxlevel, _short.maxlist, _short.maxdict = 2, 3, 3
 
-_TYPES = ("str", "int", "float", "bool", "StreamOptions")
+_TYPES = ("str", "constrained-str", "int", "float", "bool", "StreamOptions")
 
 
 def _of_malformed(problems: Sequence[Any]) -> Refusal:

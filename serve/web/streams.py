@@ -10,8 +10,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 import pydantic
-from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
@@ -76,13 +75,13 @@ async def collected(service: Service, calls: Sequence[Call]) -> list[list[Delta]
     return [gather(deltas) for deltas in found]
 
 
-async def while_connected(request: Request, work: Awaitable[T]) -> T:
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
     """Await `work`; cancel it and raise ClientDisconnect when the caller leaves.
 
-    The request's body must have been read: what comes after it is that he left.
+    The request's body must have been read: what `receive` brings after it is that he left.
     """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
+    leaving = asyncio.ensure_future(_left(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -92,8 +91,8 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
         await _end(working, leaving)
 
 
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
@@ -109,7 +108,7 @@ def event(data: pydantic.BaseModel) -> str:
 
 
 async def answer_events(
-    request: Request,
+    receive: Receive,
     events: AsyncGenerator[str, None],
     explain: Callable[[GptMoeError], str],
 ) -> Response:
@@ -117,25 +116,39 @@ async def answer_events(
 
     An error after it becomes the last event, as `explain` words it.
     """
-    first = await while_connected(request, anext(events))
+    first = await while_connected(receive, anext(events))
     return _EventStream(first, events, explain)
 
 
-class _EventStream(StreamingResponse):
-    """Closes `events` when it ends, for whatever reason: their work ends with it."""
+class _EventStream(Response):
+    """Closes `events` when it ends, for whatever reason: their work ends with it.
+
+    Not Starlette's StreamingResponse: anyio cancels a task only where it finds it waiting, so one
+    whose next event is always there already would be sent to nobody for ever.
+    """
+
+    media_type = "text/event-stream"
 
     def __init__(
         self, first: str, events: AsyncGenerator[str, None], explain: Callable[[GptMoeError], str]
     ) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
         self._events = events
         self._sent = _joined(first, events, explain)
-        super().__init__(self._sent, headers=headers, media_type="text/event-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events), aclosing(self._sent):
             with suppress(ClientDisconnect):
-                await super().__call__(scope, receive, send)
+                await while_connected(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async for event in self._sent:
+            body = event.encode()
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _joined(
