@@ -180,6 +180,17 @@ class PlainRefusal(pydantic.BaseModel):
     error: PlainError
 
 
+EVENT_CONTENT: dict[str, Any] = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {"data": {"type": "string"}},
+            "required": ["data"],
+        }
+    }
+}
+"""Server-sent events in a schema, as OpenAPI 3.2 has them."""
+
 RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
 BEARER = {"WWW-Authenticate": {"schema": {"type": "string"}, "description": "Bearer."}}
 

@@ -13,7 +13,7 @@ from serve.service import Call, Service
 
 from .answers import Completion, TextChoice
 from .door import JsonRoute
-from .fields import RequestId, TokenId, Whole, described, listed
+from .fields import PromptText, RequestId, TokenId, Whole, described, listed
 from .logprobs import TextScores, joined
 from .openai import EVENTS, REFUSALS, Head, Tally, answered, failed, finish_reason, pieces, tally_of
 from .options import NAMES, Options
@@ -26,8 +26,8 @@ _NAMES = NAMES | {"max_new_tokens": "max_tokens", "top_logprobs": "logprobs"}
 
 TokenIds = Annotated[list[TokenId], listed(1)]
 Prompt = (
-    str
-    | Annotated[list[str], listed(1, MAX_PROMPTS)]
+    PromptText
+    | Annotated[list[PromptText], listed(1, MAX_PROMPTS)]
     | TokenIds
     | Annotated[list[TokenIds], listed(1, MAX_PROMPTS)]
 )
@@ -145,7 +145,7 @@ class _Writer:
         )
         echo = self._text(place) if begins and self._body.echo else ""
         parts = []
-        if echo and prompt:
+        if echo and self._body.logprobs is not None:
             parts.append(scores.of_prompt(self._ids(place), [score.logprob for score in prompt]))
         if self._body.logprobs is not None:
             parts.append(scores.of_delta(delta))

@@ -22,12 +22,13 @@ from gptmoe.generate.delta import Delta
 from gptmoe.generate.params import MAX_ANSWERS, SamplingParams
 from serve.service import Call, Service
 
-from .answers import PlainRefusal, refusals
+from .answers import EVENT_CONTENT, PlainRefusal, refusals
 from .door import JsonRoute
 from .fields import (
     DEADLINE,
     PRIORITY,
     Milliseconds,
+    PromptText,
     RequestId,
     StopStrings,
     StopTokens,
@@ -95,7 +96,7 @@ _NAMES = {name: f"parameters.{name}" for name in Parameters.model_fields} | {
 class GenerateBody(Strict):
     """One prompt, and how to continue it."""
 
-    inputs: Annotated[list[str], listed(1, 1)]
+    inputs: Annotated[list[PromptText], listed(1, 1)]
     parameters: Parameters = pydantic.Field(default_factory=Parameters)
     stream: bool = described(False, "Answer as /generate/stream does.")
 
@@ -125,7 +126,7 @@ EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Server-sent events: text and token_ids of each piece, without the prompt; "
         "the last with finish_reason, prompt_tokens and completion_tokens, or an error.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": EVENT_CONTENT,
     }
 }
 
@@ -151,12 +152,7 @@ def router(service: Service) -> APIRouter:
             [[answer]] = await while_connected(request.receive, work)
             return JSONResponse({"text": sent(body.prompt + answer.text)})
 
-    @router.post(
-        "/generate/stream",
-        response_class=_Events,
-        responses=EVENTS,
-        summary="Continue a text piece by piece",
-    )
+    @router.post("/generate/stream", responses=EVENTS, summary="Continue a text piece by piece")
     async def generate_stream(
         body: GenerateBody, request: Request, x_request_id: RequestId = None
     ) -> Response:
@@ -164,10 +160,6 @@ def router(service: Service) -> APIRouter:
             return await stream(body, request, x_request_id)
 
     return router
-
-
-class _Events(Response):
-    media_type = "text/event-stream"
 
 
 async def _events(deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[str, None]:

@@ -43,6 +43,8 @@ Whole = Annotated[int, pydantic.Field(ge=-(2**31), le=MOST_WHOLE)]
 
 TokenId = Annotated[int, pydantic.Field(ge=0, le=MOST_WHOLE)]
 
+PromptText = Annotated[str, pydantic.Field(json_schema_extra={"minLength": 1})]
+
 StopString = Annotated[
     str, pydantic.Field(json_schema_extra={"minLength": 1, "maxLength": MAX_STOP_CHARACTERS})
 ]

@@ -16,7 +16,16 @@ from gptmoe.errors import GptMoeError, NotFound
 from gptmoe.generate.delta import Delta
 from serve.service import Service
 
-from .answers import CachedTokens, FinishReason, Model, Models, OpenAIRefusal, Usage, refusals
+from .answers import (
+    EVENT_CONTENT,
+    CachedTokens,
+    FinishReason,
+    Model,
+    Models,
+    OpenAIRefusal,
+    Usage,
+    refusals,
+)
 from .door import JsonRoute
 from .refusals import as_openai, refusal_of
 from .streams import Placed, event
@@ -26,7 +35,7 @@ REFUSALS = refusals(OpenAIRefusal)
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with stream=true server-sent events, the last one [DONE].",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": EVENT_CONTENT,
     }
 }
 

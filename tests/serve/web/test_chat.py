@@ -34,9 +34,10 @@ def test_an_answer_has_all_fields(talking: Browser) -> None:
 
 
 def test_the_template(talking: Browser, talker: Talker) -> None:
+    parts = [{"type": "text", "text": "写"}, {"type": "text", "text": "诗"}]
     messages = [
         {"role": "system", "content": "你是诗人。"},
-        {"role": "user", "content": [{"type": "text", "text": "写"}, {"type": "text", "text": "诗"}]},
+        {"role": "user", "content": parts},
         {"role": "assistant", "content": "好。", "refusal": None, "tool_calls": None},
         {"role": "user", "content": "请", "name": "李"},
     ]  # fmt: skip

@@ -23,7 +23,9 @@ Wait = Callable[..., None]
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_leaving_a_stream(client: httpx.Client, talker: Talker, wait_until: Wait, path: str) -> None:
+def test_leaving_a_stream(
+    client: httpx.Client, talker: Talker, wait_until: Wait, path: str
+) -> None:
     with client.stream("POST", path, json=BODIES[path] | {"stream": True}) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
@@ -56,11 +58,11 @@ def test_a_slot_of_the_engine_is_free_again(
 ) -> None:
     body = {"prompt": "春", "max_tokens": 10**9, "stream": True}
     with served(build(service, stall_s=60)) as client:
-        for _ in range(3 * engine.capacity):
+        for _ in range(engine.capacity + 1):
             with client.stream("POST", "/v1/completions", json=body) as response:
                 next(response.iter_lines())
             wait_until(lambda: not engine.requests)
-    assert len(engine.aborted) == 3 * engine.capacity
+    assert len(engine.aborted) == engine.capacity + 1
 
 
 def raw_request(client: httpx.Client, path: str, body: dict[str, Any]) -> socket.socket:

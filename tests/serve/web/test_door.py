@@ -103,7 +103,12 @@ def test_what_is_no_number_is_named(talking: Browser, name: str, number: str) ->
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("prompt", '"\\ud800"'), ("stop", '["\\ud800"]'), ("model", '"\\ud800"'), ("user", '"\\ud800"')],
+    [
+        ("prompt", '"\\ud800"'),
+        ("stop", '["\\ud800"]'),
+        ("model", '"\\ud800"'),
+        ("user", '"\\ud800"'),
+    ],
 )
 def test_lone_surrogates_are_named(talking: Browser, name: str, value: str) -> None:
     prompt = "" if name == "prompt" else '"prompt": "a", '
