@@ -1,18 +1,21 @@
 """The generation engine: decide (pure scheduler), compute (executor), account (here)."""
 
+import time
 from collections import deque
+from dataclasses import replace
 
 from torch import Tensor
 
 from gptmoe.errors import AlreadyRunning, Overloaded, RequestError
 from gptmoe.text import Tokenizer
 
-from .delta import Delta
+from .delta import Delta, Timings
 from .executor import CacheLost, Executor
 from .output import TextStream
 from .request import Request
 from .sampling import choose, log_probability
 from .scheduler import EngineConfig, Progress, StepPlan, plan_step
+from .stats import EngineStats
 
 
 class _Sequence:
@@ -25,6 +28,7 @@ class _Sequence:
         self.version = version
         self.tokens = list(request.prompt_ids)
         self.computed = 0
+        self.arrived_s = self.began_s = self.first_s = 0.0
 
     @property
     def new_tokens(self) -> int:
@@ -54,6 +58,23 @@ class Engine:
         self.version = 0
         """Of the weights that new requests get."""
         self._last_version = 0
+        self._totals = EngineStats()
+        self._arrived_s: dict[str, float] = {}
+
+    @property
+    def stats(self) -> EngineStats:
+        """Numbers of now and since the start."""
+        left = [s.request.sampling.max_new_tokens - s.new_tokens for s in self.running.values()]
+        queued = [len(r.prompt_ids) + r.sampling.max_new_tokens for r in self.waiting]
+        return replace(
+            self._totals,
+            running=len(self.running),
+            waiting=len(self.waiting),
+            running_tokens=sum(left),
+            waiting_tokens=sum(queued),
+            kv_blocks=self.config.max_batch_size,
+            kv_used_blocks=len(self.running),
+        )
 
     @property
     def has_work(self) -> bool:
@@ -88,10 +109,12 @@ class Engine:
                 "prompt",
             )
         if len(self.waiting) >= self.config.max_queue + len(self.free_slots):
+            self._totals = replace(self._totals, refused=self._totals.refused + 1)
             raise Overloaded(
                 f"the queue of {self.config.max_queue} requests is full; try again later", 1.0
             )
         self.waiting.append(request)
+        self._arrived_s[request.request_id] = time.monotonic()
 
     def abort(self, request_id: str) -> bool:
         """Forget a request and free its slot at once; False if it is not known (any more)."""
@@ -100,6 +123,7 @@ class Engine:
             return True
         before = len(self.waiting)
         self.waiting = deque(r for r in self.waiting if r.request_id != request_id)
+        self._arrived_s.pop(request_id, None)
         return len(self.waiting) < before
 
     def refresh(self, version: int, *, restart: bool = False) -> None:
@@ -142,6 +166,8 @@ class Engine:
             self.free_slots.remove(slot)
             stream = TextStream(self.tokenizer, request.sampling.stop)
             sequence = _Sequence(request, slot, stream, self.version)
+            sequence.arrived_s = self._arrived_s.pop(request.request_id)
+            sequence.began_s = time.monotonic()
             self.running[request.request_id] = sequence
 
     def _next_version(self) -> int:
@@ -160,6 +186,14 @@ class Engine:
             sequence.computed, sequence.version = 0, self.version
 
     def _account(self, plan: StepPlan, logits_SV: Tensor) -> list[Delta]:
+        prompts = sum(span.count for span in plan.spans[plan.num_decoding :])
+        generated = sum(span.samples for span in plan.spans)
+        self._totals = replace(
+            self._totals,
+            steps=self._totals.steps + 1,
+            prompt_tokens=self._totals.prompt_tokens + prompts,
+            generated_tokens=self._totals.generated_tokens + generated,
+        )
         # The model's vocabulary may be padded beyond the tokenizer's.
         rows = iter(logits_SV[:, : self.tokenizer.vocab_size])
         deltas = []
@@ -186,6 +220,10 @@ class Engine:
             text += sequence.stream.finish()
             self._release(request.request_id)
         prompt_tokens = len(request.prompt_ids)
+        now_s = time.monotonic()
+        sequence.first_s = sequence.first_s or now_s
+        moments = (sequence.began_s, sequence.first_s, now_s)
+        timings = Timings(*(moment - sequence.arrived_s for moment in moments))
         return Delta(
             request_id=request.request_id,
             token_ids=(token,),
@@ -194,6 +232,7 @@ class Engine:
             prompt_tokens=prompt_tokens,
             logprobs=logprobs,
             version=sequence.version,
+            timings=timings if reason else None,
         )
 
     def _finish_reason(self, sequence: _Sequence, ended: bool) -> str:
