@@ -59,7 +59,7 @@ class GenerateBody(Strict):
         given = self.parameters.model_dump()
         given["max_new_tokens"] = given.pop("max_length")
         sampling = SamplingParams(**given | {"stop": tuple(self.parameters.stop)})
-        return Call(prompt=self.inputs[0], sampling=sampling)
+        return Call(prompt=self.inputs[0], sampling=sampling, transport="http")
 
 
 def build(service: Service, stall_s: float) -> FastAPI:

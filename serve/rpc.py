@@ -109,6 +109,7 @@ def _call(data: bytes) -> Call:
         resume_ids=tuple(message.resume_token_ids),
         priority=message.priority,
         deadline_s=message.deadline_ms / 1000 if message.deadline_ms else None,
+        transport="grpc",
     )
 
 
