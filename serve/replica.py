@@ -6,7 +6,7 @@ Plain Python: app.py makes it a Ray Serve deployment.
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import ray.serve
@@ -15,23 +15,26 @@ from fastapi import FastAPI
 
 from cluster import coordinator_actor
 from gptmoe.config import location
-from gptmoe.errors import GptMoeError, Unavailable
+from gptmoe.errors import ClusterError, GptMoeError, Unavailable
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.request import make_request
 from gptmoe.model.counts import parameters
 from gptmoe.model.spec import ModelSpec
 
-from . import routes
+from . import access_log, routes
+from .access_log import LoggedService
 from .bridge import EngineThread
 from .checkpoints import Interchangeable
 from .config import ServeConfig
 from .control import ControlServicer
 from .controller import Controlled, Settings
 from .core import opened
+from .metrics import EngineMetrics, RaySink
 from .operations import Operations
 from .rpc import Servicer
-from .service import ModelCard, Service
+from .scaling import autoscaling_stats
+from .service import ModelCard
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +50,24 @@ class Generator(Servicer, ControlServicer):
 
     def __init__(self, config: ServeConfig, num_cpus: float) -> None:
         torch.set_num_threads(config.threads)
+        me = ray.serve.get_replica_context().replica_id.unique_id
         with ExitStack() as stack:
             self._core = stack.enter_context(opened(config, num_cpus))
             engine, spec = self._core.engine, self._core.spec
             _warm_up(engine, spec.max_seq_len)
-            self._bridge = EngineThread(engine)
+            self._metrics = EngineMetrics(RaySink(config.name, me), since=engine.stats)
+            self._bridge = EngineThread(engine, self._metrics)
             self._stack = stack.pop_all()
-        self.service = Service(self._bridge, engine.tokenizer, _card(spec, config))
+        access_log.to_stdout()
+        card = _card(spec, config)
+        self.service = LoggedService(self._bridge, engine.tokenizer, card, config.log)
         self._stall_s = config.health.stall_s
         self._version = 0
         digest = engine.tokenizer.digest
         self._alike = Interchangeable(spec, digest, config.cache_dir.expanduser())
         self.operations = Operations(
             Controlled(config.name),
-            me=ray.serve.get_replica_context().replica_id.unique_id,
+            me=me,
             check=self._alike.check,
             topologies=coordinator_actor.topologies,
         )
@@ -87,10 +94,19 @@ class Generator(Servicer, ControlServicer):
                 log.warning("weights stay version=%s reason=%s", self._version, error)
                 return
 
-    def check_health(self) -> None:
-        """What Ray Serve calls every few seconds; raises if the replica must be replaced."""
+    async def check_health(self) -> None:
+        """What Ray Serve calls every few seconds; raises if the replica must be replaced.
+
+        A good moment to give out the load of experts too: Ray exports metrics about as often.
+        """
         self.service.check(self._stall_s)
         self._core.check()
+        with suppress(ClusterError):  # the coordinator is slow; the next time will do
+            self._metrics.experts(await asyncio.to_thread(self._core.expert_rows))
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray Serve asks every few seconds where it sets the number of replicas."""
+        return autoscaling_stats(self._metrics.stats)
 
     def __del__(self) -> None:
         """What Ray Serve calls at the end, once running requests had their time to finish."""

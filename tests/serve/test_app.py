@@ -9,6 +9,7 @@ from ray.serve.config import BackpressureConfig
 from gptmoe.generate.scheduler import EngineConfig
 from serve.app import build
 from serve.config import HealthConfig, ReplicasConfig, ServeConfig
+from serve.scaling import ScalingConfig
 
 
 def deployment(**settings: Any) -> Any:
@@ -29,10 +30,21 @@ def test_a_fixed_number_of_replicas() -> None:
 
 
 def test_a_scaled_number_of_replicas() -> None:
-    replicas = ReplicasConfig(min=1, max=4, initial=2, target_ongoing=6)
-    scaling = deployment(replicas=replicas)._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.initial_replicas) == (1, 4, 2)
-    assert scaling.target_ongoing_requests == 6
+    replicas = ReplicasConfig(min=1, max=4, initial=2)
+    scaling = ScalingConfig(target_tokens=600, look_back_s=5.0, down_delay_s=7.0, zero_delay_s=9.0)
+    made = deployment(replicas=replicas, scaling=scaling)._deployment_config.autoscaling_config
+    assert (made.min_replicas, made.max_replicas, made.initial_replicas) == (1, 4, 2)
+    assert (made.look_back_period_s, made.metrics_interval_s) == (5.0, 1.0)
+    assert (made.upscale_delay_s, made.downscale_delay_s) == (5.0, 7.0)
+    assert made.downscale_to_zero_delay_s == 9.0
+    assert made.policy.policy_function == "serve.scaling.TokenPolicy"
+    assert made.policy.policy_kwargs == {"target_tokens": 600, "kv_ceiling": 0.85, "slack": 0.2}
+
+
+def test_scaling_to_zero_starts_with_one_that_shows_it_can() -> None:
+    replicas = ReplicasConfig(min=0, max=2)
+    made = deployment(replicas=replicas)._deployment_config.autoscaling_config
+    assert (made.min_replicas, made.initial_replicas) == (0, 1)
 
 
 def test_queues_are_bounded_and_the_engine_refuses_first() -> None:
