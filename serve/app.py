@@ -11,6 +11,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureC
 from gptmoe.config import build as load_config
 from gptmoe.errors import ConfigError
 
+from .checkpoints import pinned
 from .config import ReplicasConfig, ServeConfig
 from .controller import Settings
 from .replica import Generator
@@ -80,7 +81,7 @@ def from_args(args: dict[str, Any]) -> ray.serve.Application:
 
     `args` holds the keys of ServeConfig; `name` should be the application's. Ports, host and
     address are the file's own. A replica asks for as many CPUs as `threads` says, at least 1.
-    Raises ConfigError.
+    Raises ConfigError, and CheckpointError or DataError where there is no checkpoint.
     """
     given = set(args) & set(ELSEWHERE)
     if given:
@@ -89,5 +90,7 @@ def from_args(args: dict[str, Any]) -> ray.serve.Application:
             "and host (http_options, grpc_options)"
         )
     config = load_config(ServeConfig, args)
-    config = dataclasses.replace(config, threads=max(1, config.threads))
+    config = dataclasses.replace(
+        config, checkpoint=pinned(config.checkpoint), threads=max(1, config.threads)
+    )
     return build(config, num_cpus=config.threads)

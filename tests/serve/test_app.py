@@ -1,12 +1,15 @@
 """What Ray Serve is told, without a cluster."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.serve.config import BackpressureConfig
 
+from gptmoe.errors import ConfigError
 from gptmoe.generate.scheduler import EngineConfig
+from serve import app
 from serve.app import build
 from serve.config import HealthConfig, ReplicasConfig, ServeConfig
 from serve.scaling import ScalingConfig
@@ -60,3 +63,25 @@ def test_health_checks_follow_the_config(period_s: float) -> None:
     config = deployment(health=HealthConfig(period_s=period_s, drain_s=7.0))._deployment_config
     assert config.health_check_period_s == period_s
     assert config.graceful_shutdown_timeout_s == 7.0
+
+
+def test_a_serve_config_file_of_rays_builds_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "pinned", lambda location: location / "checkpoints" / "step-1")
+    args = {"name": "poems", "checkpoint": "/data/run", "replicas": {"min": 2, "max": 2}}
+    built = app.from_args(args)._bound_deployment
+    config, num_cpus = built.init_args
+    assert config.checkpoint == Path("/data/run/checkpoints/step-1")
+    assert (config.name, config.threads, num_cpus, built.num_replicas) == ("poems", 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"checkpoint": "/a", "http_port": 1, "host": "x"}, "args: host, http_port cannot be set"),
+        ({"checkpoint": "/a", "thread": 1}, "unknown config key thread; did you mean threads?"),
+        ({"name": "poems"}, "key checkpoint is missing"),
+    ],
+)
+def test_what_such_a_file_cannot_say(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        app.from_args(args)

@@ -1,8 +1,10 @@
 """The names of metrics: those that Ray's own dashboard asks for, and those of our panels."""
 
+import json
 import re
 from collections.abc import Iterable
 from itertools import chain, pairwise
+from pathlib import Path
 
 from ray.dashboard.modules.metrics.dashboards.serve_llm_dashboard_panels import (
     serve_llm_dashboard_config,
@@ -74,3 +76,53 @@ def test_buckets_are_fine() -> None:
         assert buckets[0] <= 0.001
         assert buckets[-1] >= 10.0
     assert steps(0.1, 1, fine=False) == (0.1, 0.16, 0.25, 0.4, 0.63, 1.0)
+
+
+# --- our own dashboard -----------------------------------------------------------------------
+
+DASHBOARD = json.loads(
+    (Path(__file__).parents[2] / "configs" / "grafana" / "gptmoe.json").read_text(encoding="utf-8")
+)
+SHOWN = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+EXPRESSIONS = [target["expr"] for panel in SHOWN for target in panel["targets"]]
+QUERIES = [one["definition"] for one in DASHBOARD["templating"]["list"] if one["type"] == "query"]
+
+
+def test_our_dashboard_draws_only_what_there_is() -> None:
+    asked_for = set(chain.from_iterable(re.findall(r"\bray_\w+", e) for e in EXPRESSIONS + QUERIES))
+    assert asked_for <= EXPORTED
+    ours = {name for name in EXPORTED if name.startswith("ray_gptmoe_")}
+    leaves_out = {"ray_gptmoe_step_seconds_sum", "ray_gptmoe_step_seconds_count"}
+    assert ours - asked_for == leaves_out, "a metric of ours that nobody sees"
+
+
+def test_its_labels_and_variables_exist() -> None:
+    known = {"WorkerId", "le", *COMMON_LABELS}
+    known |= set(chain.from_iterable(metric.labels for metric in CATALOGUE.values()))
+    variables = {one["name"] for one in DASHBOARD["templating"]["list"]}
+    for expression in EXPRESSIONS:
+        grouped = re.findall(r"\b(?:by|on)\s*\(([^()]*)\)", expression)
+        filtered = re.findall(r"(\w+)=~", expression)
+        assert {name.strip() for group in grouped for name in group.split(",")} <= known
+        assert set(filtered) <= known
+        assert set(re.findall(r"\$(\w+)", expression)) <= variables
+        for brackets in ("()", "{}", "[]"):
+            assert expression.count(brackets[0]) == expression.count(brackets[1])
+
+
+def test_its_panels_have_places_of_their_own() -> None:
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(ids)) == len(ids)
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken
+        assert place["x"] + place["w"] <= 24
+        taken |= cells
+    experts = [panel["title"] for panel in SHOWN if "expert" in str(panel["targets"])]
+    assert len(experts) == 4
