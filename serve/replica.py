@@ -70,6 +70,7 @@ class Generator(Servicer, ControlServicer):
             me=me,
             check=self._alike.check,
             topologies=coordinator_actor.topologies,
+            threads=config.threads,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
