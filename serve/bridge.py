@@ -24,6 +24,9 @@ from typing import Protocol
 from gptmoe.errors import ClusterError, GptMoeError, Unavailable
 from gptmoe.generate.delta import Delta
 from gptmoe.generate.request import Request
+from gptmoe.generate.stats import EngineStats
+
+from .metrics import Observer
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ class Stepper(Protocol):
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> object: ...
     def step(self) -> Sequence[Delta]: ...
+    @property
+    def stats(self) -> EngineStats: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +63,8 @@ class EngineThread:
     Invariant: only that thread touches the engine and `_outboxes`.
     """
 
-    def __init__(self, engine: Stepper) -> None:
-        self._engine = engine
+    def __init__(self, engine: Stepper, observer: Observer | None = None) -> None:
+        self._engine, self._observer = engine, observer
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outboxes: dict[str, _Outbox] = {}
         self._step_began_s: float | None = None  # None while there is nothing to compute
@@ -140,10 +145,14 @@ class EngineThread:
             while self._obey():
                 self._step_began_s = time.monotonic()
                 try:
-                    for delta in self._engine.step():
+                    deltas = self._engine.step()
+                    took_s = time.monotonic() - self._step_began_s
+                    for delta in deltas:
                         self._deliver(delta)
+                    self._watch(deltas, took_s)
                 except Unavailable as refusal:
                     self._send_away(refusal)
+                    self._watch((), 0.0)
                 self._step_began_s = None
         except Exception:
             log.exception("engine failed")
@@ -160,6 +169,12 @@ class EngineThread:
             if command is None:
                 return False
             command()
+            if not self._engine.has_work:
+                self._watch((), 0.0)  # the last request may have been taken out
+
+    def _watch(self, deltas: Sequence[Delta], took_s: float) -> None:
+        if self._observer:
+            self._observer.watch(self._engine.stats, deltas, took_s)
 
     def _admit(self, request: Request, outbox: _Outbox) -> None:
         if self._failure:

@@ -13,23 +13,27 @@ from gptmoe.model.spec import ModelSpec
 from gptmoe.parallel.layout import smallest_dp
 from gptmoe.shard.parts import Part, arrange
 
+from .access_log import LogConfig
 from .result_cache import CacheConfig
+from .scaling import ScalingConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicasConfig:
-    """How many copies of the model answer. min = max: fixed; else Ray Serve scales between them."""
+    """How many copies of the model answer. min = max: fixed; else Ray Serve scales between them,
+    see ScalingConfig."""
 
     min: int = 1
+    """0: none while nobody asks; the next request waits for one to start."""
     max: int = 1
     initial: int | None = None
-    """At the start; not given: min."""
-    target_ongoing: int = 8
-    """Requests in work per replica that autoscaling aims at."""
+    """At the start; not given: min, but at least 1, which shows that the model can be served."""
 
     def __post_init__(self) -> None:
-        if self.min < 1:
-            raise ConfigError(f"replicas.min={self.min} must be at least 1")
+        if self.min < 0:
+            raise ConfigError(f"replicas.min={self.min} must be at least 0")
+        if self.max < 1:
+            raise ConfigError(f"replicas.max={self.max} must be at least 1")
         if self.max < self.min:
             raise ConfigError(
                 f"replicas.max={self.max} is below replicas.min={self.min}; raise or lower one"
@@ -39,8 +43,6 @@ class ReplicasConfig:
                 f"replicas.initial={self.initial} must lie between replicas.min={self.min} "
                 f"and replicas.max={self.max}"
             )
-        if self.target_ongoing < 1:
-            raise ConfigError(f"replicas.target_ongoing={self.target_ongoing} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +159,8 @@ class ServeConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -57,7 +57,9 @@ def running(config: ServeConfig) -> Iterator[Endpoints]:
     joins = bool(config.address) or env.inside_job()
     config = choose_ports(config, check=not joins)
     check_parallel(config)
-    workers = config.parallel.world * (config.replicas.min if joins else config.replicas.max)
+    workers = config.parallel.world * (
+        max(1, config.replicas.min) if joins else config.replicas.max
+    )
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with local.session(workers=workers, address=config.address or None) as cluster:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own, set by now, aborts after 3 s
