@@ -1,0 +1,111 @@
+"""The replicas, as the edge asks them: bytes over a deployment's handle, typed errors back."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from gptmoe.errors import GptMoeError, Overloaded, Unavailable
+
+from .inlet import Progress
+
+log = logging.getLogger(__name__)
+
+_ANSWER_WITHIN_S = 5.0
+
+
+class ReplicaLost(Unavailable):
+    """The replica that worked on a request is gone, or cannot be reached any more."""
+
+
+class Backend(Protocol):
+    """What the edge needs of an application."""
+
+    async def unary(self, method: str, request: bytes) -> bytes:
+        """One answer. Raises GptMoeError; cancelled, it cancels the replica's work."""
+        ...
+
+    def stream(self, method: str, request: bytes) -> AsyncIterator[bytes]:
+        """A stream of answers. Raises GptMoeError; left early, it cancels the replica's work."""
+        ...
+
+    async def progress(self) -> Sequence[Progress]:
+        """How the replicas that answer come along."""
+        ...
+
+
+class Replicas:
+    """An application behind a Ray Serve DeploymentHandle."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self._unary = handle.options(method_name="edge_unary")
+        self._stream = handle.options(method_name="edge_stream", stream=True)
+
+    async def unary(self, method: str, request: bytes) -> bytes:
+        """See Backend.unary."""
+        with _typed(), _cancelling(self._unary.remote(method, request)) as response:
+            return bytes(await response)
+
+    async def stream(self, method: str, request: bytes) -> AsyncIterator[bytes]:
+        """See Backend.stream."""
+        with _typed(), _cancelling(self._stream.remote(method, request)) as response:
+            async for message in response:
+                yield message
+
+    async def progress(self) -> Sequence[Progress]:
+        """See Backend.progress. One that hangs holds up no other, and is left out."""
+        try:
+            # `results_async` would wait for all of them or have none.
+            calls = self._handle.broadcast("edge_progress")._fetch_replica_results_async()
+            results = await asyncio.wait_for(calls, _ANSWER_WITHIN_S)
+        except (RayError, DeploymentUnavailableError, TimeoutError) as error:
+            log.info("no replica can be asked reason=%s", error)
+            return ()
+        answers = (asyncio.wait_for(result.get_async(), _ANSWER_WITHIN_S) for result in results)
+        found = await asyncio.gather(*answers, return_exceptions=True)
+        return [one for one in found if isinstance(one, Progress)]
+
+
+@contextmanager
+def _cancelling(response: Any) -> Iterator[Any]:
+    """Whoever leaves early takes the replica's work along: a handle does not do that by itself."""
+    try:
+        yield response
+    except GeneratorExit:
+        response.cancel()
+        raise
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+
+
+@contextmanager
+def _typed() -> Iterator[None]:
+    """Errors of Ray as ours; what the replica raised as it was there."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise ReplicaLost("the replica gave this request up; send it again") from None
+    except RayTaskError as error:
+        if isinstance(error.cause, GptMoeError):
+            raise error.cause from None
+        raise
+    except BackPressureError as error:
+        raise Overloaded(
+            "too many requests wait already; come again later", error.retry_after_s or 1.0
+        ) from None
+    except DeploymentUnavailableError:
+        raise Unavailable("the application does not run; ask its operator", 10.0) from None
+    except RayError as error:
+        log.warning("a replica is lost reason=%s", error)
+        raise ReplicaLost(
+            "the replica that worked on this request is gone; send it again"
+        ) from None
