@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from gptmoe.errors import ClusterError, GptMoeError, RequestError
 from gptmoe.generate.params import SamplingParams
 
-from .client import Client, GenerationError, Sampling
+from .access import Access
+from .client import OPEN, Client, GenerationError, Sampling
 from .operations import Topologies
 
 _CALLS_AT_ONCE = 8
@@ -20,9 +21,9 @@ _SAYS_ITSELF = "takes no new requests"
 class Remote:
     """The server at `target`: RequestError for what it refuses, ClusterError if it is away."""
 
-    def __init__(self, target: str, sampling: SamplingParams) -> None:
+    def __init__(self, target: str, sampling: SamplingParams, access: Access = OPEN) -> None:
         self._target = target
-        self._client = Client(target)
+        self._client = Client(target, access=access)
         self._sampling = Sampling(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -53,12 +54,12 @@ class Remote:
 
 
 @contextmanager
-def operating(target: str, name: str = "") -> Iterator[Client]:
+def operating(target: str, name: str = "", access: Access = OPEN) -> Iterator[Client]:
     """A client to operate the application at `target`; its errors are ours.
 
     `name` is the application's, where Ray Serve runs several.
     """
-    with Client(target, application=name) as client, _errors(target):
+    with Client(target, application=name, access=access) as client, _errors(target):
         yield client
 
 
@@ -88,6 +89,8 @@ def _errors(target: str) -> Iterator[None]:
 def _in_our_words(error: GenerationError, target: str) -> GptMoeError:
     if error.code == "INVALID_ARGUMENT":
         return RequestError(error.message)
+    if error.code == "UNAUTHENTICATED":
+        return ClusterError(f"{target}: {error.message}; --token-file names a file that holds it")
     if error.code in ("FAILED_PRECONDITION", "DEADLINE_EXCEEDED", "ABORTED"):
         return ClusterError(error.message)
     if error.code == "NOT_FOUND":  # as Ray Serve says it
@@ -98,5 +101,8 @@ def _in_our_words(error: GenerationError, target: str) -> GptMoeError:
     if error.code == "UNAVAILABLE" and _SAYS_ITSELF in error.message:
         return ClusterError(error.message)
     if error.code == "UNAVAILABLE":
-        return ClusterError(f"no server answers at {target} ({error.message}); is it running?")
+        return ClusterError(
+            f"no server answers at {target} ({error.message}); is it running? One with TLS wants "
+            "--ca and the authority of its certificate"
+        )
     return ClusterError(f"the server at {target} failed: {error}")

@@ -14,6 +14,8 @@ from gptmoe.model.spec import ModelSpec
 from gptmoe.parallel.layout import smallest_dp
 from gptmoe.shard.parts import Part, arrange
 
+_USUAL_EDGE_PORT = 9443
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicasConfig:
@@ -147,7 +149,7 @@ class EdgeConfig:
     port: int | None = None
     """Absent: there is no edge. 9443 is usual; 0 takes a free one."""
     only: bool = False
-    """Ray Serve's own gRPC port, which has no TLS, is not opened."""
+    """Ray Serve's own gRPC port, which has no TLS, is not opened; without a port: 9443."""
     host: str = "127.0.0.1"
     """Where it listens; 0.0.0.0: every interface, which wants a certificate."""
     tls_cert: Path | None = field(default=None, metadata=INPUT_PATH)
@@ -174,8 +176,6 @@ class EdgeConfig:
     def __post_init__(self) -> None:
         if self.port is not None and not 0 <= self.port <= 65535:
             raise ConfigError(f"edge.port={self.port} is not a port; use 1 to 65535, or 0")
-        if self.only and self.port is None:
-            raise ConfigError("edge.only wants an edge; add edge.port=9443")
         for name in ("keepalive_s", "stall_s", "health_every_s", "resume_s"):
             if not 0 < (value := getattr(self, name)) < float("inf"):
                 raise ConfigError(f"edge.{name}={value} must be a positive number of seconds")
@@ -183,6 +183,11 @@ class EdgeConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"edge.{name}={getattr(self, name)} must be at least 1")
         self._check_tls()
+
+    @property
+    def wanted_port(self) -> int | None:
+        """The port, 0 for a free one; None: no edge."""
+        return _USUAL_EDGE_PORT if self.only and self.port is None else self.port
 
     def _check_tls(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -237,7 +242,7 @@ class ServeConfig:
                 raise ConfigError(
                     f"{key}={port} is not a port; use 1 to 65535, or 0 for a free one"
                 )
-        ports = {"http_port": self.http_port, "edge.port": self.edge.port}
+        ports = {"http_port": self.http_port, "edge.port": self.edge.wanted_port}
         if not self.edge.only:
             ports["grpc_port"] = self.grpc_port
         for one, other in itertools.combinations(sorted(ports), 2):
