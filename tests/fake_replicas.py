@@ -14,6 +14,9 @@ from serve.edge.inlet import Progress
 POEM = "床前明月光，疑是地上霜。"
 
 
+IDLE = Progress(pending=0, silent_s=0.0, draining=False)
+
+
 class Died(Exception):
     """What kills a Poet."""
 
@@ -36,7 +39,7 @@ class Poet:
     """What it raises instead."""
     hangs: bool = False
     """Sends its header, then waits for ever."""
-    progress: Progress | None = Progress(pending=0, silent_s=0.0, draining=False)
+    progress: Progress | None = IDLE
     """None: it does not answer."""
     asked: list[tuple[str, bytes]] = field(default_factory=list)
     cancelled: int = 0
@@ -168,7 +171,7 @@ class _Stream:
             async for message in self._messages:
                 self._queue.put_nowait(message)
             self._queue.put_nowait(StopAsyncIteration())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, it is handed on
             self._queue.put_nowait(error)
 
     def __aiter__(self) -> "_Stream":
@@ -203,7 +206,7 @@ class _Result:
 async def _as_ray_says(call: Any) -> Any:
     try:
         return await call
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         raise wrapped(error) from None
 
 

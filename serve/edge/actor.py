@@ -119,10 +119,12 @@ class Edges:
 
 
 def _on_node(node: str, config: ServeConfig) -> Any:
-    actor: Any = ray.remote(
+    actor_class: Any = ray.remote(Edge)
+    options = actor_class.options(
+        name=f"{config.name}:Edge:{node[:8]}",
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=4,
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-    )(Edge)
-    return actor.options(name=f"{config.name}:Edge:{node[:8]}").remote(config)
+    )
+    return options.remote(config)
