@@ -8,8 +8,9 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from gptmoe.errors import GptMoeError
 from protos import generation_pb2 as messages
-from serve.edge.inlet import Progress
+from serve.edge.inlet import Answer, Progress
 
 POEM = "床前明月光，疑是地上霜。"
 
@@ -36,7 +37,7 @@ class Poet:
     finish_apart: bool = False
     counts_all: bool = False
     error: Exception | None = None
-    """What it raises instead."""
+    """What it refuses with, or the bug that it has."""
     hangs: bool = False
     """Sends its header, then waits for ever."""
     progress: Progress | None = IDLE
@@ -44,8 +45,10 @@ class Poet:
     asked: list[tuple[str, bytes]] = field(default_factory=list)
     cancelled: int = 0
 
-    async def edge_unary(self, method: str, data: bytes) -> bytes:
+    async def edge_unary(self, method: str, data: bytes) -> Answer:
         self.asked.append((method, data))
+        if isinstance(self.error, GptMoeError):
+            return self.error
         if self.error:
             raise self.error
         if self.dies_after < 1:
@@ -54,8 +57,11 @@ class Poet:
             await self._for_ever()
         return messages.GenerateResponse(text=self.poem).SerializeToString()
 
-    async def edge_stream(self, method: str, data: bytes) -> AsyncIterator[bytes]:
+    async def edge_stream(self, method: str, data: bytes) -> AsyncIterator[Answer]:
         self.asked.append((method, data))
+        if isinstance(self.error, GptMoeError):
+            yield self.error
+            return
         if self.error:
             raise self.error
         for number, chunk in enumerate(self._chunks(messages.GenerateRequest.FromString(data))):
@@ -167,23 +173,22 @@ class _Stream:
         self._task = asyncio.ensure_future(self._write())
 
     async def _write(self) -> None:
+        end: Exception = StopAsyncIteration()
         try:
             async for message in self._messages:
-                self._queue.put_nowait(message)
-            self._queue.put_nowait(StopAsyncIteration())
+                self._queue.put_nowait((message, None))
         except Exception as error:  # noqa: BLE001  whatever it is, it is handed on
-            self._queue.put_nowait(error)
+            end = wrapped(error)
+        self._queue.put_nowait((None, end))
 
     def __aiter__(self) -> "_Stream":
         return self
 
-    async def __anext__(self) -> bytes:
-        item = await self._queue.get()
-        if isinstance(item, StopAsyncIteration):
-            raise item
-        if isinstance(item, Exception):
-            raise wrapped(item)
-        return bytes(item)
+    async def __anext__(self) -> Answer:
+        message, end = await self._queue.get()
+        if end is not None:
+            raise end
+        return message
 
     def cancel(self) -> None:
         self._handle.cancels += 1

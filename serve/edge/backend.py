@@ -11,15 +11,12 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from gptmoe.errors import GptMoeError, Overloaded, Unavailable
 
-from .inlet import Progress
+from .inlet import Answer, Progress
+from .patience import ReplicaLost
 
 log = logging.getLogger(__name__)
 
 _ANSWER_WITHIN_S = 5.0
-
-
-class ReplicaLost(Unavailable):
-    """The replica that worked on a request is gone, or cannot be reached any more."""
 
 
 class Backend(Protocol):
@@ -49,13 +46,13 @@ class Replicas:
     async def unary(self, method: str, request: bytes) -> bytes:
         """See Backend.unary."""
         with _typed(), _cancelling(self._unary.remote(method, request)) as response:
-            return bytes(await response)
+            return _answer(await response)
 
     async def stream(self, method: str, request: bytes) -> AsyncIterator[bytes]:
         """See Backend.stream."""
         with _typed(), _cancelling(self._stream.remote(method, request)) as response:
             async for message in response:
-                yield message
+                yield _answer(message)
 
     async def progress(self) -> Sequence[Progress]:
         """See Backend.progress. One that hangs holds up no other, and is left out."""
@@ -71,29 +68,33 @@ class Replicas:
         return [one for one in found if isinstance(one, Progress)]
 
 
+def _answer(found: Answer) -> bytes:
+    """Raises what the replica refused with: it hands errors over as values."""
+    if isinstance(found, GptMoeError):
+        raise found
+    return found
+
+
 @contextmanager
 def _cancelling(response: Any) -> Iterator[Any]:
     """Whoever leaves early takes the replica's work along: a handle does not do that by itself."""
     try:
         yield response
-    except GeneratorExit:
-        response.cancel()
-        raise
-    except asyncio.CancelledError:
+    except (GeneratorExit, asyncio.CancelledError):
         response.cancel()
         raise
 
 
 @contextmanager
 def _typed() -> Iterator[None]:
-    """Errors of Ray as ours; what the replica raised as it was there."""
+    """Errors of Ray as ours."""
     try:
         yield
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
-        raise ReplicaLost("the replica gave this request up; send it again") from None
+        raise ReplicaLost("the replica gave the request up") from None
     except RayTaskError as error:
         if isinstance(error.cause, GptMoeError):
             raise error.cause from None
@@ -106,6 +107,4 @@ def _typed() -> Iterator[None]:
         raise Unavailable("the application does not run; ask its operator", 10.0) from None
     except RayError as error:
         log.warning("a replica is lost reason=%s", error)
-        raise ReplicaLost(
-            "the replica that worked on this request is gone; send it again"
-        ) from None
+        raise ReplicaLost("the replica that worked on it is gone") from None

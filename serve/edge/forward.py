@@ -13,23 +13,16 @@ from typing import Any
 
 import grpc
 
-from gptmoe.errors import (
-    AlreadyRunning,
-    ClusterError,
-    DeadlineExceeded,
-    GptMoeError,
-    Unavailable,
-)
+from gptmoe.errors import DeadlineExceeded, GptMoeError
 from serve.config import EdgeConfig
 from serve.methods import GENERATION, Method
 
 from . import statuses, wire
-from .backend import Backend, ReplicaLost
+from .backend import Backend
+from .patience import Patience, ReplicaLost
 from .story import Story
 
 log = logging.getLogger(__name__)
-
-_AGAIN_AFTER_S = 0.5
 
 
 class Forward:
@@ -49,9 +42,14 @@ class Forward:
         """One answer; sent again as it is where a replica dies: the same request, the same text."""
         asked = wire.read(method.name, request, context.time_remaining())
         async with _answering(context, asked):
-            call = partial(self._backend.unary, method.name, asked.data)
-            tries = self._tries if method.service == GENERATION else 1
-            return await self._until_answered(call, tries)
+            patience = self._patience(method)
+            while True:
+                try:
+                    return await self._backend.unary(method.name, asked.data)
+                except GptMoeError as error:
+                    wait_s = patience.wait_s(error)
+                    log.warning("a request is asked again reason=%s", error)
+                await asyncio.sleep(wait_s)
         raise AssertionError("aborted before")
 
     async def stream(self, method: Method, request: bytes, context: Any) -> None:
@@ -68,25 +66,18 @@ class Forward:
     def _chunks(self, method: Method, data: bytes) -> Any:
         return self._backend.stream(method.name, data)
 
-    async def _until_answered(self, call: Callable[[], Awaitable[bytes]], tries: int) -> bytes:
-        for left in range(tries - 1, -1, -1):
-            try:
-                return await call()
-            except GptMoeError as error:
-                if not left or not _is_lost(error):
-                    raise
-                log.warning("a request is asked again reason=%s", error)
-        raise AssertionError("tries is at least 1")
+    def _patience(self, method: Method) -> Patience:
+        """What operators ask is not asked twice: it may have been done."""
+        return Patience(self._tries if method.service == GENERATION else 1, self._resume_s)
 
     async def _tell(
         self, method: Method, asked: wire.Asked, write: Callable[[bytes], Awaitable[None]]
     ) -> None:
         """Raises what ends the story before its finish."""
-        story = Story()
-        data, patience_s = asked.data, None
-        for left in range(self._tries - 1, -1, -1):
+        story, patience, data = Story(), self._patience(method), asked.data
+        while True:
             try:
-                async with _first_within(self._chunks(method, data), patience_s) as chunks:
+                async with _taken_over(self._chunks(method, data), patience) as chunks:
                     async for chunk in chunks:
                         told = story.tell(chunk)
                         if told is not None:
@@ -95,34 +86,32 @@ class Forward:
             except GptMoeError as error:
                 if story.finished:
                     return
-                resumed = patience_s is not None
-                if not (_is_lost(error) or _may_pass(error, story.begun, resumed)):
-                    raise
-                if not left or (story.begun and not asked.resumable):
-                    raise _given_up(error) from error
+                begun = story.begun
+                can_go_on = asked.resumable or not begun
+                wait_s = patience.wait_s(error, begun=begun, can_go_on=can_go_on)
                 log.warning("a stream goes on elsewhere id=%s reason=%s", asked.request_id, error)
-                await asyncio.sleep(_wait_s(error))
+            await asyncio.sleep(wait_s)
             if story.begun:
                 data = wire.resuming(asked.data, story.resume())
-            patience_s = self._resume_s
 
 
 @asynccontextmanager
-async def _first_within(chunks: Any, patience_s: float | None) -> AsyncIterator[Any]:
+async def _taken_over(chunks: Any, patience: Patience) -> AsyncIterator[AsyncIterator[bytes]]:
     """The chunks, closed at the end. Raises ReplicaLost if the first one takes too long."""
 
     async def patient() -> AsyncIterator[bytes]:
         async for chunk in chunks:
             limit.reschedule(None)
+            patience.moved()
             yield chunk
 
     try:
-        async with asyncio.timeout(patience_s) as limit, aclosing(chunks):
+        async with asyncio.timeout(patience.left_s) as limit, aclosing(chunks):
             yield patient()
     except TimeoutError:
         if not limit.expired():
             raise
-        raise ReplicaLost(f"no other replica took the request over in {patience_s} s") from None
+        raise ReplicaLost("no other replica took it over in time") from None
 
 
 @asynccontextmanager
@@ -142,29 +131,3 @@ async def _answering(context: Any, asked: wire.Asked) -> AsyncIterator[None]:
     except Exception:
         log.exception("a request failed id=%s", asked.request_id)
         await context.abort_with_status(statuses.broken())
-
-
-def _is_lost(error: GptMoeError) -> bool:
-    """The replica cannot answer any more, whatever it is asked: another one can."""
-    if isinstance(error, ReplicaLost):
-        return True
-    return isinstance(error, ClusterError) and not isinstance(error, Unavailable)
-
-
-def _may_pass(error: GptMoeError, begun: bool, resumed: bool) -> bool:
-    """A replica that is away for a while in mid-stream, or one that still thinks it has the id."""
-    if isinstance(error, AlreadyRunning):
-        return resumed
-    return isinstance(error, Unavailable) and begun
-
-
-def _wait_s(error: GptMoeError) -> float:
-    if isinstance(error, ReplicaLost):
-        return 0.0
-    return error.retry_after_s if isinstance(error, Unavailable) else _AGAIN_AFTER_S
-
-
-def _given_up(error: GptMoeError) -> Unavailable:
-    return Unavailable(
-        f"the replica that wrote this text is gone ({error}); send the request again"
-    )

@@ -6,8 +6,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from gptmoe.errors import GptMoeError
 from serve.methods import METHODS
 from serve.refusals import Direct
+
+Answer = bytes | GptMoeError
+"""A message, or what came instead."""
 
 _METHODS = {method.name: method for method in METHODS}
 
@@ -27,23 +31,28 @@ class Progress:
 class Inlet:
     """A deployment class inherits it beside its gRPC methods, which see no gRPC here.
 
-    Bytes in, bytes out; what a method refuses is raised as it is, and crosses Ray as the cause of a
-    RayTaskError. Keys were checked before.
+    Bytes in, bytes out. What a method refuses with is handed over as a value: raised, it would
+    cross Ray in an envelope of text, and Ray Serve would log it with its traceback. Keys were
+    checked before.
     """
 
-    async def edge_unary(self, method: str, request: bytes) -> bytes:
-        """Call a gRPC method that answers once. Raises what it raises, typed."""
+    async def edge_unary(self, method: str, request: bytes) -> Answer:
+        """Call a gRPC method that answers once."""
         context = Direct()
-        message = await self._method(method)(self, request, context)
-        if context.error is not None:
-            raise context.error
-        return bytes(message.SerializeToString())
+        try:
+            message = await self._method(method)(self, request, context)
+        except GptMoeError as error:
+            return error
+        return context.error or bytes(message.SerializeToString())
 
-    async def edge_stream(self, method: str, request: bytes) -> AsyncIterator[bytes]:
+    async def edge_stream(self, method: str, request: bytes) -> AsyncIterator[Answer]:
         """Call a gRPC method that answers with a stream; it ends as soon as this is cancelled."""
-        async with aclosing(self._method(method)(self, request, Direct())) as messages:
-            async for message in messages:
-                yield message.SerializeToString()
+        try:
+            async with aclosing(self._method(method)(self, request, Direct())) as messages:
+                async for message in messages:
+                    yield message.SerializeToString()
+        except GptMoeError as error:
+            yield error
 
     def _method(self, name: str) -> Any:
         return inspect.unwrap(getattr(type(self), _METHODS[name].name))

@@ -3,8 +3,9 @@
 import time
 from collections.abc import Callable
 
-from gptmoe.errors import Unavailable
 from protos import generation_pb2 as messages
+
+from .patience import OtherText
 
 
 class Story:
@@ -47,7 +48,7 @@ class Story:
     def tell(self, data: bytes) -> bytes | None:
         """What the caller is to hear of a replica's chunk; None: nothing that is new.
 
-        Raises Unavailable if another replica does not tell the same: its weights are others.
+        Raises OtherText if another replica does not tell the same: its weights are others.
         """
         chunk = messages.GenerateChunk.FromString(data)
         self._sent_by_this += len(chunk.token_ids)
@@ -69,7 +70,7 @@ class Story:
         count, length = min(len(ids), len(chunk.token_ids)), min(len(text), len(chunk.text))
         same = list(chunk.token_ids[:count]) == ids[:count] and chunk.text[:length] == text[:length]
         if not same or (chunk.HasField("finish") and (ids[count:] or text[length:])):
-            raise Unavailable(
+            raise OtherText(
                 "the replica that wrote this text is gone, and the others would write another one: "
                 "their weights have changed; send the request again"
             )

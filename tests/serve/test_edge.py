@@ -19,6 +19,7 @@ from gptmoe.errors import (
     Unavailable,
 )
 from protos import generation_pb2 as messages
+from serve.edge.inlet import Answer
 from tests.edge_calls import (
     Stub,
     ask,
@@ -92,6 +93,19 @@ def test_errors_are_statuses_with_details(error: Any, code: grpc.StatusCode) -> 
             assert not kinds
 
     ask(Handle(Poet(error=error)), use)
+
+
+def test_an_error_that_was_raised_across_ray_is_the_same() -> None:
+    class Raising(Poet):
+        async def edge_unary(self, method: str, data: bytes) -> Answer:
+            raise NotFound("no model of that name")
+
+    async def use(stub: Stub) -> None:
+        error = await refusal(stub.Generate(request()))
+        assert error.code() == grpc.StatusCode.NOT_FOUND
+        assert error.details() == "no model of that name"
+
+    ask(Handle(Raising()), use)
 
 
 def test_a_bug_is_internal_without_a_traceback(caplog: pytest.LogCaptureFixture) -> None:
