@@ -5,7 +5,6 @@ counts, and repeated fields are strung together. So a deadline is lowered, and t
 are added, behind a request that stays as it came.
 """
 
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ class Asked:
 
     data: bytes
     request_id: str = ""
-    """Of a request for text; else empty."""
+    """That its caller gave it, or empty."""
     deadline_s: float | None = None
     """Seconds from now after which nobody wants the answer."""
     resumable: bool = False
@@ -34,7 +33,7 @@ class Asked:
 
 
 def read(method: str, data: bytes, remaining_s: float | None) -> Asked:
-    """What the edge must know of a request; a deadline and a name are given where it has none.
+    """What the edge must know of a request, and the request with a deadline.
 
     `remaining_s` is what the call's own deadline leaves. Bytes that cannot be read go on as they
     are: the replica says what is wrong with them.
@@ -52,13 +51,9 @@ def read(method: str, data: bytes, remaining_s: float | None) -> Asked:
         data += kind(deadline_ms=max(1, int(deadline_s * 1000))).SerializeToString()
     if isinstance(message, messages.ScoreRequest):
         return Asked(data=data, deadline_s=deadline_s)
-    request_id = message.request_id
-    if not request_id:  # every replica that works on it shall know it by the same name
-        request_id = uuid.uuid4().hex
-        data += messages.GenerateRequest(request_id=request_id).SerializeToString()
     return Asked(
         data=data,
-        request_id=request_id,
+        request_id=message.request_id,
         deadline_s=deadline_s,
         resumable=message.n <= 1 and message.num_beams <= 1,
     )

@@ -57,7 +57,6 @@ def test_one_replica_after_the_other_dies_and_the_text_goes_on() -> None:
     assert ask(Handle(*poets), use, tries=4) == POEM
     resumed = [messages.GenerateRequest.FromString(poet.asked[0][1]) for poet in poets]
     assert [len(one.resume_token_ids) for one in resumed] == [0, 4, 4, 4]
-    assert len({one.request_id for one in resumed}) == 1
 
 
 def test_tokens_of_the_callers_own_resuming_stay_in_front() -> None:
