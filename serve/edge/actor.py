@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 5.0
 _START_S = 60.0
+_STOP_S = 2.0
 _POLL_S = 0.2
 
 
@@ -39,6 +40,7 @@ class Edge:
             self._run(self._start(config))
         except GptMoeError as error:  # a constructor's error would arrive as a dead actor
             self._error = error
+            log.error("the edge cannot start reason=%s", error)
 
     async def _start(self, config: ServeConfig) -> None:
         self._backend = Replicas(ray.serve.get_app_handle(config.name))
@@ -85,7 +87,7 @@ class Edges:
         self._stopping.set()
         calls = [actor.stop.remote(grace_s) for actor in self._actors.values()]
         with suppress(ray.exceptions.RayError):
-            ray.wait(calls, num_returns=len(calls), timeout=grace_s + _POLL_S) if calls else None
+            ray.get(calls, timeout=grace_s + _STOP_S)
         for actor in self._actors.values():
             ray.kill(actor)
 
@@ -121,7 +123,7 @@ class Edges:
 def _on_node(node: str, config: ServeConfig) -> Any:
     actor_class: Any = ray.remote(Edge)
     options = actor_class.options(
-        name=f"{config.name}:Edge:{node[:8]}",
+        name=f"{config.name}:Edge:{config.edge.port}:{node[:8]}",
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=4,

@@ -2,8 +2,12 @@
 
 import asyncio
 import itertools
+import os
+import signal
+import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 import gptmoe
 from cluster.access import Access
 from cluster.client import AsyncClient, Client, GenerationError
+from gptmoe.errors import ConfigError
 from gptmoe.generate.scheduler import EngineConfig
 from serve.config import AuthConfig, EdgeConfig, HealthConfig, ReplicasConfig, ServeConfig
+from serve.edge.actor import Edges
 from serve.launch import Endpoints, running
 from tests.certificates import authority
 
@@ -41,10 +47,10 @@ def access(tmp_path_factory: pytest.TempPathFactory) -> Access:
 
 
 @pytest.fixture(scope="module")
-def endpoints(small_checkpoint: Path, access: Access) -> Iterator[Endpoints]:
+def config(small_checkpoint: Path, access: Access) -> ServeConfig:
     assert access.ca
     folder = access.ca.parent
-    config = ServeConfig(
+    return ServeConfig(
         checkpoint=small_checkpoint.parents[1],
         name="poems",
         http_port=0,
@@ -58,6 +64,10 @@ def endpoints(small_checkpoint: Path, access: Access) -> Iterator[Endpoints]:
         ),
         auth=AuthConfig(keys=folder / "keys"),
     )
+
+
+@pytest.fixture(scope="module")
+def endpoints(config: ServeConfig) -> Iterator[Endpoints]:
     with running(config) as endpoints:
         yield endpoints
 
@@ -86,6 +96,13 @@ def replicas(endpoints: Endpoints) -> list[Any]:
         )
         if "ServeReplica:poems:Generator" in actor.class_name
     ]
+
+
+def answers(client: Client) -> bool:
+    try:
+        return bool(client.generate("春风", max_new_tokens=2).token_ids)
+    except GenerationError:
+        return False
 
 
 def test_a_stream_over_tls_with_a_key(client: Client, expected: str) -> None:
@@ -161,6 +178,30 @@ def test_draining_is_seen_by_who_watches_health(
         client.drain(resume=True)
         assert next(watch).status == serving
         watch.cancel()
+
+
+def test_an_edge_that_cannot_listen_says_why(endpoints: Endpoints, config: ServeConfig) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        edges = Edges(replace(config, edge=replace(config.edge, port=port)))
+        with pytest.raises(ConfigError, match=f"the edge cannot listen on 127.0.0.1:{port}"):
+            edges.start()
+        edges.stop(0)
+
+
+def test_an_edge_that_dies_listens_again(endpoints: Endpoints, client: Client) -> None:
+    (edge,) = [
+        actor
+        for actor in ray.util.state.list_actors(
+            address=endpoints.dashboard, filters=[("state", "=", "ALIVE")], detail=True
+        )
+        if actor.name.startswith("poems:Edge:")
+    ]
+    os.kill(edge.pid, signal.SIGKILL)
+    deadline_s = time.monotonic() + 60
+    while not answers(client):
+        assert time.monotonic() < deadline_s, "no new edge"
+        time.sleep(0.2)
 
 
 def test_a_stream_goes_on_with_the_same_text_when_its_replica_dies(
