@@ -22,9 +22,11 @@ Stub = Any
 
 
 @asynccontextmanager
-async def edge(handle: Handle, keys: Keys | None = None, **config: Any) -> AsyncIterator[str]:
+async def edge(
+    handle: Handle, keys: Keys | None = None, *, sleeps: bool = False, **config: Any
+) -> AsyncIterator[str]:
     """A running edge's address."""
-    server = EdgeServer(Replicas(handle), EdgeConfig(port=0, **config), keys)
+    server = EdgeServer(Replicas(handle), EdgeConfig(port=0, **config), keys, sleeps=sleeps)
     port = await server.start()
     try:
         yield f"127.0.0.1:{port}"

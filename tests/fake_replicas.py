@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from gptmoe.errors import GptMoeError
 from protos import generation_pb2 as messages
@@ -200,6 +202,8 @@ class _Broadcast:
     calls: list[Callable[[], Any]]
 
     async def _fetch_replica_results_async(self) -> list[Any]:
+        if not self.calls:
+            raise DeploymentUnavailableError(DeploymentID("Generator", "poems"))
         return [_Result(call) for call in self.calls]
 
 

@@ -16,7 +16,7 @@ from serve.config import ServeConfig
 from serve.keys import Keys
 
 from .backend import Replicas
-from .health import answers
+from .health import look
 from .server import EdgeServer
 
 log = logging.getLogger(__name__)
@@ -45,14 +45,15 @@ class Edge:
     async def _start(self, config: ServeConfig) -> None:
         self._backend = Replicas(ray.serve.get_app_handle(config.name))
         keys = Keys(config.auth.keys) if config.auth.keys else None
-        self._server = EdgeServer(self._backend, config.edge, keys)
+        sleeps = config.replicas.min == 0
+        self._server = EdgeServer(self._backend, config.edge, keys, sleeps=sleeps)
         await self._server.start()
 
     def serving(self) -> bool:
         """Whether it answers, and a replica does. Raises ConfigError if it cannot listen."""
         if self._error:
             raise self._error
-        return answers(self._run(self._backend.progress()), self._stall_s)
+        return bool(self._run(look(self._backend, stall_s=self._stall_s, sleeps=False)))
 
     def stop(self, grace_s: float) -> None:
         """Take no new calls; comes back when running ones have ended, or after `grace_s`."""

@@ -31,7 +31,7 @@ class Backend(Protocol):
         ...
 
     async def progress(self) -> Sequence[Progress]:
-        """How the replicas that answer come along."""
+        """How the replicas that answer come along. Raises Unavailable if there is none."""
         ...
 
 
@@ -60,7 +60,9 @@ class Replicas:
             # `results_async` would wait for all of them or have none.
             calls = self._handle.broadcast("edge_progress")._fetch_replica_results_async()
             results = await asyncio.wait_for(calls, _ANSWER_WITHIN_S)
-        except (RayError, DeploymentUnavailableError, TimeoutError) as error:
+        except DeploymentUnavailableError:
+            raise Unavailable("no replica runs") from None
+        except (RayError, TimeoutError) as error:
             log.info("no replica can be asked reason=%s", error)
             return ()
         answers = (asyncio.wait_for(result.get_async(), _ANSWER_WITHIN_S) for result in results)

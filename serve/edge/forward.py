@@ -84,7 +84,7 @@ class Forward:
                             await write(told)
                 return
             except GptMoeError as error:
-                if story.finished:
+                if story.finished and asked.resumable:
                     return
                 begun = story.begun
                 can_go_on = asked.resumable or not begun

@@ -38,8 +38,16 @@ _LEAST_PING_S = 10.0
 class EdgeServer:
     """From `start` to `stop`, in one event loop."""
 
-    def __init__(self, backend: Backend, config: EdgeConfig, keys: Keys | None = None) -> None:
-        self._backend, self._config = backend, config
+    def __init__(
+        self,
+        backend: Backend,
+        config: EdgeConfig,
+        keys: Keys | None = None,
+        *,
+        sleeps: bool = False,
+    ) -> None:
+        """`sleeps`: where no replica runs, a request starts one."""
+        self._backend, self._config, self._sleeps = backend, config, sleeps
         doors = [KeyCheck(keys)] if keys else []
         self._server = grpc.aio.server(interceptors=doors, options=_options(config))
         self._health = health.aio.HealthServicer()
@@ -62,11 +70,14 @@ class EdgeServer:
             ) from None
         await report(self._health, serving=False)  # until a replica says otherwise
         await self._server.start()
-        self._watch = asyncio.create_task(
-            watch(
-                self._backend, self._health, stall_s=config.stall_s, every_s=config.health_every_s
-            )
+        looking = watch(
+            self._backend,
+            self._health,
+            stall_s=config.stall_s,
+            every_s=config.health_every_s,
+            sleeps=self._sleeps,
         )
+        self._watch = asyncio.create_task(looking)
         return int(port)
 
     async def stop(self, grace_s: float) -> None:

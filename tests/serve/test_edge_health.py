@@ -42,10 +42,12 @@ def test_one_replica_that_moves_is_enough(found: list[Progress], serving: bool) 
     assert answers(found, stall_s=30.0) is serving
 
 
-def with_health(handle: Handle, use: Callable[[Any], Awaitable[None]]) -> None:
+def with_health(
+    handle: Handle, use: Callable[[Any], Awaitable[None]], *, sleeps: bool = False
+) -> None:
     async def run() -> None:
         async with (
-            edge(handle, health_every_s=0.02, stall_s=30.0) as target,
+            edge(handle, health_every_s=0.02, stall_s=30.0, sleeps=sleeps) as target,
             grpc.aio.insecure_channel(target) as channel,
         ):
             await asyncio.wait_for(use(health_pb2_grpc.HealthStub(channel)), 20)
@@ -108,3 +110,36 @@ def test_no_replica_at_all_is_not_serving() -> None:
         assert (await stub.Check(named(""))).status == NOT_SERVING
 
     with_health(Handle(), use)
+
+
+def test_where_a_request_starts_a_replica_none_is_needed() -> None:
+    async def use(stub: Any) -> None:
+        watch = stub.Watch(named(""))
+        while (await watch.read()).status != SERVING:
+            pass
+
+    with_health(Handle(), use, sleeps=True)
+
+
+def test_a_bug_in_looking_is_not_serving_and_looking_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(Handle):
+        broken = True
+
+        def broadcast(self, method: str) -> Any:
+            if self.broken:
+                raise ZeroDivisionError("a bug")
+            return super().broadcast(method)
+
+    handle = Broken(Poet())
+
+    async def use(stub: Any) -> None:
+        watch = stub.Watch(named(""))
+        assert (await watch.read()).status == NOT_SERVING
+        await asyncio.sleep(0.1)
+        handle.broken = False
+        assert (await watch.read()).status == SERVING
+
+    with_health(handle, use)
+    assert "cannot be asked how they are" in caplog.text
