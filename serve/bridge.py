@@ -67,6 +67,7 @@ class EngineThread:
         self._engine, self._observer = engine, observer
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outboxes: dict[str, _Outbox] = {}
+        self._moved_s = time.monotonic()  # when something came out, or work came to an idle engine
         self._step_began_s: float | None = None  # None while there is nothing to compute
         self._failure: GptMoeError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -135,6 +136,10 @@ class EngineThread:
                 f"the engine has computed one step for over {stall_s:g} s; restart the replica"
             )
 
+    def progress(self) -> tuple[int, float]:
+        """Requests under way, and the seconds since anything came out for any of them."""
+        return len(self._outboxes), time.monotonic() - self._moved_s
+
     def stop(self, timeout_s: float = 5.0) -> None:
         """End the thread after the current step; requests that still run get a ClusterError."""
         self._inbox.put(None)
@@ -185,6 +190,7 @@ class EngineThread:
         except GptMoeError as refusal:
             outbox.put(refusal)
         else:
+            self._moved_s = self._moved_s if self._outboxes else time.monotonic()
             self._outboxes[request.request_id] = outbox
 
     def _abandon(self, request_id: str, outbox: _Outbox) -> None:
@@ -193,6 +199,7 @@ class EngineThread:
             self._engine.abort(request_id)
 
     def _deliver(self, delta: Delta) -> None:
+        self._moved_s = time.monotonic()
         outbox = self._outboxes.get(delta.request_id)
         if outbox is not None:  # None: abandoned
             outbox.put(delta)

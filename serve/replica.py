@@ -31,6 +31,9 @@ from .config import ServeConfig
 from .control import ControlServicer
 from .controller import Controlled, Settings
 from .core import opened
+from .edge.inlet import Inlet, Progress
+from .guard import guarded
+from .keys import Keys
 from .metrics import EngineMetrics, RaySink
 from .operations import Operations
 from .result_cache import ResultCache
@@ -48,12 +51,17 @@ TRY_AGAIN_S = 1.0
 """Between tries to refresh while a shard is away."""
 
 
-class Generator(Servicer, ControlServicer):
-    """One replica: gRPC by its methods (Servicer, ControlServicer), HTTP by what it builds."""
+@guarded
+class Generator(Servicer, ControlServicer, Inlet):
+    """One replica: gRPC by its methods (Servicer, ControlServicer), HTTP by what it builds.
+
+    The edge calls the same methods by Inlet.
+    """
 
     def __init__(self, config: ServeConfig, num_cpus: float) -> None:
         torch.set_num_threads(config.threads)
         me = ray.serve.get_replica_context().replica_id.unique_id
+        self.keys = Keys(config.auth.keys) if config.auth.keys else None
         with ExitStack() as stack:
             self._core = stack.enter_context(opened(config, num_cpus))
             engine, spec = self._core.engine, self._core.spec
@@ -107,6 +115,11 @@ class Generator(Servicer, ControlServicer):
             except GptMoeError as error:
                 log.warning("weights stay version=%s reason=%s", self._version, error)
                 return
+
+    async def edge_progress(self) -> Progress:
+        """What the edge asks every second."""
+        pending, silent_s = self._bridge.progress()
+        return Progress(pending=pending, silent_s=silent_s, draining=self.service.draining)
 
     async def check_health(self) -> None:
         """What Ray Serve calls every few seconds; raises if the replica must be replaced.
