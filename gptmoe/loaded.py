@@ -38,7 +38,7 @@ def load(
     *,
     verify: bool = True,
     packed: bool = True,
-    weights: Weights = "",
+    weights: str = "",
 ) -> "LoadedModel":
     """Open a checkpoint (or the newest of a run folder) for generation and evaluation.
 

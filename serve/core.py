@@ -15,7 +15,7 @@ from gptmoe.checkpoint import Checkpoint, open_checkpoint
 from gptmoe.config import Location, Uri
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor
-from gptmoe.loaded import spec_of
+from gptmoe.loaded import LoadedModel, spec_of
 from gptmoe.model.spec import ModelSpec
 from gptmoe.remote import fetch
 from gptmoe.shard.parts import layout_of
@@ -59,18 +59,22 @@ class LocalCore:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        model = gptmoe.load(on_this_node(config.checkpoint, config), dtype=config.dtype)
+        model = self._load(config.checkpoint)
         self.spec, self.engine = model.spec, model.engine(config.engine)
 
     def prepare(self, checkpoint: Location, version: int) -> None:
         """See Core.prepare."""
-        folder = on_this_node(checkpoint, self._config)
         executor = self.engine.executor
         assert isinstance(executor, LocalExecutor)
-        executor.add(version, gptmoe.load(folder, dtype=self._config.dtype).network)
+        executor.add(version, self._load(checkpoint).network)
 
     def check(self) -> None:
         """See Core.check."""
+
+    def _load(self, checkpoint: Location) -> LoadedModel:
+        config = self._config
+        folder = on_this_node(checkpoint, config)
+        return gptmoe.load(folder, config.dtype, verify=config.verify, weights=config.weights)
 
 
 class ShardedCore:

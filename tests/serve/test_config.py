@@ -51,6 +51,8 @@ def test_options_win_over_overrides_and_overrides_over_the_file() -> None:
         (["checkpoint=a", "name="], "name is empty"),
         (["checkpoint=a", 'name="a#b"'], "name='a#b' may not contain #"),
         (["checkpoint=a", "dtype=fp8"], "dtype='fp8' is not known"),
+        (["checkpoint=a", "weights=int3"], "weights='int3' is not known"),
+        (["checkpoint=a", "weights=int8", "parallel.ep=2"], "asks for 2 shards; use weights"),
         (["checkpoint=a", "replicas.min=0"], "replicas.min=0 must be at least 1"),
         (["checkpoint=a", "replicas.min=3"], "replicas.max=1 is below replicas.min=3"),
         (["checkpoint=a", "replicas.initial=2"], "replicas.initial=2 must lie between"),
