@@ -37,7 +37,7 @@ def check_same() -> str:
     apart = float((ours_BTV - theirs_BTV).abs().max()) / largest
     assert apart <= CLOSE, f"bf16 logits differ by {apart} of the largest"
     return (
-        f"checked against transformers' GPT-2 with the same weights: same {shape.NEW} greedy tokens "
+        f"checked against transformers' GPT-2 of the same weights: same {shape.NEW} greedy tokens "
         f"in fp32; bf16 logits differ by at most {apart:.4f} of the largest"
     )
 

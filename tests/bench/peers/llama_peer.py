@@ -1,4 +1,4 @@
-"""llama.cpp (through llama-cpp-python) with a GPT-2 of random bf16 weights that we write as GGUF."""
+"""llama.cpp (by llama-cpp-python) with a GPT-2 of random bf16 weights that we write as GGUF."""
 
 import sys
 import tempfile
