@@ -219,6 +219,10 @@ class ServeConfig:
     """The application's name, and what GetModel calls the model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute in this type."""
+    weights: Literal["", "int8", "int4"] = ""
+    """Hold the weights of products in 8 or 4 bits; empty: in dtype. Only for whole models."""
+    verify: bool = True
+    """Compare checksums when weights are read; false: sizes only (see `gptmoe verify`)."""
     host: str = "127.0.0.1"
     """Where HTTP listens; 0.0.0.0: every interface, as Ray Serve's gRPC port always does."""
     http_port: int = 8000
@@ -255,5 +259,10 @@ class ServeConfig:
         for one, other in itertools.combinations(sorted(ports), 2):
             if ports[one] and ports[one] == ports[other]:
                 raise ConfigError(f"{one} and {other} are both {ports[one]}; use two ports")
+        if self.weights and self.parallel.world > 1:
+            raise ConfigError(
+                f'weights="{self.weights}" is for models that a replica holds alone, but '
+                f'[parallel] asks for {self.parallel.world} shards; use weights="" or one shard'
+            )
         if self.threads < 0:
             raise ConfigError(f"threads={self.threads} must be at least 1, or 0 for its share")

@@ -16,7 +16,7 @@ from gptmoe.checkpoint import Checkpoint, open_checkpoint
 from gptmoe.config import Location, Uri
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor
-from gptmoe.loaded import spec_of
+from gptmoe.loaded import LoadedModel, spec_of
 from gptmoe.model.dispatch import CountedDispatcher
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
@@ -67,7 +67,7 @@ class LocalCore:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        model = gptmoe.load(on_this_node(config.checkpoint, config), dtype=config.dtype)
+        model = self._load(config.checkpoint)
         self.spec = model.spec
         self._rows = {
             layer: [0] * self.spec.experts_in_layer(layer) for layer in self.spec.moe_layers
@@ -77,10 +77,9 @@ class LocalCore:
 
     def prepare(self, checkpoint: Location, version: int) -> None:
         """See Core.prepare."""
-        folder = on_this_node(checkpoint, self._config)
         executor = self.engine.executor
         assert isinstance(executor, LocalExecutor)
-        network = gptmoe.load(folder, dtype=self._config.dtype).network
+        network = self._load(checkpoint).network
         self._count_rows(network)
         executor.add(version, network)
 
@@ -96,6 +95,11 @@ class LocalCore:
             ffn = network.get_submodule(f"layers.{layer}.ffn")
             assert isinstance(ffn, MoE)
             ffn.dispatcher = CountedDispatcher(ffn.dispatcher, rows, range(len(rows)))
+
+    def _load(self, checkpoint: Location) -> LoadedModel:
+        config = self._config
+        folder = on_this_node(checkpoint, config)
+        return gptmoe.load(folder, config.dtype, verify=config.verify, weights=config.weights)
 
 
 class ShardedCore:

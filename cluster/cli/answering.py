@@ -23,6 +23,9 @@ app = typer.Typer(rich_markup_mode=None)
 
 Checkpoint = Annotated[Path, typer.Option(metavar="DIR", help="A checkpoint, or a run's folder.")]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Compute in this type.")]
+Weights = Annotated[
+    Literal["", "int8", "int4"], typer.Option(help="Hold the weights of products in so many bits.")
+]
 
 _AT_ONCE = 64  # prompts of a file that are worked on together
 
@@ -91,13 +94,14 @@ def evaluate(
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 8,
     dtype: Dtype = "float32",
+    weights: Weights = "",
     json: Json = False,
 ) -> None:
     """Measure a checkpoint on a text.
 
     Loss (nats per token), perplexity, and bits per character, which compares across tokenizers.
     """
-    model = lazy.gptmoe_loaded().load(checkpoint, dtype)
+    model = lazy.gptmoe_loaded().load(checkpoint, dtype, weights=weights)
     with _prepared(data, model.tokenizer, kind) as folder, bar("evaluating") as progress:
         samples = lazy.gptmoe_data().open_samples(
             folder,

@@ -65,6 +65,14 @@ class CountingEngine:
         self.aborted.append(request_id)
         self.requests.pop(request_id, None)
 
+    def end(self, request_id: str) -> list[Delta]:
+        answers = self.requests[request_id].sampling.n
+        self.abort(request_id)
+        return [
+            Delta(request_id=request_id, index=index, finish_reason="abort")
+            for index in range(answers)
+        ]
+
     def step(self) -> list[Delta]:
         self.in_step.set()
         assert self.gate.wait(10)

@@ -53,6 +53,8 @@ def test_options_win_over_overrides_and_overrides_over_the_file() -> None:
         (["checkpoint=a", "dtype=fp8"], "dtype='fp8' is not known"),
         (["checkpoint=a", "replicas.min=-1"], "replicas.min=-1 must be at least 0"),
         (["checkpoint=a", "replicas.min=0", "replicas.max=0"], "replicas.max=0 must be at least 1"),
+        (["checkpoint=a", "weights=int3"], "weights='int3' is not known"),
+        (["checkpoint=a", "weights=int8", "parallel.ep=2"], "asks for 2 shards; use weights"),
         (["checkpoint=a", "replicas.min=3"], "replicas.max=1 is below replicas.min=3"),
         (["checkpoint=a", "replicas.initial=2"], "replicas.initial=2 must lie between"),
         (["checkpoint=a", "scaling.slack=1"], "scaling.slack=1.0 must be at least 0 and below 1"),
