@@ -88,11 +88,8 @@ class CompletionBody(Options):
             prompt_logprobs=scored,
         )
         prompts = self.prompts
-        ids = (
-            [request_id]
-            if len(prompts) == 1
-            else [f"{request_id}-{k}" for k in range(len(prompts))]
-        )
+        several = [f"{request_id}-{place}" for place in range(len(prompts))]
+        names = [request_id] if len(prompts) == 1 else several
         return [
             Call(
                 prompt=prompt,
@@ -102,7 +99,7 @@ class CompletionBody(Options):
                 priority=self.priority,
                 deadline_s=self.deadline_s,
             )
-            for name, prompt in zip(ids, prompts, strict=True)
+            for name, prompt in zip(names, prompts, strict=True)
         ]
 
 
