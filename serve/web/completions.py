@@ -88,11 +88,8 @@ class CompletionBody(Options):
             prompt_logprobs=scored,
         )
         prompts = self.prompts
-        ids = (
-            [head.request_id]
-            if len(prompts) == 1
-            else [f"{head.request_id}-{k}" for k in range(len(prompts))]
-        )
+        several = [f"{head.request_id}-{place}" for place in range(len(prompts))]
+        names = [head.request_id] if len(prompts) == 1 else several
         return [
             Call(
                 prompt=prompt,
@@ -105,7 +102,7 @@ class CompletionBody(Options):
                 priority=self.priority,
                 deadline_s=self.deadline_s,
             )
-            for name, prompt in zip(ids, prompts, strict=True)
+            for name, prompt in zip(names, prompts, strict=True)
         ]
 
 

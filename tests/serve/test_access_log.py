@@ -26,7 +26,7 @@ def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def made(bridge: EngineThread, card: ModelCard, **settings: bool) -> LoggedService:
-    return LoggedService(bridge, Characters(), card, LogConfig(**settings))
+    return LoggedService(bridge, Characters(), card, config=LogConfig(**settings))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Stands where an engine's thread stands, and a server in front of it."""
 
 import asyncio
+import math
 import socket
 import threading
 import time
@@ -37,6 +38,7 @@ class Talker:
         self.running: set[str] = set()
         self.gate.set()
         self.breaks_after: int | None = None
+        self.most_tokens: float = math.inf
         self.refusal: GptMoeError | None = None
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
@@ -84,7 +86,7 @@ class Talker:
             reason = "deadline"
         elif text.stopped:
             reason = "stop"
-        elif step + 1 == sampling.max_new_tokens:
+        elif step + 1 >= min(sampling.max_new_tokens, self.most_tokens):
             piece, reason = piece + text.finish(), "length"
         logprob = -1.0 - step
         scores = [TokenScore(-0.5, True)] * (len(request.prompt_ids) - 1)
