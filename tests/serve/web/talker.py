@@ -5,7 +5,8 @@ import math
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import httpx
@@ -40,6 +41,12 @@ class Talker:
         self.breaks_after: int | None = None
         self.most_tokens: float = math.inf
         self.refusal: GptMoeError | None = None
+
+    def between_steps(self, call: Callable[[], None]) -> Future[None]:
+        """There are no steps: at once."""
+        done: Future[None] = Future()
+        done.set_result(call())
+        return done
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         self.requests.append(request)
