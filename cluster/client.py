@@ -13,8 +13,7 @@ TLS or keys asks for: Client("host:9443", access=Access(ca=Path("ca.pem"), token
 
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Self, TypedDict, TypeVar, Unpack, cast
+from typing import Any, Self, TypeVar, Unpack, cast
 
 import grpc
 
@@ -22,86 +21,40 @@ from protos import control_pb2, control_pb2_grpc
 from protos import generation_pb2 as messages
 from protos import generation_pb2_grpc as services
 
-from . import connection, fields
-from .access import Access
+from . import answers, connection, fields
+from .access import OPEN, Access
+from .answers import (
+    Choice,
+    Chunk,
+    Generation,
+    GenerationError,
+    Model,
+    Sampling,
+    Scored,
+    ScoreOptions,
+    Timings,
+    Tokens,
+)
 from .operations import Topologies
 
+__all__ = [
+    "AsyncClient",
+    "Choice",
+    "Chunk",
+    "Client",
+    "Generation",
+    "GenerationError",
+    "Model",
+    "Sampling",
+    "ScoreOptions",
+    "Scored",
+    "Timings",
+    "Tokens",
+]
+
 M = TypeVar("M")
-
-OPEN = Access()
-"""To a server without TLS and keys."""
-
-
-class GenerationError(Exception):
-    """A call failed: `code` is gRPC's name for the kind (INVALID_ARGUMENT, ...)."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(code, message)
-        self.code = code
-        self.message = message
-
-    def __str__(self) -> str:
-        return f"{self.code}: {self.message}"
-
-
-class Sampling(TypedDict, total=False):
-    """What a call may ask for; what is absent has the server's default."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    seed: int
-    max_new_tokens: int
-    stop: Sequence[str]
-    request_id: str
-    logprobs: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """A whole answer; `text` is without the prompt."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    request_id: str
-    logprobs: tuple[float, ...] = ()
-    """Natural logarithms, one a token, if asked for."""
-    weights_version: int = 0
-    """Of the weights that chose the last token: one more for each refresh."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """A piece of an answer; `finish_reason` is empty until the last one."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
-    request_id: str
-    logprobs: tuple[float, ...] = ()
-    weights_version: int = 0
-    """Of the last one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """The model that answers."""
-
-    name: str
-    parameters: int
-    active_parameters: int
-    max_seq_len: int
-    vocab_size: int
-    dtype: str
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_experts: tuple[int, ...]
+Prompt = str | Sequence[int]
+"""A text, or its token ids."""
 
 
 class Client:
@@ -120,27 +73,62 @@ class Client:
         self._control: Any = control_pb2_grpc.ClusterControlStub(self._channel)
         self._call = {"metadata": connection.metadata(application, access), "timeout": timeout_s}
 
-    def generate(self, prompt: str, **sampling: Unpack[Sampling]) -> Generation:
-        """Continue `prompt`. Raises GenerationError."""
+    def generate(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Generation:
+        """Continue `prompt`. Raises GenerationError, as all that follow."""
         with _errors():
-            return _generation(self._stub.Generate(_request(prompt, sampling), **self._call))
+            answer = self._stub.Generate(_request(prompt, sampling), **self._call)
+            return answers.generation(answer)
 
-    def stream(self, prompt: str, **sampling: Unpack[Sampling]) -> Generator[Chunk, None, None]:
-        """Continue `prompt` piece by piece. Raises GenerationError."""
+    def stream(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Generator[Chunk, None, None]:
+        """Continue `prompt` piece by piece; for n > 1 pieces of different `index` alternate."""
         with _errors():
             call = self._stub.GenerateStream(_request(prompt, sampling), **self._call)
             header = messages.StreamHeader()
             try:
                 for message in call:
                     header = message.header if message.HasField("header") else header
-                    yield _chunk(message, header)
+                    if not _is_header(message):
+                        yield answers.chunk(message, header)
             finally:
                 call.cancel()  # no effect on a call that has ended
 
-    def model(self) -> Model:
-        """Ask which model answers. Raises GenerationError."""
+    def score(
+        self, prompt: str, continuations: Sequence[str], **options: Unpack[ScoreOptions]
+    ) -> tuple[Scored, ...]:
+        """How likely each continuation of `prompt` is."""
         with _errors():
-            return _model(self._stub.GetModel(messages.GetModelRequest(), **self._call))
+            request = _score(prompt, continuations, options)
+            return answers.scores(self._stub.Score(request, **self._call))
+
+    def tokenize(self, text: str) -> Tokens:
+        """The tokens of a text."""
+        with _errors():
+            request = _message(messages.TokenizeRequest, text=text)
+            return answers.tokens(self._stub.Tokenize(request, **self._call))
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        with _errors():
+            request = _message(messages.DetokenizeRequest, token_ids=token_ids)
+            return str(self._stub.Detokenize(request, **self._call).text)
+
+    def abort(self, request_id: str) -> None:
+        """End a running request, on whatever replica; its caller gets what was generated."""
+        with _errors():
+            request = _message(messages.AbortRequest, request_id=request_id)
+            self._stub.Abort(request, **self._call)
+
+    def model(self, name: str = "") -> Model:
+        """The model that answers; `name`: the one of that name."""
+        with _errors():
+            request = _message(messages.GetModelRequest, model=name)
+            return answers.model(self._stub.GetModel(request, **self._call))
+
+    def models(self) -> tuple[Model, ...]:
+        """All that are served."""
+        with _errors():
+            answer = self._stub.ListModels(messages.ListModelsRequest(), **self._call)
+            return tuple(map(answers.model, answer.models))
 
     def topology(self) -> Topologies:
         """Who owns what, of all replicas. Raises GenerationError, as all that follow."""
@@ -208,29 +196,57 @@ class AsyncClient:
         self._stub: Any = services.GenerationStub(self._channel)
         self._call = {"metadata": connection.metadata(application, access), "timeout": timeout_s}
 
-    async def generate(self, prompt: str, **sampling: Unpack[Sampling]) -> Generation:
-        """Continue `prompt`. Raises GenerationError."""
+    async def generate(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Generation:
+        """See Client, as for all methods."""
         with _errors():
-            return _generation(await self._stub.Generate(_request(prompt, sampling), **self._call))
+            answer = await self._stub.Generate(_request(prompt, sampling), **self._call)
+            return answers.generation(answer)
 
     async def stream(
-        self, prompt: str, **sampling: Unpack[Sampling]
+        self, prompt: Prompt, **sampling: Unpack[Sampling]
     ) -> AsyncGenerator[Chunk, None]:
-        """Continue `prompt` piece by piece. Raises GenerationError."""
         with _errors():
             call = self._stub.GenerateStream(_request(prompt, sampling), **self._call)
             header = messages.StreamHeader()
             try:
                 async for message in call:
                     header = message.header if message.HasField("header") else header
-                    yield _chunk(message, header)
+                    if not _is_header(message):
+                        yield answers.chunk(message, header)
             finally:
                 call.cancel()
 
-    async def model(self) -> Model:
-        """Ask which model answers. Raises GenerationError."""
+    async def score(
+        self, prompt: str, continuations: Sequence[str], **options: Unpack[ScoreOptions]
+    ) -> tuple[Scored, ...]:
         with _errors():
-            return _model(await self._stub.GetModel(messages.GetModelRequest(), **self._call))
+            request = _score(prompt, continuations, options)
+            return answers.scores(await self._stub.Score(request, **self._call))
+
+    async def tokenize(self, text: str) -> Tokens:
+        with _errors():
+            request = _message(messages.TokenizeRequest, text=text)
+            return answers.tokens(await self._stub.Tokenize(request, **self._call))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        with _errors():
+            request = _message(messages.DetokenizeRequest, token_ids=token_ids)
+            return str((await self._stub.Detokenize(request, **self._call)).text)
+
+    async def abort(self, request_id: str) -> None:
+        with _errors():
+            request = _message(messages.AbortRequest, request_id=request_id)
+            await self._stub.Abort(request, **self._call)
+
+    async def model(self, name: str = "") -> Model:
+        with _errors():
+            request = _message(messages.GetModelRequest, model=name)
+            return answers.model(await self._stub.GetModel(request, **self._call))
+
+    async def models(self) -> tuple[Model, ...]:
+        with _errors():
+            answer = await self._stub.ListModels(messages.ListModelsRequest(), **self._call)
+            return tuple(map(answers.model, answer.models))
 
     async def close(self) -> None:
         """Close the connection."""
@@ -251,8 +267,15 @@ def _errors() -> Iterator[None]:
         raise GenerationError(error.code().name, error.details() or "") from None
 
 
-def _request(prompt: str, sampling: Sampling) -> messages.GenerateRequest:
-    return _message(messages.GenerateRequest, prompt=prompt, **sampling)
+def _request(prompt: Prompt, sampling: Sampling) -> messages.GenerateRequest:
+    given = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+    return _message(messages.GenerateRequest, **given, **sampling)
+
+
+def _score(
+    prompt: str, continuations: Sequence[str], options: ScoreOptions
+) -> messages.ScoreRequest:
+    return _message(messages.ScoreRequest, prompt=prompt, continuations=continuations, **options)
 
 
 def _message(kind: type[M], **values: Any) -> M:
@@ -262,39 +285,6 @@ def _message(kind: type[M], **values: Any) -> M:
         raise GenerationError("INVALID_ARGUMENT", str(error)) from None
 
 
-def _generation(message: messages.GenerateResponse) -> Generation:
-    return Generation(
-        text=message.text,
-        token_ids=tuple(message.token_ids),
-        finish_reason=_reason(message.finish_reason),
-        prompt_tokens=message.prompt_tokens,
-        completion_tokens=message.completion_tokens,
-        request_id=message.request_id,
-        logprobs=tuple(message.logprobs),
-        weights_version=message.weights_version,
-    )
-
-
-def _chunk(message: messages.GenerateChunk, header: messages.StreamHeader) -> Chunk:
-    return Chunk(
-        text=message.text,
-        token_ids=tuple(message.token_ids),
-        finish_reason=_reason(message.finish.reason),
-        prompt_tokens=header.prompt_tokens,
-        request_id=header.request_id,
-        logprobs=tuple(message.logprobs),
-        weights_version=message.finish.weights_version,
-    )
-
-
-def _model(message: messages.ModelInfo) -> Model:
-    fields = {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}
-    known = {name: fields[name] for name in Model.__dataclass_fields__}
-    return Model(**known | {"num_experts": tuple(message.num_experts)})
-
-
-def _reason(value: messages.FinishReason) -> str:
-    """ "stop", "length" or "abort"; empty for a chunk that does not finish."""
-    if value == messages.FINISH_REASON_UNSPECIFIED:
-        return ""
-    return str(messages.FinishReason.Name(value)).removeprefix("FINISH_REASON_").lower()
+def _is_header(message: messages.GenerateChunk) -> bool:
+    """Whether a chunk has nothing else."""
+    return message.HasField("header") and not (message.token_ids or message.HasField("finish"))

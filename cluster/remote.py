@@ -4,18 +4,21 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, fields
+from typing import cast
 
 from gptmoe.errors import ClusterError, GptMoeError, RequestError
 from gptmoe.generate.params import SamplingParams
 
-from .access import Access
-from .client import OPEN, Client, GenerationError, Sampling
+from .access import OPEN, Access
+from .client import Client, GenerationError, Sampling
 from .operations import Topologies
 
 _CALLS_AT_ONCE = 8
 _AGAIN_S = 0.5
 _SAYS_ITSELF = "takes no new requests"
 """In the answer of a server that is drained: it is there."""
+_NO_REQUEST = "no request "
 
 
 class Remote:
@@ -24,15 +27,7 @@ class Remote:
     def __init__(self, target: str, sampling: SamplingParams, access: Access = OPEN) -> None:
         self._target = target
         self._client = Client(target, access=access)
-        self._sampling = Sampling(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            repetition_penalty=sampling.repetition_penalty,
-            seed=sampling.seed,
-            max_new_tokens=sampling.max_new_tokens,
-            stop=sampling.stop,
-        )
+        self._sampling = _asked(sampling)
 
     def generate(self, prompts: Sequence[str]) -> list[str]:
         """Continue the prompts, some at a time: the server batches them."""
@@ -51,6 +46,16 @@ class Remote:
 
     def _generate(self, prompt: str) -> str:
         return self._client.generate(prompt, **self._sampling).text
+
+
+def _asked(sampling: SamplingParams) -> Sampling:
+    """What is not the default, and the seed: then the answer is not by chance."""
+    given = asdict(sampling)
+    changed = {it.name: given[it.name] for it in fields(sampling) if given[it.name] != it.default}
+    changed["seed"] = sampling.seed
+    if sampling.logit_bias:
+        changed["logit_bias"] = dict(sampling.logit_bias)
+    return cast(Sampling, changed)
 
 
 @contextmanager
@@ -93,6 +98,8 @@ def _in_our_words(error: GenerationError, target: str) -> GptMoeError:
         return ClusterError(f"{target}: {error.message}; --token-file names a file that holds it")
     if error.code in ("FAILED_PRECONDITION", "DEADLINE_EXCEEDED", "ABORTED"):
         return ClusterError(error.message)
+    if error.code == "NOT_FOUND" and _NO_REQUEST in error.message:
+        return RequestError(error.message)
     if error.code == "NOT_FOUND":  # as Ray Serve says it
         return ClusterError(
             f"the server at {target} has no such application, or several of them: --name says "

@@ -43,6 +43,8 @@ class _Outbox:
     """Where one caller waits for its deltas, or for the error that ends them."""
 
     loop: asyncio.AbstractEventLoop
+    unfinished: set[int]
+    """Indices of its answers; the engine's thread keeps them."""
     items: asyncio.Queue[Delta | GptMoeError] = field(default_factory=asyncio.Queue)
 
     def put(self, item: Delta | GptMoeError) -> None:
@@ -73,21 +75,37 @@ class EngineThread:
         RequestError and Overloaded before the first delta; ClusterError if the engine stops, as
         Unavailable if it will go on.
         """
-        outbox = _Outbox(asyncio.get_running_loop())
+        unfinished = set(range(request.sampling.n))
+        outbox = _Outbox(asyncio.get_running_loop(), set(unfinished))
         self._inbox.put(partial(self._admit, request, outbox))
         if self._failure:  # set before the thread empties its inbox for good: no call is lost
             raise self._failure
-        finished = False
         try:
-            while not finished:
+            while unfinished:
                 item = await outbox.items.get()
                 if isinstance(item, GptMoeError):
                     raise item
-                finished = bool(item.finish_reason)
+                if item.finish_reason:
+                    unfinished.discard(item.index)
                 yield item
         finally:
-            if not finished:
+            if unfinished:
                 self._inbox.put(partial(self._abandon, request.request_id, outbox))
+
+    async def abort(self, request_id: str) -> bool:
+        """End a running request: its caller gets finish_reason "abort". False if none runs."""
+        ended: list[bool] = []
+        call = partial(self._end, request_id, ended)
+        await asyncio.wrap_future(self.between_steps(call))
+        return bool(ended)
+
+    def _end(self, request_id: str, ended: list[bool]) -> None:
+        outbox = self._outboxes.pop(request_id, None)
+        if outbox is not None:
+            self._engine.abort(request_id)
+            for index in sorted(outbox.unfinished):
+                outbox.put(Delta(request_id=request_id, index=index, finish_reason="abort"))
+            ended.append(True)
 
     def between_steps(self, call: Callable[[], None]) -> Future[None]:
         """Have the engine's thread make a call when no step is under way."""
@@ -171,6 +189,8 @@ class EngineThread:
         if outbox is not None:  # None: abandoned
             outbox.put(delta)
             if delta.finish_reason:
+                outbox.unfinished.discard(delta.index)
+            if not outbox.unfinished:
                 del self._outboxes[delta.request_id]
 
     def _send_away(self, refusal: Unavailable) -> None:

@@ -14,6 +14,8 @@ from gptmoe.model.spec import ModelSpec
 from gptmoe.parallel.layout import smallest_dp
 from gptmoe.shard.parts import Part, arrange
 
+from .result_cache import CacheConfig
+
 _USUAL_EDGE_PORT = 9443
 
 
@@ -229,6 +231,7 @@ class ServeConfig:
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     edge: EdgeConfig = field(default_factory=EdgeConfig)
     auth: AuthConfig = field(default_factory=AuthConfig)
 

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import ray.serve
@@ -22,7 +23,7 @@ from gptmoe.generate.request import make_request
 from gptmoe.model.counts import parameters
 from gptmoe.model.spec import ModelSpec
 
-from . import routes
+from . import registry_actor
 from .bridge import EngineThread
 from .checkpoints import Interchangeable
 from .config import ServeConfig
@@ -33,8 +34,10 @@ from .edge.inlet import Inlet, Progress
 from .guard import guarded
 from .keys import Keys
 from .operations import Operations
+from .result_cache import ResultCache
 from .rpc import Servicer
 from .service import ModelCard, Service
+from .web.app import build
 
 log = logging.getLogger(__name__)
 
@@ -61,21 +64,31 @@ class Generator(Servicer, ControlServicer, Inlet):
             _warm_up(engine, spec.max_seq_len)
             self._bridge = EngineThread(engine)
             self._stack = stack.pop_all()
-        self.service = Service(self._bridge, engine.tokenizer, _card(spec, config))
+        replica = ray.serve.get_replica_context().replica_id.unique_id
+        connect = partial(registry_actor.connected, config.name)
+        self._claims = registry_actor.Claims(replica, connect, self._bridge.abort)
+        most_bytes = int(config.cache.results_mb * 1e6)
+        self.service = Service(
+            self._bridge,
+            engine.tokenizer,
+            _card(spec, config),
+            names=self._claims,
+            results=ResultCache(most_bytes) if most_bytes else None,
+        )
         self._stall_s = config.health.stall_s
         self._version = 0
         digest = engine.tokenizer.digest
         self._alike = Interchangeable(spec, digest, config.cache_dir.expanduser())
         self.operations = Operations(
             Controlled(config.name),
-            me=ray.serve.get_replica_context().replica_id.unique_id,
+            me=replica,
             check=self._alike.check,
             topologies=coordinator_actor.topologies,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the HTTP application."""
-        return routes.build(self.service, self._stall_s)
+        return build(self.service, self._stall_s, keys=self.keys)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """What Ray Serve calls at the start, and whenever an operator told all replicas something.
@@ -83,6 +96,7 @@ class Generator(Servicer, ControlServicer, Inlet):
         It never raises: Ray Serve would replace the replica. One that cannot take other weights
         goes on with those that it has, and says why in its log.
         """
+        self._claims.start()
         settings = Settings(**user_config)
         self.service.draining = settings.draining
         while settings.version > self._version:
@@ -116,7 +130,7 @@ class Generator(Servicer, ControlServicer, Inlet):
         self._core.prepare(location(self._alike.check(settings.checkpoint)), version)
         done = self._bridge.between_steps(lambda: engine.refresh(version, restart=settings.restart))
         done.result(REFRESH_WITHIN_S)
-        self._version = version
+        self._version = self.service.version = version
 
 
 def _warm_up(engine: Engine, max_seq_len: int) -> None:

@@ -6,23 +6,25 @@ after setting them: returning before the first message, it would look like a str
 """
 
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-import grpc
 from google.protobuf.message import DecodeError, Message
 
 from gptmoe.errors import GptMoeError, RequestError
-from gptmoe.generate.delta import Delta
+from gptmoe.generate.delta import Delta, Timings, TopLogprobs
 from gptmoe.generate.params import SamplingParams, biases, check
 from protos import generation_pb2 as messages
 
+from .completion import Choice
 from .refusals import Context, set_status
+from .scoring import ScoreCall
 from .service import Call, Service
 
 M = TypeVar("M", bound=Message)
+A = TypeVar("A", bound=Message)
 
 _SWITCHES = ("logprobs", "top_logprobs", "prompt_logprobs")
 """What is off unless it is asked for."""
@@ -40,76 +42,146 @@ class Servicer:
     service: Service
 
     async def Generate(self, request: bytes, grpc_context: Context) -> messages.GenerateResponse:
-        try:
-            done = await self.service.complete(_call(request))
-        except GptMoeError as error:
-            set_status(error, grpc_context)
-            return messages.GenerateResponse()
-        return messages.GenerateResponse(
-            text=done.text,
-            token_ids=done.token_ids,
-            finish_reason=_REASONS[done.finish_reason],
-            prompt_tokens=done.prompt_tokens,
-            completion_tokens=len(done.token_ids),
-            request_id=done.request_id,
-            logprobs=done.logprobs,
-            weights_version=done.weights_version,
-        )
+        asked, answer = messages.GenerateRequest, messages.GenerateResponse
+        return await _unary(request, asked, self._generate, answer, grpc_context)
 
     async def GenerateStream(
         self, request: bytes, grpc_context: Context
     ) -> AsyncIterator[messages.GenerateChunk]:
         try:
-            call = _call(request)
-            chunks = completion_tokens = 0
-            async with aclosing(self.service.stream(call)) as deltas:
-                async for delta in deltas:
-                    completion_tokens += len(delta.token_ids)
-                    yield messages.GenerateChunk(
-                        text=delta.text,
-                        token_ids=delta.token_ids,
-                        header=None if chunks else _header(call, delta, self.service.card.name),
-                        finish=_finish(delta, completion_tokens),
-                        logprobs=delta.logprobs,
+            call = _call(_read(messages.GenerateRequest, request))
+            tokens: Counter[int] = Counter()
+            async with self.service.opened(call) as running:
+                yield messages.GenerateChunk(
+                    header=messages.StreamHeader(
+                        request_id=call.request_id,
+                        prompt_tokens=len(running.request.prompt_ids),
+                        model=self.service.card.name,
                     )
-                    chunks += 1
+                )
+                async for delta in running.deltas:
+                    tokens[delta.index] += len(delta.token_ids)
+                    yield _chunk(delta, tokens[delta.index])
         except GptMoeError as error:
             set_status(error, grpc_context)
             raise
 
-    async def GetModel(self, request: bytes, grpc_context: Context) -> messages.ModelInfo:
-        try:
-            _read(messages.GetModelRequest, request)
-        except RequestError as error:
-            set_status(error, grpc_context)
-            return messages.ModelInfo()
-        return messages.ModelInfo(**asdict(self.service.card))
+    async def Score(self, request: bytes, grpc_context: Context) -> messages.ScoreResponse:
+        asked, answer = messages.ScoreRequest, messages.ScoreResponse
+        return await _unary(request, asked, self._score, answer, grpc_context)
 
-    async def _not_yet(self, request: bytes, grpc_context: Context) -> Message:
-        grpc_context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+    async def Tokenize(self, request: bytes, grpc_context: Context) -> messages.TokenizeResponse:
+        asked, answer = messages.TokenizeRequest, messages.TokenizeResponse
+        return await _unary(request, asked, self._tokenize, answer, grpc_context)
+
+    async def Detokenize(
+        self, request: bytes, grpc_context: Context
+    ) -> messages.DetokenizeResponse:
+        asked, answer = messages.DetokenizeRequest, messages.DetokenizeResponse
+        return await _unary(request, asked, self._detokenize, answer, grpc_context)
+
+    async def GetModel(self, request: bytes, grpc_context: Context) -> messages.ModelInfo:
+        asked, answer = messages.GetModelRequest, messages.ModelInfo
+        return await _unary(request, asked, self._model, answer, grpc_context)
+
+    async def ListModels(
+        self, request: bytes, grpc_context: Context
+    ) -> messages.ListModelsResponse:
+        asked, answer = messages.ListModelsRequest, messages.ListModelsResponse
+        return await _unary(request, asked, self._models, answer, grpc_context)
+
+    async def Abort(self, request: bytes, grpc_context: Context) -> messages.AbortResponse:
+        asked, answer = messages.AbortRequest, messages.AbortResponse
+        return await _unary(request, asked, self._abort, answer, grpc_context)
+
+    async def _generate(self, message: messages.GenerateRequest) -> messages.GenerateResponse:
+        done = await self.service.complete(_call(message))
+        first = done.choices[0]
+        return messages.GenerateResponse(
+            text=first.text,
+            token_ids=first.token_ids,
+            finish_reason=_REASONS[first.finish_reason],
+            logprobs=first.logprobs,
+            prompt_tokens=done.prompt_tokens,
+            completion_tokens=done.completion_tokens,
+            request_id=done.request_id,
+            weights_version=done.weights_version,
+            choices=map(_choice, done.choices),
+            prompt_logprobs=done.prompt_logprobs,
+            timings=_timings(done.timings),
+            cached_tokens=done.cached_tokens,
+            model=self.service.card.name,
+        )
+
+    async def _score(self, message: messages.ScoreRequest) -> messages.ScoreResponse:
+        call = ScoreCall(
+            prompt=message.prompt,
+            continuations=tuple(message.continuations),
+            model=message.model,
+            priority=message.priority,
+            deadline_s=_deadline_s(message.deadline_ms),
+        )
+        scores = await self.service.score(call)
+        return messages.ScoreResponse(scores=[messages.Scored(**asdict(it)) for it in scores])
+
+    async def _tokenize(self, message: messages.TokenizeRequest) -> messages.TokenizeResponse:
+        ids = await self.service.texts.tokenize(message.text)
+        return messages.TokenizeResponse(token_ids=ids, tokens=self.service.texts.each(ids))
+
+    async def _detokenize(self, message: messages.DetokenizeRequest) -> messages.DetokenizeResponse:
+        return messages.DetokenizeResponse(
+            text=await self.service.texts.detokenize(tuple(message.token_ids))
+        )
+
+    async def _model(self, message: messages.GetModelRequest) -> messages.ModelInfo:
+        return messages.ModelInfo(**asdict(self.service.model(message.model)))
+
+    async def _models(self, message: messages.ListModelsRequest) -> messages.ListModelsResponse:
+        return messages.ListModelsResponse(models=[await self._model(messages.GetModelRequest())])
+
+    async def _abort(self, message: messages.AbortRequest) -> messages.AbortResponse:
+        await self.service.abort(message.request_id)
         return messages.AbortResponse()
 
-    Score = Tokenize = Detokenize = ListModels = Abort = _not_yet
+
+async def _unary(
+    data: bytes,
+    asked: type[M],
+    method: Callable[[M], Awaitable[A]],
+    answer: type[A],
+    context: Context,
+) -> A:
+    """A method's answer; after a refusal an empty one, with the status set."""
+    try:
+        return await method(_read(asked, data))
+    except GptMoeError as error:
+        set_status(error, context)
+        return answer()
 
 
-def _call(data: bytes) -> Call:
-    message = _read(messages.GenerateRequest, data)
+def _call(message: messages.GenerateRequest) -> Call:
     check(
         not (message.prompt and message.prompt_token_ids),
         "prompt",
         "both",
         "a text or prompt_token_ids",
     )
-    check(message.deadline_ms >= 0, "deadline_ms", message.deadline_ms, "at least 0 (0 = none)")
     return Call(
         prompt=tuple(message.prompt_token_ids) or message.prompt,
         sampling=_sampling(message),
         request_id=message.request_id or uuid.uuid4().hex,
+        named=bool(message.request_id),
+        seeded=message.HasField("seed"),
         model=message.model,
         resume_ids=tuple(message.resume_token_ids),
         priority=message.priority,
-        deadline_s=message.deadline_ms / 1000 if message.deadline_ms else None,
+        deadline_s=_deadline_s(message.deadline_ms),
     )
+
+
+def _deadline_s(deadline_ms: int) -> float | None:
+    check(deadline_ms >= 0, "deadline_ms", deadline_ms, "at least 0 (0 = none)")
+    return deadline_ms / 1000 if deadline_ms else None
 
 
 def _sampling(message: messages.GenerateRequest) -> SamplingParams:
@@ -134,9 +206,16 @@ def _read(kind: type[M], data: bytes) -> M:
         raise RequestError(f"the request is not a {name} with UTF-8 text: {error}") from None
 
 
-def _header(call: Call, delta: Delta, model: str) -> messages.StreamHeader:
-    return messages.StreamHeader(
-        request_id=call.request_id, prompt_tokens=delta.prompt_tokens, model=model
+def _chunk(delta: Delta, completion_tokens: int) -> messages.GenerateChunk:
+    """`completion_tokens`: of this index, so far."""
+    return messages.GenerateChunk(
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=delta.logprobs,
+        top_logprobs=map(_top, delta.top_logprobs),
+        prompt_logprobs=[score.logprob for score in delta.prompt_scores],
+        finish=_finish(delta, completion_tokens),
     )
 
 
@@ -147,4 +226,29 @@ def _finish(delta: Delta, completion_tokens: int) -> messages.StreamFinish | Non
         reason=_REASONS[delta.finish_reason],
         completion_tokens=completion_tokens,
         weights_version=delta.version,
+        timings=_timings(delta.timings or Timings()),
+        cached_tokens=delta.cached_tokens,
+        cumulative_logprob=delta.cumulative_logprob,
     )
+
+
+def _choice(choice: Choice) -> messages.Choice:
+    return messages.Choice(
+        index=choice.index,
+        text=choice.text,
+        token_ids=choice.token_ids,
+        finish_reason=_REASONS[choice.finish_reason],
+        logprobs=choice.logprobs,
+        top_logprobs=map(_top, choice.top_logprobs),
+        cumulative_logprob=choice.cumulative_logprob,
+    )
+
+
+def _top(places: TopLogprobs) -> messages.TopLogprobs:
+    return messages.TopLogprobs(
+        token_ids=[token for token, _ in places], logprobs=[value for _, value in places]
+    )
+
+
+def _timings(timings: Timings) -> messages.Timings:
+    return messages.Timings(**asdict(timings))

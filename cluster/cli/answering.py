@@ -17,6 +17,7 @@ from gptmoe.generate.params import SamplingParams
 from . import lazy
 from .access import Ca, Cert, TokenFile, access_of
 from .output import Json, bar, examples, print_facts
+from .sampling import with_sampling
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -34,6 +35,7 @@ _AT_ONCE = 64  # prompts of a file that are worked on together
         "gptmoe generate --checkpoint runs/tiny --input in.json --output out.json --task poetry",
     )
 )
+@with_sampling
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
     checkpoint: Annotated[
@@ -50,31 +52,17 @@ def generate(
         Path | None, typer.Option("--output", help="Answers as JSON; else to stdout.")
     ] = None,
     task: Annotated[str, typer.Option(help="Answers are called output_TASK.")] = "text",
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep tokens of this probability together.")] = 1.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     dtype: Dtype = "float32",
     json: Json = False,
+    *,
+    sampling: SamplingParams,
 ) -> None:
     """Continue a prompt, or every prompt of a JSON file."""
     if (prompt is None) == (input_file is None):
         raise ConfigError("generate wants a PROMPT or --input FILE.json; give one of the two")
     if stream and (json or input_file):
         raise ConfigError("--stream prints plain text of one prompt; leave out --json and --input")
-    sampling = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
     items = prompts.read(input_file) if input_file else []
     access = access_of(ca, cert, token_file)
     with _answerer(checkpoint, target, access, dtype, sampling) as answerer:

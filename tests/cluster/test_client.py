@@ -3,7 +3,6 @@
 import asyncio
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
@@ -11,75 +10,22 @@ from typing import Any
 import grpc
 import pytest
 
-from cluster.client import AsyncClient, Chunk, Client, Generation, GenerationError, Model
-from cluster.remote import watch
-from protos import control_pb2
+from cluster.client import (
+    AsyncClient,
+    Choice,
+    Chunk,
+    Client,
+    Generation,
+    GenerationError,
+    Sampling,
+    Scored,
+    Timings,
+    Tokens,
+)
 from protos import generation_pb2 as messages
 from protos import generation_pb2_grpc as services
 
-from .conftest import SERVED, ControlServer
-
-SAMPLING: dict[str, Any] = {
-    "temperature": 0.0,
-    "top_k": 5,
-    "top_p": 0.9,
-    "repetition_penalty": 1.1,
-    "seed": 7,
-    "max_new_tokens": 3,
-    "stop": ["。"],
-    "request_id": "mine",
-}
-MODEL = Model(
-    name="poems",
-    parameters=2**40,
-    active_parameters=2,
-    max_seq_len=64,
-    vocab_size=100,
-    dtype="float32",
-    num_layers=2,
-    d_model=8,
-    num_heads=2,
-    num_experts=(4, 8),
-)
-
-
-class Server(services.GenerationServicer):
-    """Answers with three characters; the prompt says how to misbehave."""
-
-    def __init__(self) -> None:
-        self.requests: list[messages.GenerateRequest] = []
-        self.metadata: dict[str, str] = {}
-        self.left = threading.Event()
-
-    def Generate(self, request: messages.GenerateRequest, context: Any) -> Any:
-        self.requests.append(request)
-        if request.prompt == "bad":
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "top_k must be at least 0; found -1")
-        return messages.GenerateResponse(
-            text="一二三",
-            token_ids=[1, 2, 3],
-            finish_reason=messages.FINISH_REASON_STOP,
-            prompt_tokens=2,
-            completion_tokens=3,
-            request_id=request.request_id,
-        )
-
-    def GenerateStream(self, request: messages.GenerateRequest, context: Any) -> Iterator[Any]:
-        self.requests.append(request)
-        context.add_callback(self.left.set)
-        header = messages.StreamHeader(request_id="mine", prompt_tokens=2, model="poems")
-        yield messages.GenerateChunk(text="一", token_ids=[1], header=header)
-        if request.prompt == "bad":
-            context.abort(grpc.StatusCode.UNAVAILABLE, "the engine has stopped")
-        while request.prompt == "endless" and context.is_active():
-            yield messages.GenerateChunk(text="一", token_ids=[1])
-        finish = messages.StreamFinish(reason=messages.FINISH_REASON_LENGTH, completion_tokens=3)
-        yield messages.GenerateChunk(text="二三", token_ids=[2, 3], finish=finish)
-
-    def GetModel(self, request: messages.GetModelRequest, context: Any) -> Any:
-        self.metadata = dict(context.invocation_metadata())
-        fields = {name: getattr(MODEL, name) for name in Model.__dataclass_fields__}
-        return messages.ModelInfo(**fields)
+from .generation_server import MODEL, SAMPLING, TIMES, Server
 
 
 @pytest.fixture
@@ -103,11 +49,10 @@ class Blocking:
     def __init__(self, target: str, **options: Any) -> None:
         self._target, self._options = target, options
 
-    def generate(self, prompt: str, **sampling: Any) -> Any:
-        return self._run(lambda client: client.generate(prompt, **sampling))
-
-    def model(self) -> Any:
-        return self._run(lambda client: client.model())
+    def __getattr__(self, name: str) -> Any:
+        return lambda *given, **named: self._run(
+            lambda client: getattr(client, name)(*given, **named)
+        )
 
     def stream(self, prompt: str, **sampling: Any) -> list[Chunk]:
         async def collect(client: AsyncClient) -> list[Chunk]:
@@ -139,15 +84,37 @@ def connect(request: pytest.FixtureRequest, target: str) -> Iterator[Callable[..
 
 def test_generate_sends_what_was_asked(connect: Any, server: Server) -> None:
     answer = connect().generate("春风", **SAMPLING)
+    first = Choice(
+        index=0,
+        text="一",
+        token_ids=(1,),
+        finish_reason="stop",
+        logprobs=(-0.5,),
+        top_logprobs=(((1, -0.5), (4, -2.0)),),
+        cumulative_logprob=-0.5,
+    )
+    second = Choice(index=1, text="二三", token_ids=(2, 3), finish_reason="abort")
     assert answer == Generation(
-        text="一二三",
-        token_ids=(1, 2, 3),
+        text="一",
+        token_ids=(1,),
         finish_reason="stop",
         prompt_tokens=2,
         completion_tokens=3,
         request_id="mine",
+        logprobs=(-0.5,),
+        weights_version=4,
+        choices=(first, second),
+        prompt_logprobs=(-1.5,),
+        timings=Timings(**TIMES),
+        cached_tokens=1,
+        model="poems",
     )
     assert server.requests == [messages.GenerateRequest(prompt="春风", **SAMPLING)]
+
+
+def test_everything_that_a_request_holds_can_be_asked_for() -> None:
+    fields = {field.name for field in messages.GenerateRequest.DESCRIPTOR.fields}
+    assert set(SAMPLING) == set(Sampling.__annotations__) == fields - {"prompt", "prompt_token_ids"}
 
 
 def test_what_was_not_asked_is_not_sent(connect: Any, server: Server) -> None:
@@ -155,17 +122,71 @@ def test_what_was_not_asked_is_not_sent(connect: Any, server: Server) -> None:
     assert server.requests == [messages.GenerateRequest(prompt="春风")]
 
 
-def test_a_stream_brings_chunks(connect: Any) -> None:
-    shared = {"prompt_tokens": 2, "request_id": "mine"}
-    assert list(connect().stream("春风", **SAMPLING)) == [
-        Chunk(text="一", token_ids=(1,), finish_reason="", **shared),
-        Chunk(text="二三", token_ids=(2, 3), finish_reason="length", **shared),
+def test_a_prompt_can_be_tokens(connect: Any, server: Server) -> None:
+    connect().generate([5, 6], seed=1)
+    list(connect().stream((5, 6), seed=1))
+    assert server.requests == [messages.GenerateRequest(prompt_token_ids=[5, 6], seed=1)] * 2
+
+
+def test_a_stream_brings_chunks(connect: Any, server: Server) -> None:
+    shared = {"prompt_tokens": 2, "request_id": "mine", "model": "poems"}
+    assert list(connect().stream("春风", **SAMPLING)) == [  # no chunk of the header alone
+        Chunk(
+            text="一",
+            token_ids=(1,),
+            finish_reason="",
+            logprobs=(-0.5,),
+            top_logprobs=(((1, -0.5), (4, -2.0)),),
+            prompt_logprobs=(-1.5,),
+            **shared,
+        ),
+        Chunk(
+            text="二三",
+            token_ids=(2, 3),
+            finish_reason="length",
+            index=1,
+            completion_tokens=3,
+            weights_version=4,
+            timings=Timings(**TIMES),
+            cached_tokens=1,
+            cumulative_logprob=-0.5,
+            **shared,
+        ),
     ]
+    assert server.requests == [messages.GenerateRequest(prompt="春风", **SAMPLING)]
+
+
+def test_continuations_are_scored(connect: Any, server: Server) -> None:
+    options: dict[str, Any] = {"model": "poems", "deadline_ms": 50, "priority": 2}
+    assert connect().score("春", ["风", "雨"], **options) == (
+        Scored(token_ids=(1, 2), logprobs=(-0.5, -1.5), logprob=-2.0, greedy=True),
+    )
+    asked = messages.ScoreRequest(prompt="春", continuations=["风", "雨"], **options)
+    assert server.requests == [asked]
+
+
+def test_text_to_tokens_and_back(connect: Any, server: Server) -> None:
+    assert connect().tokenize("春风") == Tokens(token_ids=(1, 2), texts=("春", "\ufffd"))
+    assert connect().detokenize([1, 2]) == "春风"
+    assert server.requests == [
+        messages.TokenizeRequest(text="春风"),
+        messages.DetokenizeRequest(token_ids=[1, 2]),
+    ]
+
+
+def test_a_request_is_aborted(connect: Any, server: Server) -> None:
+    connect().abort("mine")
+    assert server.requests == [messages.AbortRequest(request_id="mine")]
+    with pytest.raises(GenerationError, match="NOT_FOUND: no request 'gone' is running"):
+        connect().abort("gone")
 
 
 def test_the_model(connect: Any, server: Server) -> None:
     assert connect().model() == MODEL
+    assert connect().model("poems") == MODEL
+    assert [request.model for request in server.requests] == ["", "poems"]
     assert "application" not in server.metadata
+    assert connect().models() == (MODEL, MODEL)
 
 
 def test_the_application_is_sent_as_metadata(connect: Any, server: Server) -> None:
@@ -195,6 +216,25 @@ def test_what_cannot_be_sent_is_an_invalid_argument(connect: Any, sampling: Any)
             call("春风", **sampling)
 
 
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("generate", (["春"],)),
+        ("score", ("春", [1])),
+        ("score", (7, ["风"])),
+        ("tokenize", ("\ud800",)),
+        ("detokenize", ([2**40],)),
+        ("abort", (7,)),
+        ("model", (7,)),
+    ],
+)
+def test_what_cannot_be_said_is_an_invalid_argument(
+    connect: Any, method: str, given: tuple[Any, ...]
+) -> None:
+    with pytest.raises(GenerationError, match="INVALID_ARGUMENT"):
+        getattr(connect(), method)(*given)
+
+
 def test_nobody_answers() -> None:
     with (
         Client("127.0.0.1:1", timeout_s=10) as client,
@@ -220,58 +260,6 @@ def test_leaving_an_async_stream_cancels_it(target: str, server: Server) -> None
             assert await asyncio.to_thread(server.left.wait, 5)
 
     asyncio.run(leave())
-
-
-def test_an_operator_is_answered(served_at: str, control: ControlServer) -> None:
-    with Client(served_at, timeout_s=10) as client:
-        assert client.topology() == SERVED
-        client.drain()
-        client.drain(resume=True, within_s=2.5)
-        assert client.refresh("/runs/b", restart=True) == 5
-        client.scale(3, within_s=9)
-    assert control.requests == [
-        control_pb2.ControlQuery(),
-        control_pb2.DrainRequest(),
-        control_pb2.DrainRequest(resume=True, within_s=2.5),
-        control_pb2.RefreshRequest(checkpoint="/runs/b", restart=True),
-        control_pb2.ScaleRequest(replicas=3, within_s=9),
-    ]
-
-
-def test_an_operator_is_refused_with_code_and_sentence(
-    served_at: str, control: ControlServer
-) -> None:
-    control.refusal = (grpc.StatusCode.FAILED_PRECONDITION, "it scales itself")
-    with Client(served_at, timeout_s=10) as client:
-        with pytest.raises(GenerationError, match="FAILED_PRECONDITION: it scales itself"):
-            client.scale(2)
-        with pytest.raises(GenerationError, match="FAILED_PRECONDITION"):
-            next(client.watch_topology())
-        with pytest.raises(GenerationError, match="INVALID_ARGUMENT"):
-            client.scale(-1)  # never sent
-
-
-def test_leaving_a_watch_ends_it_on_the_server(served_at: str, control: ControlServer) -> None:
-    with Client(served_at, timeout_s=10) as client:
-        watch = client.watch_topology(every_s=0.5)
-        assert [next(watch) for _ in range(3)] == [SERVED] * 3
-        watch.close()
-        assert control.left.wait(5)
-    assert control.requests == [control_pb2.ControlQuery(every_s=0.5)]
-
-
-def test_a_watch_asks_another_replica_when_its_own_ends(
-    served_at: str, control: ControlServer
-) -> None:
-    control.breaks_after = 2
-    with Client(served_at, timeout_s=10) as client:
-        answers = watch(client, 0.5)
-        assert [next(answers) for _ in range(4)] == [SERVED] * 4
-        assert len(control.requests) == 2
-        control.refusal = (grpc.StatusCode.UNAVAILABLE, "all are gone")
-        control.breaks_after = 1
-        with pytest.raises(GenerationError, match="all are gone"):
-            list(watch(client, 0.5))
 
 
 def test_the_client_needs_grpc_and_protos_only() -> None:

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import fields
 
 import grpc
 import pytest
 
-from cluster.client import GenerationError
-from cluster.remote import Remote, operating
+from cluster.client import GenerationError, Sampling
+from cluster.remote import Remote, _asked, operating
 from gptmoe.errors import ClusterError, RequestError
 from gptmoe.generate.params import SamplingParams
 from protos import generation_pb2, generation_pb2_grpc
@@ -50,6 +51,20 @@ def test_prompts_are_answered_in_order(target: str) -> None:
         prompts = [f"prompt {number}" for number in range(20)]
         assert remote.generate(prompts) == [f"{prompt}:7:5:。|\n" for prompt in prompts]
         assert list(remote.stream("春风")) == ["春", "风"]
+
+
+def test_every_way_to_sample_is_sent() -> None:
+    """What is left out is the default of the server too."""
+    assert _asked(SamplingParams()) == {"seed": 0}
+    params = SamplingParams(temperature=0, num_beams=2, logit_bias=((3, 1.5),), stop=("。",))
+    assert _asked(params) == {
+        "temperature": 0,
+        "num_beams": 2,
+        "logit_bias": {3: 1.5},
+        "stop": ("。",),
+        "seed": 0,
+    }
+    assert {field.name for field in fields(SamplingParams)} <= set(Sampling.__annotations__)
 
 
 def test_what_a_server_refuses_is_in_our_words(target: str) -> None:
