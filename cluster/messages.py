@@ -189,7 +189,16 @@ class Span:
     slot: int
     start: int
     count: int
-    samples: bool
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copy:
+    """The first `count` tokens' keys and values of one slot go into another."""
+
+    source: int
+    target: int
+    count: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +215,7 @@ class Step:
     fixed: bool = False
     compute_s: float = 0.0
     exchange_s: float = 0.0
+    copies: tuple[Copy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

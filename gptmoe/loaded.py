@@ -14,8 +14,9 @@ from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor
 from gptmoe.generate.packed import pack
 from gptmoe.generate.params import as_params
+from gptmoe.generate.plan import Span
 from gptmoe.generate.request import Request, make_request
-from gptmoe.generate.scheduler import EngineConfig, Span
+from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer, load_tokenizer
@@ -145,7 +146,7 @@ class LoadedModel:
         parts = []
         for first in range(0, len(rows), at_once):
             some = {str(slot): row for slot, row in enumerate(rows[first : first + at_once])}
-            spans = [Span(name, int(name), 0, length, samples=True) for name in some]
+            spans = [Span(name, int(name), 0, length, outputs=1) for name in some]
             hidden_TD = executor.hidden(spans, 0, some)
             parts.append(executor.logits(hidden_TD).unflatten(0, (len(some), length)))
         return torch.cat(parts)

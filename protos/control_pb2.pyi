@@ -178,19 +178,29 @@ class Ready(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Span(_message.Message):
-    __slots__ = ("slot", "start", "count", "samples")
+    __slots__ = ("slot", "start", "count", "outputs")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
-    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     start: int
     count: int
-    samples: bool
-    def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., samples: _Optional[bool] = ...) -> None: ...
+    outputs: int
+    def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., count: _Optional[int] = ..., outputs: _Optional[int] = ...) -> None: ...
+
+class Copy(_message.Message):
+    __slots__ = ("source", "target", "count")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    source: int
+    target: int
+    count: int
+    def __init__(self, source: _Optional[int] = ..., target: _Optional[int] = ..., count: _Optional[int] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("epoch", "sequence", "version", "spans", "num_decoding", "token_ids", "most_rows", "fixed", "compute_s", "exchange_s")
+    __slots__ = ("epoch", "sequence", "version", "spans", "num_decoding", "token_ids", "most_rows", "fixed", "compute_s", "exchange_s", "copies")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -201,6 +211,7 @@ class Step(_message.Message):
     FIXED_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     EXCHANGE_S_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence: int
     version: int
@@ -211,7 +222,8 @@ class Step(_message.Message):
     fixed: bool
     compute_s: float
     exchange_s: float
-    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., version: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., num_decoding: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., most_rows: _Optional[int] = ..., fixed: _Optional[bool] = ..., compute_s: _Optional[float] = ..., exchange_s: _Optional[float] = ...) -> None: ...
+    copies: _containers.RepeatedCompositeFieldContainer[Copy]
+    def __init__(self, epoch: _Optional[int] = ..., sequence: _Optional[int] = ..., version: _Optional[int] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., num_decoding: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., most_rows: _Optional[int] = ..., fixed: _Optional[bool] = ..., compute_s: _Optional[float] = ..., exchange_s: _Optional[float] = ..., copies: _Optional[_Iterable[_Union[Copy, _Mapping]]] = ...) -> None: ...
 
 class StepDone(_message.Message):
     __slots__ = ("epoch", "sequence", "rows", "compute_s", "exchange_s")

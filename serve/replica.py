@@ -23,7 +23,7 @@ from gptmoe.generate.request import make_request
 from gptmoe.model.counts import parameters
 from gptmoe.model.spec import ModelSpec
 
-from . import registry_actor, routes
+from . import registry_actor
 from .bridge import EngineThread
 from .checkpoints import Interchangeable
 from .config import ServeConfig
@@ -34,6 +34,7 @@ from .operations import Operations
 from .result_cache import ResultCache
 from .rpc import Servicer
 from .service import ModelCard, Service
+from .web.app import build
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class Generator(Servicer, ControlServicer):
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the HTTP application."""
-        return routes.build(self.service, self._stall_s)
+        return build(self.service, self._stall_s)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """What Ray Serve calls at the start, and whenever an operator told all replicas something.

@@ -89,7 +89,7 @@ class Service:
         results: ResultCache | None = None,
     ) -> None:
         self._engine = engine
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._names = names or Alone()
         self._results = results
         self.card = card
@@ -135,7 +135,7 @@ class Service:
         """How likely each continuation is; errors as in `opened`."""
         deadline_s = self._accepted(call.model, call.deadline_s)
         size = sum(map(len, (call.prompt, *call.continuations)))
-        known = (self._tokenizer, self.card.max_seq_len)
+        known = (self.tokenizer, self.card.max_seq_len)
         requests = await apart(size, score_requests, *known, call, deadline_s)
         places = asyncio.Semaphore(SCORES_AT_ONCE)
 
@@ -201,7 +201,7 @@ class Service:
             priority=call.priority,
             deadline_s=deadline_s,
         )
-        known = (self._tokenizer, self.card.max_seq_len)
+        known = (self.tokenizer, self.card.max_seq_len)
         size = len(call.prompt)
         return await apart(size, make, *known, call.request_id, call.prompt, call.sampling)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cluster.messages import Step, StepDone
 from gptmoe.errors import ClusterError
-from gptmoe.generate.scheduler import StepPlan
+from gptmoe.generate.plan import StepPlan
 from gptmoe.shard.parts import Part, layout_of
 
 from .routes import entries, exits
@@ -43,6 +43,11 @@ class ShardsExecutor:
         self._entries, self._exits = entries(parts), exits(parts)
         self._vocab_size, self._dtype = vocab_size, dtype
         self._sequence = 0
+
+    @property
+    def banks(self) -> int:
+        """See Executor.banks."""
+        return self._dp
 
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         """See Executor.run. Raises ClusterError if a shard is lost."""

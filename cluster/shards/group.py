@@ -23,7 +23,8 @@ from cluster.messages import (
 )
 from gptmoe.errors import ClusterError, Unavailable
 from gptmoe.generate.executor import CacheLost
-from gptmoe.generate.scheduler import StepPlan
+from gptmoe.generate.plan import StepPlan
+from gptmoe.shard.parts import layout_of
 
 from . import links, supervisor
 from .actors import Actors
@@ -91,6 +92,11 @@ class ShardGroup:
         with suppress(ClusterError):  # without a coordinator: they are killed all the same
             self._muster.drain()
         self._stack.close()
+
+    @property
+    def banks(self) -> int:
+        """See Executor.banks: each data rank has slots of its own."""
+        return layout_of(self.job.parts).dp
 
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         """See Executor.run."""

@@ -6,10 +6,12 @@ Slot s of the engine is slot s // dp of data rank s % dp, so that neighbours sha
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from cluster.messages import Copy as CopyMessage
 from cluster.messages import Span as SpanMessage
 from cluster.messages import Step
 from gptmoe.generate.executor import ROW_MULTIPLE, tokens_of
-from gptmoe.generate.scheduler import Span, StepPlan
+from gptmoe.generate.plan import Span, StepPlan
+from gptmoe.generate.slots import Copy
 
 FIXED_ROWS = 16
 """Up to so many tokens a data rank, rows travel to experts in messages of one size."""
@@ -37,7 +39,8 @@ def pieces(plan: StepPlan, stages: int) -> list[StepPlan]:
             first, rest = _cut(rest, max(0, room - used))
             if first.count:
                 spans.append(first)
-            result.append(StepPlan(tuple(spans), decoding, plan.version))
+            copies = () if result else plan.copies
+            result.append(StepPlan(tuple(spans), decoding, plan.version, copies))
             spans, used, decoding = [], 0, 0
         if rest.count:
             spans.append(rest)
@@ -81,20 +84,34 @@ def share(
             token_ids=tuple(tokens_of(spans, tokens)),
             most_rows=most,
             fixed=most <= FIXED_ROWS,
+            copies=tuple(_copy(copy, dp) for copy in plan.copies if copy.source % dp == data),
         )
-        for spans, count in zip(spans_of, decoding, strict=True)
+        for data, (spans, count) in enumerate(zip(spans_of, decoding, strict=True))
     )
-    arrived = [span.slot for spans in spans_of for span in spans if span.samples]
-    row_of = {slot: row for row, slot in enumerate(arrived)}
-    return Shares(steps, tuple(row_of[span.slot] for span in plan.spans if span.samples))
+    arrived = [key for spans in spans_of for span in spans for key in _outputs(span)]
+    row_of = {key: row for row, key in enumerate(arrived)}
+    wanted = [key for span in plan.spans for key in _outputs(span)]
+    return Shares(steps, tuple(row_of[key] for key in wanted))
 
 
 def _message(span: Span, dp: int) -> SpanMessage:
     return SpanMessage(
-        slot=span.slot // dp, start=span.start, count=span.count, samples=span.samples
+        slot=span.slot // dp, start=span.start, count=span.count, outputs=span.outputs
     )
 
 
 def _cut(span: Span, count: int) -> tuple[Span, Span]:
-    first = replace(span, count=count, samples=False)
-    return first, replace(span, start=span.start + count, count=span.count - count)
+    rest = span.count - count
+    first = replace(span, count=count, outputs=max(0, span.outputs - rest))
+    last = replace(span, start=span.start + count, count=rest, outputs=min(span.outputs, rest))
+    return first, last
+
+
+def _copy(copy: Copy, dp: int) -> CopyMessage:
+    return CopyMessage(source=copy.source // dp, target=copy.target // dp, count=copy.count)
+
+
+def _outputs(span: Span) -> list[tuple[int, int]]:
+    """Names the rows of a span whose scores are wanted."""
+    end = span.start + span.count
+    return [(span.slot, place) for place in range(end - span.outputs, end)]

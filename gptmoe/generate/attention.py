@@ -21,7 +21,7 @@ from gptmoe.model.experts import MIN_ROWS
 from gptmoe.model.layers import wide
 
 from .cache import KVCache, Segment
-from .scheduler import SlotSpan
+from .plan import SlotSpan
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 Letters: L layers, S slots, H heads, C tokens of a segment, K head width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from gptmoe.model.spec import ModelSpec
+
+from .plan import SlotCopy
 
 FIRST_SEGMENT = 128
 
@@ -59,6 +62,16 @@ class KVCache:
             size = ends[len(self.segments)] - first
             self.segments.append(Segment(first, size, self._zeros(size), self._zeros(size)))
         return count
+
+    @torch.inference_mode()
+    def copy(self, copies: Sequence[SlotCopy]) -> None:
+        """Copy the beginnings of slots, in this order."""
+        for copy in copies:
+            for segment in self.segments:
+                size = min(copy.count - segment.first, segment.size)
+                if size > 0:
+                    for kept in (segment.keys, segment.values):
+                        kept[:, copy.target, :, :size] = kept[:, copy.source, :, :size]
 
     def _zeros(self, size: int) -> Tensor:
         shape = (len(self.layers), self.slots, self.num_heads, size, self.spec.head_dim)

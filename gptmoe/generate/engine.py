@@ -1,106 +1,131 @@
-"""The generation engine: decide (pure scheduler), compute (executor), account (here)."""
+"""The generation engine: decide (scheduler), compute (executor), account (here)."""
 
-from collections import deque
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
-from gptmoe.errors import AlreadyRunning, Overloaded, RequestError
+from gptmoe.errors import AlreadyRunning, Overloaded
 from gptmoe.text import Tokenizer
 
+from .admission import check_fits, check_queue, cost, lanes_of
+from .answers import Account, Answers, Drawn, Outcome, Scored, lane_key
 from .delta import Delta
 from .executor import CacheLost, Executor
-from .output import TextStream
+from .plan import Span, StepPlan
+from .rate import Rate
 from .request import Request
-from .sampling import choose, log_probability
-from .scheduler import EngineConfig, Progress, StepPlan, plan_step
+from .sampling import token_scores
+from .scheduler import EngineConfig, Entry, Lane, Scheduler
+from .searched import Searched
+from .stats import EngineStats
 
-
-class _Sequence:
-    """The engine's account of one running request."""
-
-    def __init__(self, request: Request, slot: int, stream: TextStream, version: int) -> None:
-        self.request = request
-        self.slot = slot
-        self.stream = stream
-        self.version = version
-        self.tokens = list(request.prompt_ids)
-        self.computed = 0
-
-    @property
-    def new_tokens(self) -> int:
-        return len(self.tokens) - len(self.request.prompt_ids)
-
-    def progress(self) -> Progress:
-        return Progress(self.request.request_id, self.slot, len(self.tokens), self.computed)
+PRIORITY_S = 10.0
+"""A step of a request's priority is worth so many seconds of waiting."""
 
 
 class Engine:
     """Continuous batching over one executor. Not thread safe: one thread owns it.
 
-    Invariant: each running sequence has its own slot, and a finished or aborted one leaves nothing
-    behind.
+    Invariant: a finished or aborted request leaves nothing behind but what the prefix cache knows.
     """
 
     def __init__(
-        self, executor: Executor, tokenizer: Tokenizer, max_seq_len: int, config: EngineConfig
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.executor = executor
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.config = config
-        self.waiting: deque[Request] = deque()
-        self.running: dict[str, _Sequence] = {}
-        self.free_slots = list(range(config.max_batch_size))
-        self.version = 0
+        self._clock = clock
+        self._scheduler = Scheduler(config, max_seq_len, executor.banks)
+        self._accounts = dict[str, Account]()
+        self._arrivals = 0
+        self._rate = Rate()
+        self._counts = Counter[str]()
+
+    @property
+    def version(self) -> int:
         """Of the weights that new requests get."""
-        self._last_version = 0
+        return self._scheduler.version
 
     @property
     def has_work(self) -> bool:
         """True while a step would do something."""
-        return bool(self.waiting or self.running)
+        return bool(self._accounts)
 
     @property
     def num_waiting(self) -> int:
         """Requests without a slot."""
-        return len(self.waiting)
+        return len(self._scheduler.waiting)
 
     @property
     def num_running(self) -> int:
         """Requests with a slot."""
-        return len(self.running)
+        return len(self._scheduler.running)
+
+    @property
+    def stats(self) -> EngineStats:
+        """What it does, in numbers."""
+        scheduler, counts = self._scheduler, self._counts
+        return EngineStats(
+            running=self.num_running,
+            waiting=self.num_waiting,
+            running_tokens=sum(map(self._left, scheduler.running)),
+            waiting_tokens=sum(map(self._left, scheduler.waiting)),
+            kv_blocks=scheduler.pool.blocks,
+            kv_used_blocks=scheduler.pool.used_blocks,
+            steps=counts["steps"],
+            prompt_tokens=counts["prompt"],
+            generated_tokens=counts["generated"],
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            preemptions=scheduler.preemptions,
+            refused=counts["refused"],
+            tokens_per_s=self._rate.per_s,
+        )
 
     def add(self, request: Request) -> None:
         """Queue a request.
 
         Raises AlreadyRunning for an id in use, RequestError for a prompt that does not fit the
-        context, Overloaded for a full queue.
+        context or more answers than there is room for, Overloaded for a full queue.
         """
-        known = request.request_id in self.running
-        if known or any(r.request_id == request.request_id for r in self.waiting):
+        if request.request_id in self._accounts:
             raise AlreadyRunning(
                 f"request_id {request.request_id!r} is running; wait for it, or use another id"
             )
-        if not 0 < len(request.prompt_ids) < self.max_seq_len:
-            raise RequestError(
-                f"prompt must be 1 to {self.max_seq_len - 1} tokens; "
-                f"found {len(request.prompt_ids)}",
-                "prompt",
-            )
-        if len(self.waiting) >= self.config.max_queue + len(self.free_slots):
-            raise Overloaded(
-                f"the queue of {self.config.max_queue} requests is full; try again later", 1.0
-            )
-        self.waiting.append(request)
+        self._check(request)
+        now_s = self._clock()
+        self._arrivals += 1
+        rank = (now_s + PRIORITY_S * request.priority, self._arrivals)
+        entry = Entry(rank, _lanes(request))
+        self._accounts[request.request_id] = Account(request, entry, self._answers(request), now_s)
+        self._scheduler.add(entry)
 
     def abort(self, request_id: str) -> bool:
-        """Forget a request and free its slot at once; False if it is not known (any more)."""
-        if request_id in self.running:
-            self._release(request_id)
-            return True
-        before = len(self.waiting)
-        self.waiting = deque(r for r in self.waiting if r.request_id != request_id)
-        return len(self.waiting) < before
+        """Forget a request and free its slots at once; False if it is not known (any more)."""
+        account = self._accounts.pop(request_id, None)
+        if account is None:
+            return False
+        self._forget(account.entry)
+        return True
+
+    def end(self, request_id: str, reason: str = "abort") -> list[Delta]:
+        """The same, with the last delta of each of its answers."""
+        account = self._accounts.get(request_id)
+        if account is None:
+            return []
+        deltas = self._finished(account, account.answers.close(reason))
+        self.abort(request_id)
+        return deltas
 
     def refresh(self, version: int, *, restart: bool = False) -> None:
         """Use these weights from the next request on; the executor has them already.
@@ -108,103 +133,176 @@ class Engine:
         Running requests finish on theirs; with `restart` they go on with the new ones from what
         they have said so far. Older weights are let go of when nobody uses them any more.
         """
-        self.version = version
+        self._scheduler.version = version
         if restart:
-            self._compute_again()
-        self.executor.keep(self._versions())
+            self._scheduler.compute_again()
+        self.executor.keep(self._scheduler.versions())
 
     def step(self) -> list[Delta]:
-        """Run one step; what is new for each request that got a token.
+        """Run one step; what is new for each request that got a token, or whose time is up.
 
         Where the executor has lost its cache there is nothing new: the next steps compute prompts
         and what was generated again, and go on with the same tokens. Raises Unavailable if it
         cannot go on for now; all requests are still here.
         """
-        self._admit()
-        version = self._next_version()
-        turn = [s.progress() for s in self.running.values() if s.version == version]
-        plan = plan_step(turn, self.config.token_budget, version)
+        began_s = self._clock()
+        late = self._end_late(began_s)
+        plan = self._scheduler.plan()
+        self._note_begun(began_s)
         if not plan.spans:
-            return []
-        tokens = {span.request_id: self.running[span.request_id].tokens for span in plan.spans}
+            return late
+        lanes = self._lanes()
+        tokens = {span.key: lanes[span.key][1].tokens for span in plan.spans}
         try:
             logits_SV = self.executor.run(plan, tokens)
         except CacheLost as lost:
-            self.version = max(self.version, lost.version)
-            self._compute_again()
-            return []
-        return self._account(plan, logits_SV)
+            self._scheduler.version = max(self.version, lost.version)
+            self._scheduler.compute_again()
+            return late
+        self._scheduler.computed(plan)
+        deltas = self._account(plan, lanes, logits_SV)
+        self._rate.note(sum(span.count for span in plan.spans), self._clock() - began_s)
+        return late + deltas
 
-    def _admit(self) -> None:
-        while self.waiting and self.free_slots:
-            request = self.waiting.popleft()
-            slot = min(self.free_slots)  # low slots first keep the decoding block dense
-            self.free_slots.remove(slot)
-            stream = TextStream(self.tokenizer, request.sampling.stop)
-            sequence = _Sequence(request, slot, stream, self.version)
-            self.running[request.request_id] = sequence
+    def _check(self, request: Request) -> None:
+        scheduler, most = self._scheduler, self.max_seq_len
+        check_fits(request, most, scheduler.most_lanes(), scheduler.pool.blocks)
+        waiting = len(scheduler.waiting)
+        tokens = sum(map(self._left, scheduler.waiting)) + cost(request, most)
+        ahead = tokens + sum(map(self._left, scheduler.running))
+        try:
+            check_queue(
+                self.config,
+                waiting=waiting,
+                free=scheduler.pool.num_free,
+                tokens=tokens,
+                retry_after_s=self._rate.seconds_for(ahead / (waiting + self.num_running + 1)),
+            )
+        except Overloaded:
+            self._counts["refused"] += 1
+            raise
 
-    def _next_version(self) -> int:
-        """While requests of several versions run, these take turns."""
-        versions = sorted({sequence.version for sequence in self.running.values()})
-        later = [version for version in versions if version > self._last_version]
-        self._last_version = (later or versions or [self.version])[0]
-        return self._last_version
+    def _answers(self, request: Request) -> Answers:
+        if request.score_only:
+            return Scored(request)
+        if request.sampling.num_beams > 1:
+            return Searched(request, self.tokenizer, self.max_seq_len)
+        return Drawn(request, self.tokenizer, self.max_seq_len)
 
-    def _versions(self) -> set[int]:
-        return {self.version, *(sequence.version for sequence in self.running.values())}
+    def _left(self, entry: Entry) -> int:
+        """Tokens that an entry may still compute."""
+        account = self._accounts[_request_id(entry.lanes[0].key)]
+        lanes = entry.live or entry.lanes
+        done = sum(lane.computed for lane in lanes)
+        return max(1, cost(account.request, self.max_seq_len) - done)
 
-    def _compute_again(self) -> None:
-        """Tokens enter anew, with the weights of now: others may be gone with the cache."""
-        for sequence in self.running.values():
-            sequence.computed, sequence.version = 0, self.version
+    def _end_late(self, now_s: float) -> list[Delta]:
+        late = [
+            request_id
+            for request_id, account in self._accounts.items()
+            if account.request.deadline_s is not None and account.request.deadline_s <= now_s
+        ]
+        return [delta for request_id in late for delta in self.end(request_id, "deadline")]
 
-    def _account(self, plan: StepPlan, logits_SV: Tensor) -> list[Delta]:
+    def _note_begun(self, now_s: float) -> None:
+        for entry in self._scheduler.running:
+            account = self._accounts[_request_id(entry.lanes[0].key)]
+            if account.begun_s is None:
+                account.begun_s = now_s
+
+    def _lanes(self) -> dict[str, tuple[Account, Lane]]:
+        found = {}
+        for entry in self._scheduler.running:
+            account = self._accounts[_request_id(entry.lanes[0].key)]
+            for lane in entry.live:
+                found[lane.key] = (account, lane)
+        return found
+
+    def _account(
+        self, plan: StepPlan, lanes: dict[str, tuple[Account, Lane]], logits_SV: Tensor
+    ) -> list[Delta]:
         # The model's vocabulary may be padded beyond the tokenizer's.
-        rows = iter(logits_SV[:, : self.tokenizer.vocab_size])
-        deltas = []
+        logits_SV = logits_SV[:, : self.tokenizer.vocab_size]
+        self._counts["steps"] += 1
+        drawn = dict[str, Account]()
+        row = 0
         for span in plan.spans:
-            sequence = self.running[span.request_id]
-            sequence.computed += span.count
-            if span.samples:
-                logits_V = next(rows)
-                token = choose(logits_V, sequence.request.sampling, sequence.tokens)
-                deltas.append(self._append(sequence, token, logits_V))
+            account, lane = lanes[span.key]
+            rows_NV = logits_SV[row : row + span.outputs]
+            row += span.outputs
+            draws = lane.computed == len(lane.tokens)
+            self._note_scores(account, lane, span, rows_NV[: span.outputs - draws])
+            if draws:
+                lane.score_from = 0
+                account.pending[lane.key] = rows_NV[-1]
+                drawn[account.request.request_id] = account
+            prompt = len(account.request.prompt_ids)
+            self._counts["prompt"] += max(0, min(prompt, lane.computed) - span.start)
+        deltas = []
+        for account in drawn.values():
+            entry, logits = account.entry, account.pending
+            complete = all(lane.idle or lane.key in logits for lane in entry.live)
+            if complete or not account.answers.together:
+                account.pending = {}
+                deltas += self._carry_out(account, account.answers.step(entry, logits))
         return deltas
 
-    def _append(self, sequence: _Sequence, token: int, logits_V: Tensor) -> Delta:
-        request = sequence.request
-        logprobs = (log_probability(logits_V, token),) if request.sampling.logprobs else ()
-        sequence.tokens.append(token)
-        ended = not request.sampling.ignore_end and token in (
-            self.tokenizer.end_id,
-            self.tokenizer.sep_id,
-        )
-        text = "" if ended else sequence.stream.push(token)
-        reason = self._finish_reason(sequence, ended)
-        if reason:
-            text += sequence.stream.finish()
-            self._release(request.request_id)
-        prompt_tokens = len(request.prompt_ids)
-        return Delta(
-            request_id=request.request_id,
-            token_ids=(token,),
-            text=text,
-            finish_reason=reason,
-            prompt_tokens=prompt_tokens,
-            logprobs=logprobs,
-            version=sequence.version,
-        )
+    def _note_scores(self, account: Account, lane: Lane, span: Span, rows_NV: Tensor) -> None:
+        count = len(rows_NV)
+        if count:
+            wanted = lane.tokens[lane.score_from : lane.score_from + count]
+            account.scores += token_scores(rows_NV, wanted)
+            lane.score_from += count
 
-    def _finish_reason(self, sequence: _Sequence, ended: bool) -> str:
-        if ended or sequence.stream.stopped:
-            return "stop"
-        full = len(sequence.tokens) >= self.max_seq_len
-        done = sequence.new_tokens >= sequence.request.sampling.max_new_tokens
-        return "length" if full or done else ""
+    def _carry_out(self, account: Account, outcome: Outcome) -> list[Delta]:
+        scheduler, entry = self._scheduler, account.entry
+        if account.first_token_s is None:
+            account.first_token_s = self._clock()
+        if outcome.parents:
+            scheduler.branch(entry, outcome.parents)
+        for lane in entry.live:
+            if lane.key in outcome.tokens:
+                lane.tokens.append(outcome.tokens[lane.key])
+        for lane in outcome.resting:
+            lane.idle = True
+        self._counts["generated"] += len(outcome.tokens)
+        version = entry.version
+        for lane in outcome.ended:
+            scheduler.end(entry, lane)
+        deltas = [replace(delta, version=version) for delta in outcome.deltas]
+        deltas = self._finished(account, deltas)
+        if not entry.live:
+            del self._accounts[account.request.request_id]
+            if version != self.version:
+                self.executor.keep(scheduler.versions())
+        return deltas
 
-    def _release(self, request_id: str) -> None:
-        ended = self.running.pop(request_id)
-        self.free_slots.append(ended.slot)
-        if ended.version != self.version:
-            self.executor.keep(self._versions())
+    def _finished(self, account: Account, deltas: Sequence[Delta]) -> list[Delta]:
+        """With what only the account knows: scores of the prompt, timings."""
+        result = []
+        for delta in deltas:
+            if account.scores and delta.index == 0:
+                delta = replace(delta, prompt_scores=tuple(account.scores))
+                account.scores.clear()
+            if delta.finish_reason:
+                timings = account.timings(self._clock())
+                delta = replace(delta, timings=timings, cached_tokens=account.entry.cached)
+            result.append(delta)
+        return result
+
+    def _forget(self, entry: Entry) -> None:
+        self._scheduler.remove(entry)
+        if entry.version != self.version:
+            self.executor.keep(self._scheduler.versions())
+
+
+def _lanes(request: Request) -> list[Lane]:
+    """The first computes the prompt; the others branch off it."""
+    tokens = [*request.prompt_ids, *request.resume_ids]
+    keys = [lane_key(request.request_id, index) for index in range(lanes_of(request))]
+    others = [Lane(key, list(tokens), idle=True) for key in keys[1:]]
+    return [Lane(keys[0], tokens, request.score_from), *others]
+
+
+def _request_id(key: str) -> str:
+    return key.partition("/")[2]

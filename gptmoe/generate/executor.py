@@ -14,7 +14,7 @@ from gptmoe.model.transformer import GPT
 
 from .attention import CachedAttend
 from .cache import KVCache
-from .scheduler import SlotSpan, Span, StepPlan
+from .plan import SlotSpan, Span, StepPlan
 
 ROW_MULTIPLE = 4
 """Products run over multiples of this many rows, so that a row's bits do not depend on the others
@@ -35,8 +35,13 @@ class CacheLost(Exception):
 class Executor(Protocol):
     """Runs step plans. It never decides; the engine never touches tensors of the model."""
 
+    @property
+    def banks(self) -> int:
+        """Slots s and t can be copied into each other if s % banks == t % banks."""
+        ...
+
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
-        """Scores for the last token of each span that samples, [S, V]; `tokens` by request id.
+        """Scores for the last tokens of each span, [S, V], span.outputs of them; `tokens` by key.
 
         Raises CacheLost if all sequences are to be computed again, Unavailable if not even that is
         possible for now.
@@ -50,6 +55,8 @@ class Executor(Protocol):
 
 class LocalExecutor:
     """The whole model and its KV cache in this process."""
+
+    banks = 1
 
     def __init__(self, model: GPT, slots: int) -> None:
         self.model = model.eval()
@@ -68,8 +75,9 @@ class LocalExecutor:
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         """See Executor.run."""
         self.model = self._models[plan.version]
+        self.cache.copy(plan.copies)
         hidden_TD = self.hidden(plan.spans, plan.num_decoding, tokens)
-        return self.logits(hidden_TD[sampled_rows(plan.spans)])
+        return self.logits(hidden_TD[output_rows(plan.spans)])
 
     def hidden(
         self, spans: Sequence[Span], num_decoding: int, tokens: Mapping[str, Sequence[int]]
@@ -86,14 +94,16 @@ def tokens_of(spans: Sequence[Span], tokens: Mapping[str, Sequence[int]]) -> lis
     """The token ids of the spans, one after the other."""
     ids: list[int] = []
     for span in spans:
-        ids += tokens[span.request_id][span.start : span.start + span.count]
+        ids += tokens[span.key][span.start : span.start + span.count]
     return ids
 
 
-def sampled_rows(spans: Sequence[SlotSpan]) -> list[int]:
-    """The row of the last token of each span that samples."""
+def output_rows(spans: Sequence[SlotSpan]) -> list[int]:
+    """The rows of the tokens whose scores are wanted: the last ones of each span."""
     ends = accumulate(span.count for span in spans)
-    return [end - 1 for span, end in zip(spans, ends, strict=True) if span.samples]
+    return [
+        row for span, end in zip(spans, ends, strict=True) for row in range(end - span.outputs, end)
+    ]
 
 
 @torch.inference_mode()

@@ -1,18 +1,42 @@
 """Generated tokens to text: whole characters, and nothing that may yet start a stop string."""
 
+import copy
 from collections.abc import Sequence
 
 from gptmoe.text import StreamDecoder, Tokenizer
 
+from .params import SamplingParams
+
+
+def end_ids(tokenizer: Tokenizer, params: SamplingParams) -> frozenset[int]:
+    """The tokens that end an answer; its text ends before them.
+
+    The request's stop_token_ids always do, the model's own two unless the request ignores them.
+    """
+    own = () if params.ignore_end else (tokenizer.end_id, tokenizer.sep_id)
+    return frozenset((*own, *params.stop_token_ids))
+
 
 class TextStream:
-    """Text of one request. Pieces joined = the decoded tokens, cut before the first stop string."""
+    """Text of one answer. Pieces joined = the decoded tokens, cut before the first stop string.
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    The first stop string is the one that is complete first, and of several the longest: the cut
+    does not depend on how tokens divide the text.
+
+    `already` are tokens of which an earlier stream has sent all that they make certain. Their text
+    is not sent again; what the earlier stream held back is. If they hold a whole stop string,
+    `stopped` is True from the start.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], already: Sequence[int] = ()
+    ) -> None:
         self.decoder = StreamDecoder(tokenizer)
         self.stop = tuple(stop)
         self.held = ""
         self.stopped = False
+        for token_id in already:
+            self.push(token_id)
 
     def push(self, token_id: int) -> str:
         """Text that this token makes certain; `stopped` turns True at a complete stop string."""
@@ -22,14 +46,21 @@ class TextStream:
         """The rest, after the last token."""
         return self._release(self.decoder.finish(), last=True)
 
+    def fork(self) -> "TextStream":
+        """Another stream that has come as far, for a second way to go on."""
+        twin = copy.copy(self)
+        twin.decoder = self.decoder.fork()
+        return twin
+
     def _release(self, text: str, *, last: bool) -> str:
         if self.stopped:
             return ""
         text = self.held + text
-        ends = [index for index in (text.find(stop) for stop in self.stop) if index >= 0]
+        found = [(text.find(stop), len(stop)) for stop in self.stop]
+        ends = [(start + length, start) for start, length in found if start >= 0]
         if ends:
             self.stopped, self.held = True, ""
-            return text[: min(ends)]
+            return text[: min(ends)[1]]
         keep = 0 if last else self._possible_start(text)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

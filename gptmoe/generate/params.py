@@ -4,6 +4,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from gptmoe.errors import RequestError
@@ -13,18 +14,25 @@ MAX_STOP_CHARACTERS = 1000
 MAX_ANSWERS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_BIAS = 100
+MAX_FOUND_CHARACTERS = 80
+
+_ABOVE_0 = math.ulp(0.0)
 
 _NUMBERS = {
     "temperature": (0, 100, "between 0 (greedy) and 100"),
+    "top_p": (_ABOVE_0, 1, "above 0 and at most 1"),
     "min_p": (0, 1, "between 0 (off) and 1"),
+    "repetition_penalty": (_ABOVE_0, 100, "above 0 and at most 100 (1 = off)"),
     "presence_penalty": (-100, 100, "between -100 and 100 (0 = off)"),
     "frequency_penalty": (-100, 100, "between -100 and 100 (0 = off)"),
     "diversity_penalty": (0, 1e6, "between 0 (off) and 1000000"),
-    "length_penalty": (-100, 100, "between -100 and 100"),
+    # More would take length ** length_penalty out of the range of floats.
+    "length_penalty": (-10, 10, "between -10 and 10 (0 = off)"),
 }
 _WHOLE = {
     "top_k": (0, math.inf, "at least 0 (0 = all tokens)"),
-    "seed": (-(2**63), 2**63 - 1, "a 64-bit whole number"),
+    "seed": (-math.inf, math.inf, "a whole number"),
     "n": (1, MAX_ANSWERS, f"between 1 and {MAX_ANSWERS}"),
     "num_beams": (1, MAX_ANSWERS, f"between 1 (no search) and {MAX_ANSWERS}"),
     "num_beam_groups": (1, MAX_ANSWERS, f"between 1 and {MAX_ANSWERS}"),
@@ -67,7 +75,8 @@ class SamplingParams:
     diversity_penalty: float = 0.0
     """What a token costs for each beam of earlier groups that chose it in the same step."""
     length_penalty: float = 1.0
-    """Beams are compared by log-probability / length ** length_penalty."""
+    """Beams are compared by log-probability / length ** length_penalty; the length is that of the
+    answer in tokens, its end token too."""
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
     """The text ends before the first of these."""
@@ -84,64 +93,54 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, (least, most, wanted) in _NUMBERS.items():
-            value = self._number(name, numbers.Real, "a number")
-            check(least <= value <= most, name, value, wanted)
+            value = getattr(self, name)
+            check(_is_number(value, numbers.Real), name, shown(value), "a number")
+            check(least <= value <= most, name, shown(value), wanted)
+            object.__setattr__(self, name, float(value))  # equal parameters, equal bytes
         for name, (least, most, wanted) in _WHOLE.items():
-            value = self._number(name, numbers.Integral, "a whole number")
-            check(least <= value <= most, name, value, wanted)
+            value = getattr(self, name)
+            check(_is_number(value, numbers.Integral), name, shown(value), "a whole number")
+            check(-(2**63) <= value < 2**63, name, shown(value), "a 64-bit whole number")
+            check(least <= value <= most, name, shown(value), wanted)
+            object.__setattr__(self, name, int(value))
         for name in _SWITCHES:
             value = getattr(self, name)
-            check(isinstance(value, bool), name, repr(value), "true or false")
-        top_p = self._number("top_p", numbers.Real, "a number")
-        check(0 < top_p <= 1, "top_p", top_p, "above 0 and at most 1")
-        penalty = self._number("repetition_penalty", numbers.Real, "a number")
-        wanted = "above 0 and at most 100 (1 = off)"
-        check(0 < penalty <= 100, "repetition_penalty", penalty, wanted)
+            check(isinstance(value, bool), name, shown(value), "true or false")
         self._check_stops()
         self._check_biases()
         self._check_answers()
 
-    def _number(self, name: str, kind: type, wanted: str) -> float:
-        value: float = getattr(self, name)
-        check(isinstance(value, kind) and not isinstance(value, bool), name, repr(value), wanted)
-        return value
-
     def _check_stops(self) -> None:
-        for name, kind, wanted in (
-            ("stop", str, "a tuple of strings"),
-            ("stop_token_ids", int, "a tuple of token ids"),
-        ):
-            value = getattr(self, name)
-            good = isinstance(value, tuple) and all(type(item) is kind for item in value)
-            check(good, name, _short(value), wanted)
-            wanted = f"at most {MAX_STOPS} of them"
-            check(len(value) <= MAX_STOPS, name, f"{len(value)}", wanted)
-        check(all(self.stop), "stop", "an empty string", "strings of at least one character")
-        longest = max(map(len, self.stop), default=0)
-        wanted = f"strings of at most {MAX_STOP_CHARACTERS} characters"
-        check(longest <= MAX_STOP_CHARACTERS, "stop", f"one of {longest}", wanted)
-        check(
-            all(token >= 0 for token in self.stop_token_ids),
-            "stop_token_ids",
-            min(self.stop_token_ids, default=0),
-            "token ids of at least 0",
-        )
+        self._check_tuple("stop", str, "a tuple of strings")
+        for text in self.stop:
+            check(text != "", "stop", "an empty string", "strings of at least one character")
+            wanted = f"strings of at most {MAX_STOP_CHARACTERS} characters"
+            check(len(text) <= MAX_STOP_CHARACTERS, "stop", f"one of {len(text)}", wanted)
+            check(is_unicode(text), "stop", shown(text), "valid Unicode without lone surrogates")
+        self._check_tuple("stop_token_ids", int, "a tuple of token ids")
+        least = min(self.stop_token_ids, default=0)
+        check(least >= 0, "stop_token_ids", shown(least), "token ids of at least 0")
+
+    def _check_tuple(self, name: str, kind: type, wanted: str) -> None:
+        value = getattr(self, name)
+        good = isinstance(value, tuple) and all(type(item) is kind for item in value)
+        check(good, name, shown(value), wanted)
+        check(len(value) <= MAX_STOPS, name, len(value), f"at most {MAX_STOPS} of them")
 
     def _check_biases(self) -> None:
-        value = self.logit_bias
-        good = isinstance(value, tuple) and all(
-            isinstance(pair, tuple)
-            and len(pair) == 2
-            and type(pair[0]) is int
-            and isinstance(pair[1], numbers.Real)
-            for pair in value
+        pairs, name = self.logit_bias, "logit_bias"
+        good = isinstance(pairs, tuple) and all(
+            isinstance(pair, tuple) and len(pair) == 2 for pair in pairs
         )
-        check(good, "logit_bias", _short(value), "pairs of a token id and a number")
-        count = len(value)
-        check(count <= MAX_BIASES, "logit_bias", f"{count} tokens", f"at most {MAX_BIASES} tokens")
-        for token, bias in value:
-            check(token >= 0, "logit_bias", token, "of token ids of at least 0")
-            check(-100 <= bias <= 100, "logit_bias", bias, "of numbers between -100 and 100")
+        check(good, name, shown(pairs), "pairs of a token id and a number")
+        check(len(pairs) <= MAX_BIASES, name, len(pairs), f"at most {MAX_BIASES} tokens")
+        for token, bias in pairs:
+            good = type(token) is int and token >= 0
+            check(good, name, shown(token), "of token ids of at least 0")
+            good = _is_number(bias, numbers.Real) and -MAX_BIAS <= bias <= MAX_BIAS
+            check(good, name, shown(bias), f"of numbers between -{MAX_BIAS} and {MAX_BIAS}")
+        tokens = [token for token, _ in pairs]
+        check(len(set(tokens)) == len(tokens), name, "a token twice", "one number a token")
 
     def _check_answers(self) -> None:
         beams, groups = self.num_beams, self.num_beam_groups
@@ -158,22 +157,6 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True if no noise is involved."""
         return self.temperature == 0
-
-
-def biases(given: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
-    """A mapping from token to bias as SamplingParams takes it."""
-    return tuple(sorted(given.items()))
-
-
-def check(good: bool, field: str, found: object, wanted: str) -> None:
-    """Raise RequestError about `field` unless `good`."""
-    if not good:
-        raise RequestError(f"{field} must be {wanted}; found {found}", field)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def as_params(given: Mapping[str, object]) -> SamplingParams:
@@ -198,3 +181,49 @@ def as_params(given: Mapping[str, object]) -> SamplingParams:
     if isinstance(bias, Mapping):
         values["logit_bias"] = biases(bias)
     return SamplingParams(**values)
+
+
+def biases(given: Mapping[Any, float]) -> tuple[tuple[int, float], ...]:
+    """A mapping from token to bias as SamplingParams takes it, by token.
+
+    A token may be written as a string of digits, as JSON's keys are. Raises RequestError for
+    others.
+    """
+    return tuple(sorted(((_token(key), bias) for key, bias in given.items()), key=itemgetter(0)))
+
+
+def check(good: bool, field: str, found: object, wanted: str) -> None:
+    """Raise RequestError about `field` unless `good`."""
+    if not good:
+        raise RequestError(f"{field} must be {wanted}; found {found}", field)
+
+
+def shown(value: object) -> str:
+    """A value that somebody sent, short enough for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write whole numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+    most = MAX_FOUND_CHARACTERS
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write it; a lone surrogate it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _token(key: object) -> int:
+    if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20:
+        return int(key)
+    if isinstance(key, int) and not isinstance(key, bool):
+        return key
+    raise RequestError(f"logit_bias must be of token ids; found {shown(key)}", "logit_bias")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from gptmoe.errors import RequestError
 from gptmoe.text import Tokenizer
 
-from .params import SamplingParams, check
+from .output import TextStream, end_ids
+from .params import SamplingParams, check, is_unicode, shown
 
 MAX_CHARACTERS_A_TOKEN = 64
 MAX_ID_CHARACTERS = 200
@@ -50,24 +51,19 @@ def make_request(
     """
     check(len(request_id) <= MAX_ID_CHARACTERS, "request_id", f"{len(request_id)} characters",
           f"at most {MAX_ID_CHARACTERS} characters")  # fmt: skip
-    wanted = f"between -{MOST_PRIORITY} and {MOST_PRIORITY}"
-    check(-MOST_PRIORITY <= priority <= MOST_PRIORITY, "priority", priority, wanted)
+    whole = isinstance(priority, int) and not isinstance(priority, bool)
+    wanted = f"a whole number between -{MOST_PRIORITY} and {MOST_PRIORITY}"
+    good = whole and -MOST_PRIORITY <= priority <= MOST_PRIORITY
+    check(good, "priority", shown(priority), wanted)
     ids = tuple(_encoded(tokenizer, prompt, max_seq_len) if isinstance(prompt, str) else prompt)
-    vocab_size = tokenizer.vocab_size
-    _check_tokens("prompt_token_ids", ids, vocab_size)
-    _check_tokens("resume_token_ids", resume_ids, vocab_size)
-    _check_tokens("stop_token_ids", sampling.stop_token_ids, vocab_size)
-    _check_tokens("logit_bias", [token for token, _ in sampling.logit_bias], vocab_size)
     check(len(ids) > 0, "prompt", "no tokens", "at least one token")
     check(len(ids) < max_seq_len, "prompt", f"{len(ids)} tokens", _shorter(max_seq_len))
-    check(
-        len(resume_ids) < min(sampling.max_new_tokens, max_seq_len - len(ids)),
-        "resume_token_ids",
-        f"{len(resume_ids)} tokens",
-        f"fewer than max_new_tokens={sampling.max_new_tokens} and what the context has room for",
-    )
-    one = sampling.n == 1 and sampling.num_beams == 1
-    check(one or not resume_ids, "resume_token_ids", "tokens", "empty with n or num_beams above 1")
+    _check_tokens("prompt_token_ids", ids, tokenizer)
+    _check_tokens("stop_token_ids", sampling.stop_token_ids, tokenizer)
+    _check_tokens("logit_bias", [token for token, _ in sampling.logit_bias], tokenizer)
+    if resume_ids:
+        room = min(sampling.max_new_tokens, max_seq_len - len(ids))
+        _check_resumed(tokenizer, resume_ids, sampling, room)
     return Request(
         request_id,
         ids,
@@ -81,21 +77,38 @@ def make_request(
 
 def _encoded(tokenizer: Tokenizer, prompt: str, max_seq_len: int) -> list[int]:
     check(prompt != "", "prompt", "an empty text", "at least one character")
-    try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError:
+    if not is_unicode(prompt):
         raise RequestError(
             "prompt is not valid Unicode text; send UTF-8 without lone surrogates", "prompt"
-        ) from None
+        )
     # No text is that long in so few tokens: a book is refused before it is encoded.
     shorter = len(prompt) <= MAX_CHARACTERS_A_TOKEN * max_seq_len
     check(shorter, "prompt", f"{len(prompt)} characters", _shorter(max_seq_len))
     return tokenizer.encode(prompt)
 
 
-def _check_tokens(field: str, ids: Sequence[int], vocab_size: int) -> None:
-    wrong = [token for token in ids if not 0 <= token < vocab_size]
-    check(not wrong, field, wrong[:1], f"token ids from 0 to {vocab_size - 1}")
+def _check_resumed(
+    tokenizer: Tokenizer, resume_ids: Sequence[int], sampling: SamplingParams, room: int
+) -> None:
+    """An answer goes on only behind tokens that have not ended it."""
+    field = "resume_token_ids"
+    one = sampling.n == 1 and sampling.num_beams == 1
+    check(one, field, "tokens", "empty with n or num_beams above 1")
+    found = f"{len(resume_ids)} tokens"
+    wanted = "fewer than max_new_tokens and what the context has room for"
+    check(len(resume_ids) < room, field, found, f"{wanted}: {room}")
+    _check_tokens(field, resume_ids, tokenizer)
+    ends = end_ids(tokenizer, sampling).intersection(resume_ids)
+    wanted = "those of an answer that has not ended"
+    check(not ends, field, f"the end token {min(ends, default=0)}", wanted)
+    stopped = TextStream(tokenizer, sampling.stop, resume_ids).stopped
+    check(not stopped, field, "a whole stop string", wanted)
+
+
+def _check_tokens(field: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    most = tokenizer.vocab_size - 1
+    wrong = [token for token in ids if type(token) is not int or not 0 <= token <= most]
+    check(not wrong, field, shown(wrong[:1]), f"token ids from 0 to {most}")
 
 
 def _shorter(max_seq_len: int) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gptmoe.checkpoint import Checkpoint
 from gptmoe.generate.cache import KVCache
-from gptmoe.generate.executor import hidden_states, sampled_rows, scores
-from gptmoe.generate.scheduler import SlotSpan
+from gptmoe.generate.executor import hidden_states, output_rows, scores
+from gptmoe.generate.plan import SlotCopy, SlotSpan
 from gptmoe.model.dispatch import Dispatcher, LocalDispatcher, Sent
 from gptmoe.model.experts import Experts
 from gptmoe.model.moe import MoE
@@ -37,6 +37,8 @@ class Work(Protocol):
     def version(self) -> int: ...
     @property
     def spans(self) -> Sequence[SlotSpan]: ...
+    @property
+    def copies(self) -> Sequence[SlotCopy]: ...
     @property
     def num_decoding(self) -> int: ...
     @property
@@ -168,6 +170,8 @@ class Shard:
     @torch.inference_mode()
     def _run(self, work: Work, x_TD: Tensor | None) -> Tensor:
         weights = self._versions[work.version]
+        if self._cache is not None:
+            self._cache.copy(work.copies)
         if weights.model is None or not work.token_ids:
             for layer, experts in weights.experts.items():
                 if travels(self.parts, layer, self.spec.experts_in_layer(layer)):
@@ -179,7 +183,7 @@ class Shard:
         )
         if not self.is_last:
             return hidden_TD
-        return scores(weights.model, hidden_TD[sampled_rows(work.spans)])
+        return scores(weights.model, hidden_TD[output_rows(work.spans)])
 
     def _answer_others(self, dispatcher: Dispatcher, experts: Experts) -> Pausing[None]:
         none_TD = torch.empty(0, self.spec.d_model, dtype=self.dtype, device=self.device)

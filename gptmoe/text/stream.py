@@ -23,3 +23,9 @@ class StreamDecoder:
     def finish(self) -> str:
         """The rest: U+FFFD if the sequence ends inside a character, else nothing. Starts afresh."""
         return self._decoder.decode(b"", final=True)
+
+    def fork(self) -> "StreamDecoder":
+        """Another decoder that has come as far."""
+        twin = StreamDecoder(self._tokenizer)
+        twin._decoder.setstate(self._decoder.getstate())
+        return twin

@@ -67,8 +67,14 @@ def serve(group: Group, requests: Sequence[Request], begin_s: float) -> Served:
     group.engine_s = begin_s = max(begin_s, group.clock.now_s)
     group.clock.now_s = begin_s
     slots = group.replica.slots
-    config = EngineConfig(max_batch_size=slots, max_queue=slots, token_budget=TOKEN_BUDGET)
-    engine = Engine(group, Words(), group.replica.timing.job.seq_len, config)  # type: ignore
+    config = EngineConfig(
+        max_batch_size=slots,
+        max_queue=slots,
+        max_queue_tokens=1 << 40,
+        token_budget=TOKEN_BUDGET,
+        prefix_cache=False,  # the simulated caches know lengths and hashes, no beginnings
+    )
+    engine = Engine(group, Words(), group.replica.timing.job.seq_len, config)  # type: ignore[arg-type]
     coming = [(begin_s, request) for request in requests]
     texts: dict[str, list[int]] = defaultdict(list)
     finished: set[str] = set()

@@ -19,8 +19,9 @@ from gptmoe.errors import ClusterError
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import Executor
 from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.plan import StepPlan
 from gptmoe.generate.request import Request
-from gptmoe.generate.scheduler import EngineConfig, StepPlan
+from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.shard.parts import ExpertSpan, Part, arrange
 from gptmoe.shard.shard import Shard
 from gptmoe.text import Tokenizer

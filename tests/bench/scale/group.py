@@ -27,7 +27,7 @@ from cluster.shards.routes import route_of
 from cluster.shards.split import pieces
 from gptmoe.errors import ClusterError, Unavailable
 from gptmoe.generate.executor import CacheLost
-from gptmoe.generate.scheduler import StepPlan
+from gptmoe.generate.plan import StepPlan
 
 from .failures import Phases, Strike
 from .ranks import Actors, Channel, Clock
@@ -138,6 +138,11 @@ class Group:
         self._come_up(None)
         self.clock.now_s = max(0.0, self.clock.now_s)
 
+    @property
+    def banks(self) -> int:
+        """See Executor.banks."""
+        return self.replica.timing.layout.dp
+
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         """See Executor.run; the engine's clock goes on."""
         if self.engine_s < self.clock.now_s:
@@ -157,7 +162,7 @@ class Group:
         except ClusterError:
             self._lose()
             raise CacheLost(0) from None
-        if any(span.samples for span in plan.spans):
+        if any(span.outputs for span in plan.spans):
             self._moves(end_s)
         self.clock.now_s = self.engine_s = max(self.engine_s, end_s)
         return scores

@@ -72,7 +72,8 @@ class Process:
         return ready
 
     def run(self, step: Step) -> list[int]:
-        """The next token of each span that samples."""
+        """The next token of each span with outputs."""
+        assert not step.copies
         ids, found, at = step.token_ids, [], 0
         for span in step.spans:
             count, history = self.cache.get(span.slot, (0, 0)) if span.start else (0, 0)
@@ -81,7 +82,7 @@ class Process:
                 history = next_hash(history, token)
             at += span.count
             self.cache[span.slot] = (count + span.count, history)
-            if span.samples:
+            if span.outputs:
                 found.append(next_token(history))
         assert at == len(ids)
         return found

@@ -19,7 +19,7 @@ from cluster.planner.models import by_name
 from cluster.planner.search import usable_bytes
 from cluster.planner.stages import Stage, stages
 from gptmoe.errors import LayoutError
-from gptmoe.generate.scheduler import StepPlan
+from gptmoe.generate.plan import StepPlan
 from gptmoe.model.spec import ModelSpec
 from gptmoe.parallel.layout import Layout
 from gptmoe.shard.parts import Part, arrange
@@ -37,7 +37,7 @@ class Work:
     """Positions whose keys and values are read."""
     pairs: int = 0
     """Queries times keys."""
-    samples: int = 0
+    outputs: int = 0
 
 
 def work_of(plan: StepPlan, dp: int) -> list[Work]:
@@ -49,7 +49,7 @@ def work_of(plan: StepPlan, dp: int) -> list[Work]:
             old.rows + span.count,
             old.cached + end,
             old.pairs + span.count * (span.start + end) // 2,
-            old.samples + span.samples,
+            old.outputs + span.outputs,
         )
     return found
 
@@ -77,8 +77,8 @@ class Timing:
         times_s = [[self._stage_s(stage, works) for stage in every] for works in pieces]
         first_s = sum(times_s[0])
         rest_s = sum(max(times) for times in times_s[1:])
-        samples = sum(work.samples for works in pieces for work in works)
-        scores_bytes = samples * self.spec.vocab_size * WIDTH_BYTES
+        outputs = sum(work.outputs for works in pieces for work in works)
+        scores_bytes = outputs * self.spec.vocab_size * WIDTH_BYTES
         messages = 2 * self.layout.dp * self.layout.tp * len(pieces)
         return (
             first_s
@@ -102,7 +102,7 @@ class Timing:
         )
         if stage.last:
             table = self.spec.vocab_size * self.spec.d_model / self.layout.tp
-            seconds += self._roofline_s(2.0 * work.samples * table, table * WIDTH_BYTES)
+            seconds += self._roofline_s(2.0 * work.outputs * table, table * WIDTH_BYTES)
         else:
             sent = work.rows * self.spec.d_model * WIDTH_BYTES
             seconds += sent / self.cluster.network_bytes_per_s + self.cluster.latency_s
@@ -209,7 +209,7 @@ def _replica(job: Job, layout: Layout, cluster: Cluster, slots: int) -> Replica 
     kept = [stage.layers * position_bytes * job.seq_len for stage in every]
     timing = Timing(job=job, layout=layout, cluster=cluster)
     each, half = slots // layout.dp, job.seq_len // 2
-    full = Work(rows=each, cached=each * half, pairs=each * half, samples=each)
+    full = Work(rows=each, cached=each * half, pairs=each * half, outputs=each)
     return Replica(
         parts=parts,
         timing=timing,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gptmoe.generate.scheduler import Span, StepPlan
+from gptmoe.generate.plan import Span, StepPlan
 from tests.bench.bench_scale import DEVICE, MODEL, SLOTS_PER_RANK, serve, simulate
 from tests.bench.scale.failures import CAUSES, FAILURES, Failure, Phases, Spares, draw, strikes_of
 from tests.bench.scale.group import Group
@@ -107,7 +107,7 @@ def test_a_token_from_a_stale_cache_is_seen(replica: Replica) -> None:
     process = group.actors.processes[0]
     process.cache[0] = (process.cache[0][0] - 1, 0)
     count = process.cache[0][0] + 1
-    late = StepPlan((Span("x", 0, count, 1, True),), 1)
+    late = StepPlan((Span("x", 0, count, 1, 1),), 1)
     with pytest.raises(AssertionError, match=f"slot 0 holds {count - 1} tokens, not {count}"):
         group.run(late, {"x": [5] * (count + 1)})
     assert served.lost == 0

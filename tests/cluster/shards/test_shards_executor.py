@@ -14,8 +14,8 @@ from cluster.messages import Message, Ready, Step, StepDone
 from cluster.shards.executor import ShardsExecutor
 from cluster.shards.routes import route_of
 from gptmoe.errors import ClusterError
-from gptmoe.generate.executor import sampled_rows
-from gptmoe.generate.scheduler import Span, StepPlan
+from gptmoe.generate.executor import output_rows
+from gptmoe.generate.plan import Span, StepPlan
 from gptmoe.model.spec import ModelSpec
 from gptmoe.shard.parts import Part, arrange
 
@@ -71,7 +71,7 @@ class Shards:
         return into.copy_(rows)
 
     def _answer(self, step: Step, rank: int) -> None:
-        last = [step.token_ids[row] for row in sampled_rows(step.spans)]
+        last = [step.token_ids[row] for row in output_rows(step.spans)]
         compute_s, exchange_s = self.seconds.get(rank, (0.0, 0.0))
         self.waiting[rank].append(
             StepDone(
@@ -103,7 +103,7 @@ def executor_of(line: Any) -> ShardsExecutor:
 def plans(draw: st.DrawFn) -> StepPlan:
     slots = draw(st.permutations(range(6)))[: draw(st.integers(1, 6))]
     num_decoding = draw(st.integers(0, len(slots)))
-    spans = [Span(str(slot), slot, 9, 1, True) for slot in sorted(slots[:num_decoding])]
+    spans = [Span(str(slot), slot, 9, 1, 1) for slot in sorted(slots[:num_decoding])]
     spans += [
         Span(str(slot), slot, 0, draw(st.integers(2, 150)), draw(st.booleans()))
         for slot in slots[num_decoding:]
@@ -122,9 +122,7 @@ def test_scores_come_together_in_the_order_of_the_plan(
     executor = executor_of(line)
     for _ in range(2):
         wanted = [
-            TOKENS[span.request_id][span.start + span.count - 1]
-            for span in plan.spans
-            if span.samples
+            TOKENS[span.key][span.start + span.count - 1] for span in plan.spans if span.outputs
         ]
         assert torch.equal(executor.run(plan, TOKENS), scores_of(wanted))
     assert not any(line.waiting.values())
@@ -133,7 +131,7 @@ def test_scores_come_together_in_the_order_of_the_plan(
 
 def test_slices_of_a_data_rank_get_the_same_step_and_ranks_of_experts_an_empty_one() -> None:
     line = Shards(arrange(SPEC, dp=2, tp=2, expert_ranks=1))
-    plan = StepPlan((Span("0", 0, 0, 3, True), Span("1", 1, 0, 6, False)), 0, version=2)
+    plan = StepPlan((Span("0", 0, 0, 3, 1), Span("1", 1, 0, 6, 0)), 0, version=2)
     assert torch.equal(executor_of(line).run(plan, TOKENS), scores_of([2]))
     assert line.told[0] == line.told[1]
     assert line.told[2] == line.told[3]
@@ -147,7 +145,7 @@ def test_slices_of_a_data_rank_get_the_same_step_and_ranks_of_experts_an_empty_o
 
 def test_a_long_prompt_goes_to_a_pipeline_in_pieces_all_of_which_are_on_their_way() -> None:
     line = Shards(arrange(SPEC, pp=2))
-    plan = StepPlan((Span("3", 3, 0, 180, True),), 0, version=4)
+    plan = StepPlan((Span("3", 3, 0, 180, 1),), 0, version=4)
     assert torch.equal(executor_of(line).run(plan, TOKENS), scores_of([3179]))
     assert [(len(step.token_ids), step.sequence, step.version) for step in line.told[0]] == [
         (90, 1, 4),
@@ -166,7 +164,7 @@ def test_a_sign_of_life_is_heard_from_all_last_stages_and_ranks_of_experts() -> 
     ]
     alive = Step(epoch=5, sequence=1, version=0)
     assert dict(line.told) == {rank: [alive] for rank in (0, 1, 4, 5)}
-    plan = StepPlan((Span("1", 1, 0, 3, True),), 0)
+    plan = StepPlan((Span("1", 1, 0, 3, 1),), 0)
     assert torch.equal(executor.run(plan, TOKENS), scores_of([1002]))
     assert [step.sequence for step in line.told[0]] == [1, 2]
     assert executor.costs.steps == 1
@@ -176,7 +174,7 @@ def test_a_step_costs_what_the_rank_that_computed_longest_says() -> None:
     line = Shards(arrange(SPEC, dp=2, pp=2), seconds={2: (1.0, 0.75), 3: (1.5, 0.25)})
     executor = executor_of(line)
     for _ in range(2):
-        executor.run(StepPlan((Span("0", 0, 0, 3, True),), 0), TOKENS)
+        executor.run(StepPlan((Span("0", 0, 0, 3, 1),), 0), TOKENS)
     assert (executor.costs.compute_s, executor.costs.exchange_s) == (3.0, 0.5)
     assert executor.costs.total_s >= 0
 

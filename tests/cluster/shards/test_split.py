@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from cluster.messages import Span as SpanMessage
 from cluster.shards.split import FIXED_ROWS, PIECE_TOKENS, pieces, share
 from gptmoe.generate.executor import ROW_MULTIPLE
-from gptmoe.generate.scheduler import Span, StepPlan
+from gptmoe.generate.plan import Span, StepPlan
 
 Tokens = Mapping[str, list[int]]
 
 
-def prompt(slot: int, count: int, start: int = 0, samples: bool = True) -> Span:
-    return Span(f"request {slot}", slot, start, count, samples)
+def prompt(slot: int, count: int, start: int = 0, outputs: int = 1) -> Span:
+    return Span(f"request {slot}", slot, start, count, outputs)
 
 
 def decoding(slot: int, start: int = 9) -> Span:
@@ -38,7 +38,7 @@ def plans(draw: st.DrawFn, most_tokens: int = 300) -> StepPlan:
 def tokens_for(plan: StepPlan) -> Tokens:
     """Other token ids for each sequence and position."""
     return {
-        span.request_id: [1000 * span.slot + place for place in range(span.start + span.count)]
+        span.key: [1000 * span.slot + place for place in range(span.start + span.count)]
         for span in plan.spans
     }
 
@@ -46,7 +46,7 @@ def tokens_for(plan: StepPlan) -> Tokens:
 def places(plan: StepPlan) -> list[tuple[str, int]]:
     """Each token of a plan, in order."""
     return [
-        (span.request_id, place)
+        (span.key, place)
         for span in plan.spans
         for place in range(span.start, span.start + span.count)
     ]
@@ -59,7 +59,7 @@ def sizes(parts: list[StepPlan]) -> list[int]:
 def test_a_long_prompt_is_cut_for_the_stages() -> None:
     plan = StepPlan((decoding(0), decoding(3), prompt(1, 198, start=50)), 2)
     assert pieces(plan, 2) == [
-        StepPlan((decoding(0), decoding(3), prompt(1, 98, 50, samples=False)), 2),
+        StepPlan((decoding(0), decoding(3), prompt(1, 98, 50, outputs=0)), 2),
         StepPlan((prompt(1, 100, 148),), 0),
     ]
 
@@ -99,9 +99,9 @@ def test_pieces_hold_each_token_once_and_in_order(plan: StepPlan, stages: int) -
 def test_only_the_last_piece_of_a_span_samples(plan: StepPlan, stages: int) -> None:
     spans = [span for part in pieces(plan, stages) for span in part.spans]
     for span in plan.spans:
-        *most, last = [piece.samples for piece in spans if piece.request_id == span.request_id]
+        *most, last = [piece.outputs for piece in spans if piece.key == span.key]
         assert not any(most)
-        assert last == span.samples
+        assert last == span.outputs
 
 
 @given(plan=plans(), stages=st.integers(1, 5))
@@ -117,15 +117,15 @@ def test_pieces_are_as_many_as_stages_at_most_and_about_equal(plan: StepPlan, st
 
 
 def test_spans_go_to_the_data_rank_of_their_slot() -> None:
-    plan = StepPlan((decoding(1), decoding(4), prompt(2, 3), prompt(3, 5, samples=False)), 2, 8)
+    plan = StepPlan((decoding(1), decoding(4), prompt(2, 3), prompt(3, 5, outputs=0)), 2, 8)
     even, odd = share(plan, tokens_for(plan), 2, epoch=3, sequence=7).steps
     assert even.spans == (
-        SpanMessage(slot=2, start=9, count=1, samples=True),
-        SpanMessage(slot=1, start=0, count=3, samples=True),
+        SpanMessage(slot=2, start=9, count=1, outputs=1),
+        SpanMessage(slot=1, start=0, count=3, outputs=1),
     )
     assert odd.spans == (
-        SpanMessage(slot=0, start=9, count=1, samples=True),
-        SpanMessage(slot=1, start=0, count=5, samples=False),
+        SpanMessage(slot=0, start=9, count=1, outputs=1),
+        SpanMessage(slot=1, start=0, count=5, outputs=0),
     )
     assert even.token_ids == (4009, 2000, 2001, 2002)
     assert odd.token_ids == (1009, 3000, 3001, 3002, 3003, 3004)
@@ -142,8 +142,8 @@ def test_each_data_rank_gets_its_spans_with_their_tokens(plan: StepPlan, dp: int
     for data, step in enumerate(steps):
         mine = [span for span in plan.spans if span.slot % dp == data]
         assert [span.slot * dp + data for span in step.spans] == [span.slot for span in mine]
-        assert [(span.start, span.count, span.samples) for span in step.spans] == [
-            (span.start, span.count, span.samples) for span in mine
+        assert [(span.start, span.count, span.outputs) for span in step.spans] == [
+            (span.start, span.count, span.outputs) for span in mine
         ]
         assert all(span.count == 1 for span in step.spans[: step.num_decoding])
         assert step.token_ids == tuple(
@@ -161,10 +161,10 @@ def test_order_puts_the_scores_of_data_ranks_into_the_order_of_the_plan(
     for step in shares.steps:
         ends = accumulate(span.count for span in step.spans)
         rows = zip(step.spans, ends, strict=True)
-        arrived += [step.token_ids[end - 1] for span, end in rows if span.samples]
+        arrived += [step.token_ids[end - 1] for span, end in rows if span.outputs]
     assert sorted(shares.order) == list(range(len(arrived)))
     assert [arrived[row] for row in shares.order] == [
-        1000 * span.slot + span.start + span.count - 1 for span in plan.spans if span.samples
+        1000 * span.slot + span.start + span.count - 1 for span in plan.spans if span.outputs
     ]
 
 

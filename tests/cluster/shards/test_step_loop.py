@@ -22,7 +22,7 @@ STEP = Step(
     epoch=3,
     sequence=1,
     version=0,
-    spans=(Span(slot=0, start=0, count=3, samples=True),),
+    spans=(Span(slot=0, start=0, count=3, outputs=1),),
     token_ids=(11, 12, 13),
     most_rows=4,
 )

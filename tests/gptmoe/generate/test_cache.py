@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from gptmoe.generate.attention import CachedAttend, attend
 from gptmoe.generate.cache import KVCache, segment_ends
-from gptmoe.generate.scheduler import Span
+from gptmoe.generate.plan import Span
 from gptmoe.model.spec import ModelSpec
 
 SPEC = ModelSpec(num_layers=2, d_model=24, num_heads=3, d_ff=8, vocab_size=10, max_seq_len=600)
@@ -69,9 +69,9 @@ def test_decoding_with_idle_slots_between_and_chunks_over_borders() -> None:
 
     for slot, length in lengths.items():
         for start, end in ((0, 5), (5, length - 1)):
-            run([Span("", slot, start, end - start, samples=False)], 0)
-    last = [Span("", slot, lengths[slot] - 1, 1, samples=True) for slot in (0, 3)]
-    chunk = Span("", 2, lengths[2] - 1, 6, samples=True)
+            run([Span("", slot, start, end - start, outputs=0)], 0)
+    last = [Span("", slot, lengths[slot] - 1, 1, outputs=1) for slot in (0, 3)]
+    chunk = Span("", 2, lengths[2] - 1, 6, outputs=1)
     for span, out in zip([*last, chunk], run([*last, chunk], 2), strict=True):
         q, k, v = made[span.slot][:, : span.start + span.count].transpose(1, 2)
         expected = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
@@ -81,7 +81,7 @@ def test_decoding_with_idle_slots_between_and_chunks_over_borders() -> None:
 def test_padding_repeats_the_last_row() -> None:
     generator = torch.Generator().manual_seed(2)
     q, k, v = torch.randn(3, 1, 4, 3, 8, dtype=torch.float64, generator=generator)
-    call = CachedAttend(make_cache(), [Span("", 1, 0, 2, samples=True)], 0)
+    call = CachedAttend(make_cache(), [Span("", 1, 0, 2, outputs=1)], 0)
     out = call(0, q, k, v)[0]
     assert torch.equal(out[2], out[1])
     assert torch.equal(out[3], out[1])

@@ -13,8 +13,9 @@ from gptmoe.generate.delta import Delta
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import CacheLost
 from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.plan import StepPlan
 from gptmoe.generate.request import Request
-from gptmoe.generate.scheduler import EngineConfig, StepPlan
+from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.text import Tokenizer
 
 FIRST = 400
@@ -23,6 +24,8 @@ FIRST = 400
 
 class Counting:
     """A model that says n + 1 after n, and 0 after the last; a slot must serve one request."""
+
+    banks = 1
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -39,11 +42,15 @@ class Counting:
         if self.loses:
             self.loses = False
             raise CacheLost(7)
-        sampled = [span for span in plan.spans if span.samples]
-        logits_SV = torch.zeros(len(sampled), self.vocab_size + 7)
+        last = [
+            tokens[span.key][place]
+            for span in plan.spans
+            for place in range(span.start + span.count - span.outputs, span.start + span.count)
+        ]
+        logits_SV = torch.zeros(len(last), self.vocab_size + 7)
         logits_SV[:, self.vocab_size :] = 9.0  # padding of the vocabulary must never be chosen
-        for row, span in enumerate(sampled):
-            logits_SV[row, (tokens[span.request_id][-1] + 1) % self.vocab_size] = 5.0
+        for row, token in enumerate(last):
+            logits_SV[row, (token + 1) % self.vocab_size] = 5.0
         return logits_SV
 
 
@@ -189,7 +196,8 @@ def test_every_request_ends_and_no_slot_is_lost(
         mine = [delta for delta in deltas if delta.request_id == name]
         assert [d.token_ids[0] for d in mine] == list(range(FIRST + 1, FIRST + 1 + count))
         assert [d.finish_reason for d in mine] == [""] * (count - 1) + ["length"]
-    assert sorted(running.free_slots) == list(range(slots))
+    assert running.stats.kv_used_blocks == 0
+    assert not running.has_work
 
 
 def test_a_lost_cache_costs_time_and_no_token(tokenizer: Tokenizer) -> None:
@@ -203,7 +211,7 @@ def test_a_lost_cache_costs_time_and_no_token(tokenizer: Tokenizer) -> None:
     deltas += run_out(running)
     assert [delta.token_ids[0] - FIRST for delta in deltas] == [2, 3, 4, 5]
     again = executor.steps[3].spans[0]
-    assert (again.start, again.count, again.samples) == (0, 4, True)
+    assert (again.start, again.count, again.outputs) == (0, 4, 1)
     assert deltas[-1].version == 7  # of the weights that were there then
 
 
@@ -233,3 +241,105 @@ def test_running_requests_go_on_with_new_weights_if_told_so(tokenizer: Tokenizer
     assert [delta.token_ids[0] - FIRST for delta in deltas] == [1, 2, 3]
     assert executor.steps[1].spans[0].start == 0  # computed again from the first token
     assert executor.kept == [{1}]
+
+
+class Clock:
+    """Time as a test sets it."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_request_whose_time_is_up_ends_wherever_it_is(tokenizer: Tokenizer) -> None:
+    clock = Clock()
+    config = EngineConfig(max_batch_size=1)
+    running = Engine(Counting(tokenizer.vocab_size), tokenizer, 64, config, clock)
+    for name, deadline_s in (("runs", 101.0), ("waits", 101.0), ("later", 200.0)):
+        sampling = SamplingParams(temperature=0, max_new_tokens=9)
+        running.add(Request(name, (FIRST,), sampling, deadline_s=deadline_s))
+    running.step()
+    clock.now_s = 101.0
+    late = {delta.request_id: delta for delta in running.step() if delta.finish_reason}
+    assert {name: delta.finish_reason for name, delta in late.items()} == {
+        "runs": "deadline",
+        "waits": "deadline",
+    }
+    assert late["runs"].timings is not None
+    assert late["runs"].timings.total_s == 1.0
+    assert {delta.request_id for delta in run_out(running)} == {"later"}
+
+
+def test_an_ended_request_says_so_for_each_answer_and_leaves_nothing(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    running.add(request("a", temperature=1.0, n=3, max_new_tokens=20))
+    running.step()
+    deltas = running.end("a")
+    assert [(d.index, d.finish_reason) for d in deltas] == [(i, "abort") for i in range(3)]
+    assert running.end("a") == []
+    assert not running.has_work
+    assert running.stats.kv_used_blocks == 0
+
+
+def test_answers_that_find_no_room_at_once_are_refused(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer, max_batch_size=4)
+    with pytest.raises(RequestError, match=r"^n must be at most 4, which have room at once here"):
+        running.add(request("a", temperature=1.0, n=5))
+    with pytest.raises(RequestError, match=r"^num_beams must be at most 4"):
+        running.add(request("a", num_beams=6))
+    tight = engine(tokenizer, max_batch_size=4, kv_tokens=64)
+    with pytest.raises(RequestError, match=r"^n must be at most 2"):
+        tight.add(request("a", [FIRST] * 20, temperature=1.0, n=3))
+    assert not running.has_work
+
+
+def test_a_queue_is_full_by_tokens_too(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer, max_batch_size=1, max_queue_tokens=30)
+    running.add(request("runs", max_new_tokens=20))
+    running.step()
+    running.add(request("waits", [FIRST] * 10, max_new_tokens=10))
+    with pytest.raises(Overloaded, match="the queue of 30 tokens is full") as caught:
+        running.add(request("late", [FIRST] * 10, max_new_tokens=10))
+    assert 0.1 <= caught.value.retry_after_s <= 60
+    assert running.stats.refused == 1
+    assert running.stats.waiting_tokens == 20
+
+
+def test_priority_passes_those_who_wait(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer, max_batch_size=1)
+    for name, priority in (("runs", 0), ("waits", 0), ("urgent", -1)):
+        sampling = SamplingParams(temperature=0, max_new_tokens=2)
+        running.add(Request(name, (FIRST,), sampling, priority=priority))
+        running.step()
+    ends = [delta.request_id for delta in run_out(running) if delta.finish_reason]
+    assert ends == ["urgent", "waits"]
+
+
+def test_a_resumed_request_says_the_rest(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    sampling = SamplingParams(temperature=0, max_new_tokens=4)
+    running.add(Request("a", (FIRST,), sampling, resume_ids=(FIRST + 1, FIRST + 2)))
+    deltas = run_out(running)
+    assert [delta.token_ids[0] - FIRST for delta in deltas] == [3, 4]
+    whole = engine(tokenizer)
+    whole.add(Request("a", (FIRST,), sampling))
+    sent = [delta.text for delta in run_out(whole)]
+    assert [delta.text for delta in deltas] == sent[2:]
+    assert deltas[-1].finish_reason == "length"
+
+
+def test_numbers_of_an_engine(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer, max_batch_size=2)
+    for name in "abc":
+        running.add(request(name, [FIRST] * 40, max_new_tokens=3))
+    running.step()
+    stats = running.stats
+    assert (stats.running, stats.waiting, stats.kv_used_blocks) == (2, 1, 6)
+    assert (stats.steps, stats.prompt_tokens, stats.generated_tokens) == (1, 80, 2)
+    assert (stats.running_tokens, stats.waiting_tokens) == (2 * 3, 43)
+    assert stats.tokens_per_s > 0
+    deltas = run_out(running)
+    assert running.stats.prefix_hits == 32
+    assert {d.request_id: d.cached_tokens for d in deltas if d.finish_reason}["c"] == 32

@@ -1,0 +1,118 @@
+"""What a request passes before its route: its key, its size, its type, its text.
+
+Each of them is refused here, so that routes see checked JSON alone: a missing or wrong key before
+the body is read, a large body as soon as it is known to be one.
+"""
+
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from fastapi import Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gptmoe.errors import Unauthenticated
+
+from .refusals import path_of, respond
+
+MAX_BODY_BYTES = 4 * 2**20
+"""The same as gRPC's for a message."""
+
+OPEN = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
+"""What needs no key."""
+
+
+class Keys(Protocol):
+    """Who may ask."""
+
+    def check(self, authorization: str | None) -> None:
+        """Raise Unauthenticated unless this Authorization header holds a known key."""
+
+
+class Door:
+    """An ASGI middleware: callers without a key and bodies over `max_body_bytes` stay outside."""
+
+    def __init__(self, app: ASGIApp, keys: Keys | None, max_body_bytes: int) -> None:
+        self._app = app
+        self._keys = keys
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path, headers = path_of(scope), Headers(scope=scope)
+        try:
+            if self._keys and path not in OPEN:
+                self._keys.check(headers.get("authorization"))
+            self._check_size(int(headers.get("content-length", 0)))
+        except (Unauthenticated, HTTPException) as error:
+            await respond(path, error)(scope, receive, send)
+            return
+        await self._app(scope, self._bounded(receive), send)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """`receive` for a body whose length was not told, or not truly."""
+        size = 0
+
+        async def bounded() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            self._check_size(size)
+            return message
+
+        return bounded
+
+    def _check_size(self, size_bytes: int) -> None:
+        most = self._max_body_bytes
+        if size_bytes > most:
+            raise HTTPException(413, f"the body must have at most {most} bytes; send less text")
+
+
+class JsonRoute(APIRoute):
+    """A route whose bodies are JSON in UTF-8, and say so."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            if self.body_field:
+                _check_type(request.headers.get("content-type", ""))
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return handle_json
+
+
+class _JsonRequest(Request):
+    async def json(self) -> Any:
+        return _parsed(await self.body())
+
+
+def _parsed(body: bytes) -> Any:
+    """Raises HTTPException with one sentence; JSONDecodeError, which FastAPI explains."""
+    try:
+        return json.loads(body.decode())
+    except UnicodeDecodeError as error:
+        raise HTTPException(
+            400, f"the body is not UTF-8 text at byte {error.start}; send UTF-8"
+        ) from None
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise HTTPException(400, "the body is not a request: it is nested too deeply") from None
+    except ValueError:
+        raise HTTPException(400, "the body holds a number with too many digits") from None
+
+
+def _check_type(content_type: str) -> None:
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind != "application/json":
+        found = f"found {kind}" if kind else "found none"
+        raise HTTPException(
+            415, f"the body must be JSON; {found}; send the header Content-Type: application/json"
+        )

@@ -1,0 +1,141 @@
+"""What completions and chats have in common: how to sample, and the request itself."""
+
+from typing import Any, Literal
+
+from gptmoe.generate.params import (
+    MAX_ANSWERS,
+    MAX_BIASES,
+    SamplingParams,
+    biases,
+    check,
+)
+
+from .fields import (
+    DEADLINE,
+    PRIORITY,
+    Biases,
+    Milliseconds,
+    StopString,
+    StopStrings,
+    StopTokens,
+    Strict,
+    Whole,
+    described,
+)
+
+_SAME = (
+    "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "length_penalty", "diversity_penalty", "seed", "n", "num_beams", "num_beam_groups",
+)  # fmt: skip
+"""Called as in SamplingParams; absent: its default."""
+
+NAMES = {
+    "ignore_end": "ignore_eos",
+    "prompt_token_ids": "prompt",
+    "request_id": "X-Request-Id",
+}
+"""What OpenAI's API calls a field that has another name here."""
+
+
+class StreamOptions(Strict):
+    """What a stream brings besides."""
+
+    include_usage: bool | None = described(None, "At the end, an event with the tokens' numbers.")
+    include_obfuscation: Literal[False] | None = described(None, "Only false: events are plain.")
+
+
+class Options(Strict):
+    """Fields of OpenAI's API, then ours, which are called as vLLM's where it has them."""
+
+    model: str | None = described(None, "Its name; absent: the one that is served.")
+    stream: bool | None = described(False, "Answer piece by piece: server-sent events.")
+    stream_options: StreamOptions | None = described(None, "Only with stream.")
+    temperature: float | None = described(
+        None, "0: greedy. Absent: 1; with beams 0.", minimum=0, maximum=100
+    )
+    top_p: float | None = described(
+        None, "Only the likeliest tokens that together reach it.", exclusiveMinimum=0, maximum=1
+    )
+    n: Whole | None = described(None, "Answers to each prompt.", minimum=1, maximum=MAX_ANSWERS)
+    stop: StopString | StopStrings | None = described(None, "The answer ends before these.")
+    presence_penalty: float | None = described(
+        None, "Taken from the scores of tokens generated already.", minimum=-100, maximum=100
+    )
+    frequency_penalty: float | None = described(
+        None, "The same, times how often they were.", minimum=-100, maximum=100
+    )
+    logit_bias: Biases | None = described(
+        None, "Added to the scores of these tokens: -100 to 100.", maxProperties=MAX_BIASES
+    )
+    seed: int | None = described(
+        None,
+        "The same seed, the same text. Absent: 0, not chance.",
+        minimum=-(2**63),
+        maximum=2**63 - 1,
+    )
+    user: str | None = described(None, "Ignored.")
+
+    top_k: Whole | None = described(
+        None, "Only so many of the likeliest tokens; 0 or -1: all.", minimum=-1
+    )
+    min_p: float | None = described(
+        None, "Only tokens so likely, as a part of the likeliest one.", minimum=0, maximum=1
+    )
+    repetition_penalty: float | None = described(
+        None, "Divides the scores of tokens present already.", exclusiveMinimum=0, maximum=100
+    )
+    stop_token_ids: StopTokens | None = described(None, "The answer ends before these tokens.")
+    ignore_eos: bool | None = described(None, "Go on after the model's end token.")
+    use_beam_search: bool | None = described(
+        None, "A beam search with num_beams beams; absent: best_of or n beams."
+    )
+    num_beams: Whole | None = described(
+        None, "Beams, of which the best n are answered.", minimum=1, maximum=MAX_ANSWERS
+    )
+    num_beam_groups: Whole | None = described(
+        None, "Groups of beams that shall differ.", minimum=1, maximum=MAX_ANSWERS
+    )
+    diversity_penalty: float | None = described(
+        None, "What a token costs that another group chose.", minimum=0, maximum=1e6
+    )
+    length_penalty: float | None = described(
+        None, "Beams compare by log-probability / length ** this.", minimum=-100, maximum=100
+    )
+    deadline_ms: Milliseconds | None = DEADLINE
+    priority: Whole = PRIORITY
+
+    @property
+    def deadline_s(self) -> float | None:
+        return self.deadline_ms / 1000 if self.deadline_ms else None
+
+    @property
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def beams(self) -> int | None:
+        """As `num_beams` says, or vLLM's switch; None: nothing was said."""
+        return self.num_beams if self.num_beams or not self.use_beam_search else self.n
+
+    def sampling(self, **more: Any) -> SamplingParams:
+        """These options as the engine's. Raises RequestError for what is out of range."""
+        check(
+            bool(self.stream) or self.stream_options is None,
+            "stream_options",
+            "them without",
+            "absent, or sent with stream=true",
+        )
+        given = {name: value for name in _SAME if (value := getattr(self, name)) is not None}
+        if self.beams is not None and self.beams > 1:
+            given = {"temperature": 0.0} | given | {"num_beams": self.beams}
+        given["stop"] = self.stops
+        given["stop_token_ids"] = tuple(self.stop_token_ids or ())
+        given["ignore_end"] = bool(self.ignore_eos)
+        given["top_k"] = 0 if self.top_k == -1 else self.top_k or 0
+        bias = self.logit_bias or {}
+        given["logit_bias"] = biases({int(token): value for token, value in bias.items()})
+        return SamplingParams(**given | more)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

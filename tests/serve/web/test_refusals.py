@@ -1,0 +1,118 @@
+"""Each error of the service as a status, in both shapes, before a stream and within one."""
+
+from typing import Any
+
+import pytest
+
+from gptmoe.errors import (
+    AlreadyRunning,
+    ClusterError,
+    DeadlineExceeded,
+    GptMoeError,
+    Overloaded,
+    Unavailable,
+)
+from serve.service import Service
+from tests.serve.web.browser import Browser, events
+from tests.serve.web.talker import Talker
+
+ERRORS = [
+    (AlreadyRunning("a runs"), 409, "X-Request-Id", "already_running", None),
+    (DeadlineExceeded("late"), 408, "deadline_ms", "deadline_exceeded", None),
+    (Overloaded("full", 1.2), 429, "", "overloaded", "2"),
+    (Overloaded("full", 0.0), 429, "", "overloaded", "1"),
+    (Unavailable("away", 30), 503, "", "unavailable", "30"),
+    (ClusterError("gone"), 503, "", "unavailable", None),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "field", "code", "retry"), ERRORS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_before_the_first_token_is_a_status(
+    talking: Browser, talker: Talker, error: GptMoeError, status: int, field: str, code: str,
+    retry: str | None, stream: bool,
+) -> None:  # fmt: skip
+    talker.refusal = error
+    plain = talking.post(stream=stream)
+    assert plain.json() == {"error": {"message": str(error), "field": field}}
+    for response in (talking.complete(stream=stream), talking.chat("你好", stream=stream)):
+        wanted: dict[str, Any] = {"message": str(error), "param": field or None, "code": code}
+        kind = {429: "rate_limit_error", 503: "server_error"}.get(status, "invalid_request_error")
+        assert response.json() == {"error": wanted | {"type": kind}}
+    for response in (plain, talking.complete(stream=stream), talking.chat("好", stream=stream)):
+        assert response.status_code == status
+        assert response.headers.get("retry-after") == retry
+
+
+def test_an_error_within_a_stream_is_its_last_event(talking: Browser, talker: Talker) -> None:
+    talker.breaks_after = 2
+    for response in (talking.complete(stream=True), talking.chat("你好", stream=True)):
+        *pieces, last = events(response)
+        assert len(pieces) >= 2
+        assert last["error"]["code"] == "unavailable"
+        assert "engine has stopped" in last["error"]["message"]
+
+
+def test_one_of_several_prompts_that_fails_ends_them_all(talking: Browser, talker: Talker) -> None:
+    response = talking.complete(["春", "春" * 64], max_tokens=1)
+    assert response.status_code == 400
+    assert not talker.running
+
+
+def test_an_expired_deadline_is_408(talking: Browser, talker: Talker) -> None:
+    for response in (
+        talking.complete(deadline_ms=1, max_tokens=10**6),
+        talking.chat("你好", deadline_ms=1, max_tokens=10**6),
+        talking.post(parameters={"deadline_ms": 1, "max_length": 10**6}),
+    ):
+        assert response.status_code == 408
+        assert "was not done by its deadline" in response.json()["error"]["message"]
+    assert not talker.running
+
+
+def test_a_deadline_within_a_stream_is_its_last_event(talking: Browser) -> None:
+    *_, last = events(talking.complete(deadline_ms=50, max_tokens=10**6, stream=True))
+    assert last["error"]["param"] == "deadline_ms"
+
+
+def test_a_deadline_of_0_is_none(talking: Browser, talker: Talker) -> None:
+    assert talking.complete(deadline_ms=0, max_tokens=1).status_code == 200
+    assert talker.requests[0].deadline_s is None
+
+
+def test_a_bug_of_ours_says_nothing_of_itself(
+    talking: Browser, talk: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(call: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(talk, "stream", fail)
+    with pytest.raises(ZeroDivisionError):  # the server's log gets it
+        talking.complete()
+
+
+def test_ready_and_alive(talking: Browser, talker: Talker, talk: Service) -> None:
+    assert talking("GET", "/healthz").json() == {"status": "ok"}
+    assert talking("GET", "/readyz").json() == {"status": "ok"}
+    talk.draining = True
+    try:
+        assert talking("GET", "/healthz").status_code == 200
+        response = talking("GET", "/readyz")
+        assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+        assert talking.complete().status_code == 503
+    finally:
+        talk.draining = False
+    talker.refusal = ClusterError("the engine has computed one step for over 60 s")
+    for path in ("/healthz", "/readyz"):
+        response = talking("GET", path)
+        assert response.status_code == 503
+        assert "one step for over 60 s" in response.json()["error"]["message"]
+
+
+def test_models(talking: Browser) -> None:
+    [model] = talking("GET", "/v1/models").json()["data"]
+    assert (model["id"], model["object"], model["owned_by"]) == ("poems", "model", "gptmoe")
+    assert talking("GET", "/v1/models/poems").json() == model
+    unknown = talking("GET", "/v1/models/gpt-4")
+    assert unknown.status_code == 404
+    assert unknown.json()["error"]["code"] == "model_not_found"
