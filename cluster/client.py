@@ -7,7 +7,8 @@
 
 AsyncClient is the same with `await` and `async for`, without what only operators ask (topology,
 drain, refresh, scale). Leaving a stream early cancels it on the server. Where Ray Serve runs more
-than one application, `application` names the one that is meant.
+than one application, `application` names the one that is meant. `access` holds what a server with
+TLS or keys asks for: Client("host:9443", access=Access(ca=Path("ca.pem"), token="...")).
 """
 
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
@@ -15,13 +16,13 @@ from contextlib import contextmanager
 from typing import Any, Self, TypeVar, Unpack, cast
 
 import grpc
-import grpc.aio
 
 from protos import control_pb2, control_pb2_grpc
 from protos import generation_pb2 as messages
 from protos import generation_pb2_grpc as services
 
-from . import answers, fields
+from . import answers, connection, fields
+from .access import Access
 from .answers import (
     Choice,
     Chunk,
@@ -55,17 +56,25 @@ M = TypeVar("M")
 Prompt = str | Sequence[int]
 """A text, or its token ids."""
 
+OPEN = Access()
+"""To a server without TLS and keys."""
+
 
 class Client:
     """Calls one server, `host:port`. Each call may take `timeout_s` seconds; None: any time."""
 
     def __init__(
-        self, target: str, *, application: str = "", timeout_s: float | None = None
+        self,
+        target: str,
+        *,
+        application: str = "",
+        timeout_s: float | None = None,
+        access: Access = OPEN,
     ) -> None:
-        self._channel = grpc.insecure_channel(target)
+        self._channel = connection.channel(target, access)
         self._stub: Any = services.GenerationStub(self._channel)
         self._control: Any = control_pb2_grpc.ClusterControlStub(self._channel)
-        self._call = {"metadata": _metadata(application), "timeout": timeout_s}
+        self._call = {"metadata": connection.metadata(application, access), "timeout": timeout_s}
 
     def generate(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Generation:
         """Continue `prompt`. Raises GenerationError, as all that follow."""
@@ -179,11 +188,16 @@ class AsyncClient:
     """Client for asyncio; made inside a running event loop."""
 
     def __init__(
-        self, target: str, *, application: str = "", timeout_s: float | None = None
+        self,
+        target: str,
+        *,
+        application: str = "",
+        timeout_s: float | None = None,
+        access: Access = OPEN,
     ) -> None:
-        self._channel = grpc.aio.insecure_channel(target)
+        self._channel = connection.aio_channel(target, access)
         self._stub: Any = services.GenerationStub(self._channel)
-        self._call = {"metadata": _metadata(application), "timeout": timeout_s}
+        self._call = {"metadata": connection.metadata(application, access), "timeout": timeout_s}
 
     async def generate(self, prompt: Prompt, **sampling: Unpack[Sampling]) -> Generation:
         """See Client, as for all methods."""
@@ -272,10 +286,6 @@ def _message(kind: type[M], **values: Any) -> M:
         return kind(**values)
     except (TypeError, ValueError) as error:  # a wrong type, a number too large, a lone surrogate
         raise GenerationError("INVALID_ARGUMENT", str(error)) from None
-
-
-def _metadata(application: str) -> tuple[tuple[str, str], ...]:
-    return (("application", application),) if application else ()
 
 
 def _is_header(message: messages.GenerateChunk) -> bool:

@@ -1,5 +1,6 @@
 """Runs and clusters for people, in rich."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
@@ -69,7 +70,7 @@ def draw_topology(topology: Topology, *, running: bool) -> Table:
 
 def draw_application(answer: Topologies) -> RenderableType:
     """What is served, and of each replica: its shards, their load, what failed."""
-    replicas = "1 replica" if answer.replicas == 1 else f"{answer.replicas} replicas"
+    replicas = _many(answer.replicas, "replica")
     version = f"weights version {answer.version}" + (", draining" if answer.draining else "")
     parts: list[RenderableType] = [
         Text(f"{answer.application}: {replicas}, {version}", style="bold"),
@@ -77,11 +78,30 @@ def draw_application(answer: Topologies) -> RenderableType:
     ]
     if not answer.topologies:
         parts.append(Text("no replica lies on shards: each holds the whole model"))
+    if answer.threads:
+        parts.append(Text(describe_threads(answer)))
     for topology in answer.topologies:
         parts.append(_shards_table(topology))
         parts += [Text(f"hot: {proposal}", style="yellow") for proposal in hot_experts(topology)]
         parts += [Text(str(failure), style="yellow") for failure in topology.failures]
     return Group(*parts)
+
+
+def describe_threads(answer: Topologies) -> str:
+    """What computes with how many threads; of shards also how many that are on each node.
+
+    Those of a node should not be more than its cores: threads that wait for each other crawl.
+    """
+    each = _many(answer.threads, "thread")
+    shards = Counter(owner.node for topology in answer.topologies for owner in topology.owners)
+    if not shards:
+        return f"each replica computes with {each}"
+    nodes = (f"{count * answer.threads} on {node}" for node, count in sorted(shards.items()))
+    return f"each shard computes with {each}: {', '.join(nodes)}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
 def hot_experts(topology: Topology) -> list[Proposal]:

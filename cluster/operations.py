@@ -25,6 +25,8 @@ class Topologies:
     checkpoint: str = ""
     version: int = 0
     draining: bool = False
+    threads: int = 0
+    """That each replica, or each of its shards, computes with; 0: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

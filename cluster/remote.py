@@ -10,7 +10,8 @@ from typing import cast
 from gptmoe.errors import ClusterError, GptMoeError, RequestError
 from gptmoe.generate.params import SamplingParams
 
-from .client import Client, GenerationError, Sampling
+from .access import Access
+from .client import OPEN, Client, GenerationError, Sampling
 from .operations import Topologies
 
 _CALLS_AT_ONCE = 8
@@ -23,9 +24,9 @@ _NO_REQUEST = "no request "
 class Remote:
     """The server at `target`: RequestError for what it refuses, ClusterError if it is away."""
 
-    def __init__(self, target: str, sampling: SamplingParams) -> None:
+    def __init__(self, target: str, sampling: SamplingParams, access: Access = OPEN) -> None:
         self._target = target
-        self._client = Client(target)
+        self._client = Client(target, access=access)
         self._sampling = _asked(sampling)
 
     def generate(self, prompts: Sequence[str]) -> list[str]:
@@ -58,12 +59,12 @@ def _asked(sampling: SamplingParams) -> Sampling:
 
 
 @contextmanager
-def operating(target: str, name: str = "") -> Iterator[Client]:
+def operating(target: str, name: str = "", access: Access = OPEN) -> Iterator[Client]:
     """A client to operate the application at `target`; its errors are ours.
 
     `name` is the application's, where Ray Serve runs several.
     """
-    with Client(target, application=name) as client, _errors(target):
+    with Client(target, application=name, access=access) as client, _errors(target):
         yield client
 
 
@@ -93,6 +94,8 @@ def _errors(target: str) -> Iterator[None]:
 def _in_our_words(error: GenerationError, target: str) -> GptMoeError:
     if error.code == "INVALID_ARGUMENT":
         return RequestError(error.message)
+    if error.code == "UNAUTHENTICATED":
+        return ClusterError(f"{target}: {error.message}; --token-file names a file that holds it")
     if error.code in ("FAILED_PRECONDITION", "DEADLINE_EXCEEDED", "ABORTED"):
         return ClusterError(error.message)
     if error.code == "NOT_FOUND" and _NO_REQUEST in error.message:
@@ -105,5 +108,8 @@ def _in_our_words(error: GenerationError, target: str) -> GptMoeError:
     if error.code == "UNAVAILABLE" and _SAYS_ITSELF in error.message:
         return ClusterError(error.message)
     if error.code == "UNAVAILABLE":
-        return ClusterError(f"no server answers at {target} ({error.message}); is it running?")
+        return ClusterError(
+            f"no server answers at {target} ({error.message}); is it running? One with TLS wants "
+            "--ca and the authority of its certificate"
+        )
     return ClusterError(f"the server at {target} failed: {error}")

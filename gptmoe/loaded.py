@@ -1,5 +1,6 @@
 """A checkpoint in one process, `gptmoe.load(folder)`: the core that trained it and serves it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -15,8 +16,10 @@ from gptmoe.generate.executor import LocalExecutor
 from gptmoe.generate.packed import pack
 from gptmoe.generate.params import as_params
 from gptmoe.generate.plan import Span
+from gptmoe.generate.quantized import Weights, quantize
 from gptmoe.generate.request import Request, make_request
 from gptmoe.generate.scheduler import EngineConfig
+from gptmoe.memory import available_bytes
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer, load_tokenizer
@@ -24,6 +27,7 @@ from gptmoe.text import Tokenizer, load_tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 LOGITS_TOKENS = 1024
 """`LoadedModel.logits` runs about as many tokens at once."""
+EXPERT_WEIGHTS = ("experts.up_weight", "experts.down_weight")
 KEPT_WIDE = ("norm", "router")
 """Parts of parameter names that keep float32 in a narrower model: they compute in it."""
 
@@ -35,12 +39,16 @@ def load(
     *,
     verify: bool = True,
     packed: bool = True,
+    weights: str = "",
 ) -> "LoadedModel":
     """Open a checkpoint (or the newest of a run folder) for generation and evaluation.
 
     `dtype` is float32, bfloat16 or float64. `packed` rearranges the weights for the CPU's kernels,
-    where it can (generate/packed.py); without it, weights of this dtype stay memory-mapped. Raises
-    CheckpointError naming a missing or corrupt part.
+    where it can (generate/packed.py); experts that are large beside the free memory stay
+    memory-mapped if they are stored in this dtype (`may_copy`). `weights` int8 or int4 rounds them
+    (generate/quantized.py). `verify=False` checks the sizes of files, not their checksums: `gptmoe
+    verify` does that apart. Raises CheckpointError naming a missing or corrupt part, ConfigError
+    for a type that cannot be had here.
     """
     checkpoint = open_checkpoint(Path(path), verify=verify)
     spec = spec_of(checkpoint)
@@ -50,9 +58,14 @@ def load(
             f"{checkpoint.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the model "
             f"only {spec.vocab_size}; they do not belong together"
         )
-    network = read_network(checkpoint, spec, named_dtype(dtype), named_device(device))
-    if packed:
-        pack(network)
+    wanted, place = named_dtype(dtype), named_device(device)
+    network = read_network(checkpoint, spec, wanted, place, as_stored=bool(weights))
+    if weights:
+        quantize(network, named_weights(weights))
+        _narrow(network)
+    elif packed:
+        mapped = mapped_expert_bytes(checkpoint, wanted)
+        pack(network, experts=may_copy(mapped, available_bytes()))
     return LoadedModel(network, tokenizer, checkpoint.config, checkpoint.path)
 
 
@@ -61,6 +74,14 @@ def named_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ConfigError(f"dtype={name!r} is not known; use one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def named_weights(name: str) -> Weights:
+    """int8 or int4 by name."""
+    known: dict[str, Weights] = {"int8": "int8", "int4": "int4"}
+    if name not in known:
+        raise ConfigError(f"weights={name!r} is not known; use {' or '.join(known)}, or leave it")
+    return known[name]
 
 
 def named_device(name: str) -> torch.device:
@@ -84,19 +105,48 @@ def spec_of(checkpoint: Checkpoint) -> ModelSpec:
 
 
 def read_network(
-    checkpoint: Checkpoint, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    as_stored: bool = False,
 ) -> GPT:
-    """The whole model in this process, each weight read straight from the file."""
+    """The whole model in this process, each weight read straight from the file.
+
+    `as_stored` leaves weights in the type of the file, for somebody who rounds them himself.
+    """
     with torch.device("meta"):
         network = GPT(spec, compute_dtype=dtype)
     for name, parameter in list(network.named_parameters()):
         check_shape(checkpoint, name, parameter.shape)
-        tensor = checkpoint.read(name).to(device=device, dtype=kept_dtype(name, dtype))
+        kept = checkpoint.dtype(name) if as_stored else kept_dtype(name, dtype)
+        tensor = checkpoint.read(name).to(device=device, dtype=kept)
         owner, _, attribute = name.rpartition(".")
         setattr(
             network.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False)
         )
     return network.eval()
+
+
+def mapped_expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of the experts' weights that a model of this type reads from the file where it lies."""
+    names = [name for name in checkpoint.names() if name.endswith(EXPERT_WEIGHTS)]
+    mapped = [name for name in names if checkpoint.maps(name) and checkpoint.dtype(name) == dtype]
+    return sum(math.prod(checkpoint.shape(name)) * dtype.itemsize for name in mapped)
+
+
+def may_copy(mapped_bytes: int, available: int | None) -> bool:
+    """Whether mapped experts are copied into the kernels' layout: faster, but then they are there
+    twice, in memory and in the page cache. They may if they take at most half of what is free."""
+    return available is None or 2 * mapped_bytes <= available
+
+
+def _narrow(network: GPT) -> None:
+    """Bring what was left as it is stored to the type in which it is kept."""
+    for name, parameter in network.named_parameters():
+        if not parameter.is_mkldnn:
+            parameter.data = parameter.data.to(kept_dtype(name, network.compute_dtype))
 
 
 def check_shape(checkpoint: Checkpoint, name: str, wanted: Sequence[int]) -> None:

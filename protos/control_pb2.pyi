@@ -355,20 +355,22 @@ class ControlQuery(_message.Message):
     def __init__(self, every_s: _Optional[float] = ...) -> None: ...
 
 class Topologies(_message.Message):
-    __slots__ = ("application", "topologies", "replicas", "checkpoint", "version", "draining")
+    __slots__ = ("application", "topologies", "replicas", "checkpoint", "version", "draining", "threads")
     APPLICATION_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGIES_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
     application: str
     topologies: _containers.RepeatedCompositeFieldContainer[Topology]
     replicas: int
     checkpoint: str
     version: int
     draining: bool
-    def __init__(self, application: _Optional[str] = ..., topologies: _Optional[_Iterable[_Union[Topology, _Mapping]]] = ..., replicas: _Optional[int] = ..., checkpoint: _Optional[str] = ..., version: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    threads: int
+    def __init__(self, application: _Optional[str] = ..., topologies: _Optional[_Iterable[_Union[Topology, _Mapping]]] = ..., replicas: _Optional[int] = ..., checkpoint: _Optional[str] = ..., version: _Optional[int] = ..., draining: _Optional[bool] = ..., threads: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("resume", "within_s")

@@ -1,15 +1,29 @@
 """ServeConfig -> Ray Serve application: one ingress deployment, called after what it owns."""
 
+import dataclasses
+import warnings
 from dataclasses import asdict
+from typing import Any
 
 import ray.serve
-from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
-from .config import ServeConfig
+from gptmoe.config import build as load_config
+from gptmoe.errors import ConfigError
+
+from .checkpoints import pinned
+from .config import ReplicasConfig, ServeConfig
 from .controller import Settings
 from .replica import Generator
+from .scaling import ScalingConfig, TokenPolicy
 
 DEPLOYMENT = "Generator"
+
+REPORTS_A_LOOK = 5
+"""Replicas report so often in the time over which their load is averaged."""
+
+ELSEWHERE = ("address", "host", "http_port", "grpc_port")
+"""What a Serve config file says itself."""
 
 
 def build(config: ServeConfig, num_cpus: float) -> ray.serve.Application:
@@ -35,10 +49,48 @@ def build(config: ServeConfig, num_cpus: float) -> ray.serve.Application:
     )(ray.serve.ingress()(Generator))
     if replicas.min == replicas.max:
         return deployment.options(num_replicas=replicas.max).bind(config, num_cpus)
-    scaling = AutoscalingConfig(
-        min_replicas=replicas.min,
-        max_replicas=replicas.max,
-        initial_replicas=replicas.initial,
-        target_ongoing_requests=replicas.target_ongoing,
-    )
+    scaling = autoscaling(replicas, config.scaling)
     return deployment.options(autoscaling_config=scaling).bind(config, num_cpus)
+
+
+def autoscaling(replicas: ReplicasConfig, scaling: ScalingConfig) -> AutoscalingConfig:
+    """What Ray Serve is told of scaling: our policy over tokens, its own delays."""
+    initial = max(1, replicas.min) if replicas.initial is None else replicas.initial
+    targets = ("target_tokens", "kv_ceiling", "slack")
+    with warnings.catch_warnings():
+        # metrics_interval_s is deprecated for an environment variable of every process of Ray's.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=replicas.min,
+            max_replicas=replicas.max,
+            initial_replicas=initial,
+            look_back_period_s=scaling.look_back_s,
+            metrics_interval_s=scaling.look_back_s / REPORTS_A_LOOK,
+            upscale_delay_s=scaling.up_delay_s,
+            downscale_delay_s=scaling.down_delay_s,
+            downscale_to_zero_delay_s=scaling.zero_delay_s,
+            policy=AutoscalingPolicy(
+                policy_function=TokenPolicy,
+                policy_kwargs={name: getattr(scaling, name) for name in targets},
+            ),
+        )
+
+
+def from_args(args: dict[str, Any]) -> ray.serve.Application:
+    """The application of a Serve config file or a RayService: `import_path: serve.app:from_args`.
+
+    `args` holds the keys of ServeConfig; `name` should be the application's. Ports, host and
+    address are the file's own. A replica asks for as many CPUs as `threads` says, at least 1.
+    Raises ConfigError, and CheckpointError or DataError where there is no checkpoint.
+    """
+    given = set(args) & set(ELSEWHERE)
+    if given:
+        raise ConfigError(
+            f"args: {', '.join(sorted(given))} cannot be set here; Ray Serve's own file sets ports "
+            "and host (http_options, grpc_options)"
+        )
+    config = load_config(ServeConfig, args)
+    config = dataclasses.replace(
+        config, checkpoint=pinned(config.checkpoint), threads=max(1, config.threads)
+    )
+    return build(config, num_cpus=config.threads)

@@ -69,6 +69,8 @@ def read_config(options: argparse.Namespace) -> ServeConfig:
     if len(files) > 1:
         raise ConfigError(f"found {len(files)} config files ({', '.join(files)}); name one at most")
     overrides = [word for word in words if "=" in word]
+    if options.edge_only:
+        overrides.append("edge.only=true")
     for key in ("checkpoint", "address"):
         if (value := getattr(options, key)) is not None:
             overrides.append(f"{key}={json.dumps(value, ensure_ascii=False)}")
@@ -102,9 +104,11 @@ def _write(file: Path, text: str) -> None:
 
 
 def _for_people(endpoints: Endpoints) -> str:
+    grpc = f"  gRPC       {endpoints.grpc}\n" if endpoints.grpc else ""
+    edge = f"  gRPC edge  {endpoints.edge}\n" if endpoints.edge else ""
     return (
         f"{endpoints.name} answers, with {endpoints.checkpoint}\n"
-        f"  gRPC       {endpoints.grpc}\n"
+        f"{grpc}{edge}"
         f"  HTTP       {endpoints.http}/generate\n"
         f"  dashboard  {endpoints.dashboard}\n"
         "Ctrl-C stops it.\n"
@@ -118,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="*", metavar="CONFIG.toml | key=value")
     parser.add_argument("--checkpoint", metavar="DIR|URI", help="a checkpoint, or a run's folder")
     parser.add_argument("--address", help="join this Ray cluster; without: start a local one")
+    parser.add_argument(
+        "--edge-only",
+        action="store_true",
+        help="gRPC with TLS and keys only (edge.port, else 9443)",
+    )
     parser.add_argument("--json", action="store_true", help="print the endpoints as one JSON line")
     parser.add_argument("--state-file", type=Path, metavar="PATH", help="keep them here as JSON")
     return parser

@@ -1,5 +1,6 @@
 """What `python -m serve` can be told: a TOML file, with overrides, as one frozen ServeConfig."""
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,23 +14,29 @@ from gptmoe.model.spec import ModelSpec
 from gptmoe.parallel.layout import smallest_dp
 from gptmoe.shard.parts import Part, arrange
 
+from .access_log import LogConfig
 from .result_cache import CacheConfig
+from .scaling import ScalingConfig
+
+_USUAL_EDGE_PORT = 9443
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicasConfig:
-    """How many copies of the model answer. min = max: fixed; else Ray Serve scales between them."""
+    """How many copies of the model answer. min = max: fixed; else Ray Serve scales between them,
+    see ScalingConfig."""
 
     min: int = 1
+    """0: none while nobody asks; the next request waits for one to start."""
     max: int = 1
     initial: int | None = None
-    """At the start; not given: min."""
-    target_ongoing: int = 8
-    """Requests in work per replica that autoscaling aims at."""
+    """At the start; not given: min, but at least 1, which shows that the model can be served."""
 
     def __post_init__(self) -> None:
-        if self.min < 1:
-            raise ConfigError(f"replicas.min={self.min} must be at least 1")
+        if self.min < 0:
+            raise ConfigError(f"replicas.min={self.min} must be at least 0")
+        if self.max < 1:
+            raise ConfigError(f"replicas.max={self.max} must be at least 1")
         if self.max < self.min:
             raise ConfigError(
                 f"replicas.max={self.max} is below replicas.min={self.min}; raise or lower one"
@@ -39,8 +46,6 @@ class ReplicasConfig:
                 f"replicas.initial={self.initial} must lie between replicas.min={self.min} "
                 f"and replicas.max={self.max}"
             )
-        if self.target_ongoing < 1:
-            raise ConfigError(f"replicas.target_ongoing={self.target_ongoing} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +139,75 @@ class ShardsConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AuthConfig:
+    """Who may ask."""
+
+    keys: Path | None = field(default=None, metadata=INPUT_PATH)
+    """A file with one bearer token a line, at this path on every node; absent: everybody may."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EdgeConfig:
+    """The gRPC server with TLS, keys, health and deadlines in front of the replicas."""
+
+    port: int | None = None
+    """Absent: there is no edge. 9443 is usual; 0 takes a free one."""
+    only: bool = False
+    """Ray Serve's own gRPC port, which has no TLS, is not opened; without a port: 9443."""
+    host: str = "127.0.0.1"
+    """Where it listens; 0.0.0.0: every interface, which wants a certificate."""
+    tls_cert: Path | None = field(default=None, metadata=INPUT_PATH)
+    tls_key: Path | None = field(default=None, metadata=INPUT_PATH)
+    """A certificate (chain) and its private key in PEM, at these paths on every node."""
+    client_ca: Path | None = field(default=None, metadata=INPUT_PATH)
+    """Callers must have a certificate of this authority (mTLS)."""
+    insecure: bool = False
+    """Listen on other hosts than this one without a certificate all the same."""
+    reflection: bool = True
+    """Let tools ask which methods there are."""
+    max_request_bytes: int = 4 * 2**20
+    keepalive_s: float = 30.0
+    """A connection that is silent for longer is asked whether it lives."""
+    stall_s: float = 30.0
+    """Health is NOT_SERVING when work is pending and nothing came out for longer."""
+    health_every_s: float = 1.0
+    """Seconds between two looks at the replicas."""
+    tries: int = 3
+    """Replicas that a request is given to, one after the other, when they die."""
+    resume_s: float = 60.0
+    """Another replica must take over within this time."""
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 0 <= self.port <= 65535:
+            raise ConfigError(f"edge.port={self.port} is not a port; use 1 to 65535, or 0")
+        for name in ("keepalive_s", "stall_s", "health_every_s", "resume_s"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise ConfigError(f"edge.{name}={value} must be a positive number of seconds")
+        for name in ("max_request_bytes", "tries"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"edge.{name}={getattr(self, name)} must be at least 1")
+        self._check_tls()
+
+    @property
+    def wanted_port(self) -> int | None:
+        """The port, 0 for a free one; None: no edge."""
+        return _USUAL_EDGE_PORT if self.only and self.port is None else self.port
+
+    def _check_tls(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("edge.tls_cert and edge.tls_key go together; give both or none")
+        if self.client_ca is not None and self.tls_cert is None:
+            raise ConfigError("edge.client_ca wants edge.tls_cert and edge.tls_key beside it")
+        here = self.host in ("localhost", "::1") or self.host.startswith("127.")
+        if self.tls_cert is None and not here and not self.insecure:
+            raise ConfigError(
+                f"edge.host={self.host} without a certificate would send keys and texts in the "
+                "open; give edge.tls_cert and edge.tls_key, listen on edge.host=127.0.0.1, or say "
+                "edge.insecure=true"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """One model served as one Ray Serve application."""
 
@@ -145,6 +219,10 @@ class ServeConfig:
     """The application's name, and what GetModel calls the model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute in this type."""
+    weights: Literal["", "int8", "int4"] = ""
+    """Hold the weights of products in 8 or 4 bits; empty: in dtype. Only for whole models."""
+    verify: bool = True
+    """Compare checksums when weights are read; false: sizes only (see `gptmoe verify`)."""
     host: str = "127.0.0.1"
     """Where HTTP listens; 0.0.0.0: every interface, as Ray Serve's gRPC port always does."""
     http_port: int = 8000
@@ -157,9 +235,13 @@ class ServeConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     replicas: ReplicasConfig = field(default_factory=ReplicasConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    edge: EdgeConfig = field(default_factory=EdgeConfig)
+    auth: AuthConfig = field(default_factory=AuthConfig)
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -171,7 +253,16 @@ class ServeConfig:
                 raise ConfigError(
                     f"{key}={port} is not a port; use 1 to 65535, or 0 for a free one"
                 )
-        if self.http_port == self.grpc_port != 0:
-            raise ConfigError(f"http_port and grpc_port are both {self.http_port}; use two ports")
+        ports = {"http_port": self.http_port, "edge.port": self.edge.wanted_port}
+        if not self.edge.only:
+            ports["grpc_port"] = self.grpc_port
+        for one, other in itertools.combinations(sorted(ports), 2):
+            if ports[one] and ports[one] == ports[other]:
+                raise ConfigError(f"{one} and {other} are both {ports[one]}; use two ports")
+        if self.weights and self.parallel.world > 1:
+            raise ConfigError(
+                f'weights="{self.weights}" is for models that a replica holds alone, but '
+                f'[parallel] asks for {self.parallel.world} shards; use weights="" or one shard'
+            )
         if self.threads < 0:
             raise ConfigError(f"threads={self.threads} must be at least 1, or 0 for its share")

@@ -1,12 +1,13 @@
 """The model behind a replica's engine: in its own process, or on actors that hold its shards."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import gptmoe
+from cluster.planner.hot import rows_answered
 from cluster.shards.group import ShardGroup
 from cluster.shards.muster import GroupJob
 from cluster.shards.shard_actor import model_digest
@@ -15,8 +16,11 @@ from gptmoe.checkpoint import Checkpoint, open_checkpoint
 from gptmoe.config import Location, Uri
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor
-from gptmoe.loaded import spec_of
+from gptmoe.loaded import LoadedModel, spec_of
+from gptmoe.model.dispatch import CountedDispatcher
+from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
+from gptmoe.model.transformer import GPT
 from gptmoe.remote import fetch
 from gptmoe.shard.parts import layout_of
 from gptmoe.text import load_tokenizer
@@ -42,6 +46,10 @@ class Core(Protocol):
         """Raise ClusterError if the replica must be replaced."""
         ...
 
+    def expert_rows(self) -> Mapping[int, Sequence[int]]:
+        """Rows that each expert answered since the start, by layer. May ask the shards: blocks."""
+        ...
+
 
 @contextmanager
 def opened(config: ServeConfig, num_cpus: float) -> Iterator[Core]:
@@ -59,18 +67,39 @@ class LocalCore:
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
-        model = gptmoe.load(on_this_node(config.checkpoint, config), dtype=config.dtype)
-        self.spec, self.engine = model.spec, model.engine(config.engine)
+        model = self._load(config.checkpoint)
+        self.spec = model.spec
+        self._rows = {
+            layer: [0] * self.spec.experts_in_layer(layer) for layer in self.spec.moe_layers
+        }
+        self._count_rows(model.network)
+        self.engine = model.engine(config.engine)
 
     def prepare(self, checkpoint: Location, version: int) -> None:
         """See Core.prepare."""
-        folder = on_this_node(checkpoint, self._config)
         executor = self.engine.executor
         assert isinstance(executor, LocalExecutor)
-        executor.add(version, gptmoe.load(folder, dtype=self._config.dtype).network)
+        network = self._load(checkpoint).network
+        self._count_rows(network)
+        executor.add(version, network)
 
     def check(self) -> None:
         """See Core.check."""
+
+    def expert_rows(self) -> Mapping[int, Sequence[int]]:
+        """See Core.expert_rows."""
+        return {layer: tuple(rows) for layer, rows in self._rows.items()}
+
+    def _count_rows(self, network: GPT) -> None:
+        for layer, rows in self._rows.items():
+            ffn = network.get_submodule(f"layers.{layer}.ffn")
+            assert isinstance(ffn, MoE)
+            ffn.dispatcher = CountedDispatcher(ffn.dispatcher, rows, range(len(rows)))
+
+    def _load(self, checkpoint: Location) -> LoadedModel:
+        config = self._config
+        folder = on_this_node(checkpoint, config)
+        return gptmoe.load(folder, config.dtype, verify=config.verify, weights=config.weights)
 
 
 class ShardedCore:
@@ -89,6 +118,20 @@ class ShardedCore:
     def check(self) -> None:
         """See Core.check."""
         self._group.check()
+
+    def expert_rows(self) -> Mapping[int, Sequence[int]]:
+        """See Core.expert_rows: the sums of what the shards' heartbeats say."""
+        total = rows_answered([owner.counters for owner in self._group.topology().owners])
+        return by_layer(total, self.spec)
+
+
+def by_layer(rows: Mapping[tuple[int, int], float], spec: ModelSpec) -> Mapping[int, Sequence[int]]:
+    """Rows by (layer, expert) as rows of all experts of each layer; 0 for those not named."""
+    counts = {layer: spec.experts_in_layer(layer) for layer in spec.moe_layers}
+    return {
+        layer: tuple(int(rows.get((layer, expert), 0)) for expert in range(count))
+        for layer, count in counts.items()
+    }
 
 
 def job_of(config: ServeConfig, stored: Checkpoint, num_cpus: float) -> GroupJob:

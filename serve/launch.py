@@ -20,6 +20,7 @@ from ray.serve.config import gRPCOptions
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from cluster import env, local
+from cluster.access import Access
 from cluster.client import Client, GenerationError
 from gptmoe.checkpoint import open_checkpoint
 from gptmoe.config import Uri
@@ -29,6 +30,8 @@ from gptmoe.loaded import spec_of
 from . import app
 from .checkpoints import pinned
 from .config import ServeConfig
+from .edge.actor import Edges
+from .keys import first_token
 
 SERVICER = "serve.proxy.add_services"
 _POLL_S = 0.2
@@ -40,10 +43,13 @@ class Endpoints:
 
     name: str
     grpc: str
+    """Ray Serve's port; empty with edge.only."""
     http: str
     dashboard: str
     address: str
     checkpoint: str
+    edge: str = ""
+    """The gRPC port with TLS and keys; empty: there is none."""
 
 
 @contextmanager
@@ -57,7 +63,9 @@ def running(config: ServeConfig) -> Iterator[Endpoints]:
     joins = bool(config.address) or env.inside_job()
     config = choose_ports(config, check=not joins)
     check_parallel(config)
-    workers = config.parallel.world * (config.replicas.min if joins else config.replicas.max)
+    workers = config.parallel.world * (
+        max(1, config.replicas.min) if joins else config.replicas.max
+    )
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with local.session(workers=workers, address=config.address or None) as cluster:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own, set by now, aborts after 3 s
@@ -66,9 +74,24 @@ def running(config: ServeConfig) -> Iterator[Endpoints]:
         config = start_proxies(config, cluster)
         try:
             deploy(config, num_cpus=cluster.cpus_per_worker if cluster.local else threads)
-            yield endpoints(config, cluster)
+            with edged(config):
+                yield endpoints(config, cluster)
         finally:
             remove(config.name, cluster)
+
+
+@contextmanager
+def edged(config: ServeConfig) -> Iterator[None]:
+    """With edges on all nodes, if the config wants some."""
+    if config.edge.port is None:
+        yield
+        return
+    edges = Edges(config)
+    try:
+        edges.start()
+        yield
+    finally:
+        edges.stop(config.health.drain_s)
 
 
 def check_parallel(config: ServeConfig) -> None:
@@ -80,12 +103,16 @@ def check_parallel(config: ServeConfig) -> None:
 
 def choose_ports(config: ServeConfig, *, check: bool) -> ServeConfig:
     """Put free ports in place of 0; with `check`, ConfigError if a port is in use here."""
-    http_port, grpc_port = config.http_port, config.grpc_port
+    http_port, grpc_port, edge = config.http_port, config.grpc_port, config.edge
     if check or not http_port:
         http_port = free_port(config.host, http_port)
-    if check or not grpc_port:
+    if not edge.only and (check or not grpc_port):
         grpc_port = free_port("", grpc_port)
-    return dataclasses.replace(config, http_port=http_port, grpc_port=grpc_port)
+    edge_port = edge.wanted_port
+    if edge_port is not None and (check or not edge_port):
+        edge_port = free_port(edge.host, edge_port)
+    edge = dataclasses.replace(edge, port=edge_port)
+    return dataclasses.replace(config, http_port=http_port, grpc_port=grpc_port, edge=edge)
 
 
 def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
@@ -95,13 +122,13 @@ def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
     """
     ray.serve.start(
         http_options=ray.serve.HTTPOptions(host=config.host, port=config.http_port),
-        grpc_options=gRPCOptions(port=config.grpc_port, grpc_servicer_functions=[SERVICER]),
+        grpc_options=grpc_options(config),
     )
     if cluster.local or not cluster.dashboard_url:
         return config
     details = ServeSubmissionClient(cluster.dashboard_url).get_serve_details()
     http, grpc = details["http_options"], details["grpc_options"]
-    if SERVICER not in grpc.get("grpc_servicer_functions", ()):
+    if not config.edge.only and SERVICER not in grpc.get("grpc_servicer_functions", ()):
         raise ClusterError(
             f"Ray Serve runs on the cluster {cluster.address} already, without our gRPC services; "
             "shut it down there (serve shutdown), or serve on another cluster"
@@ -109,6 +136,12 @@ def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
     return dataclasses.replace(
         config, host=http["host"], http_port=http["port"], grpc_port=grpc["port"]
     )
+
+
+def grpc_options(config: ServeConfig) -> gRPCOptions:
+    """Ray Serve's gRPC port with our services; it opens none where it has no services."""
+    services = [] if config.edge.only else [SERVICER]
+    return gRPCOptions(port=config.grpc_port, grpc_servicer_functions=services)
 
 
 def deploy(config: ServeConfig, num_cpus: float) -> None:
@@ -142,11 +175,18 @@ def endpoints(config: ServeConfig, cluster: local.Session) -> Endpoints:
     """Where the application answers, once it does over gRPC."""
     node = "127.0.0.1" if cluster.local else ray.util.get_node_ip_address()
     host = node if config.host in ("0.0.0.0", "::") else config.host
-    target = f"{node}:{config.grpc_port}"
-    await_answer(target, config.name)
+    target, edge = "", ""
+    if not config.edge.only:
+        target = f"{node}:{config.grpc_port}"
+        key = first_token(config.auth.keys) if config.auth.keys else ""
+        await_answer(target, config.name, key)
+    if config.edge.port is not None:
+        at = node if config.edge.host in ("0.0.0.0", "::") else config.edge.host
+        edge = f"[{at}]:{config.edge.port}" if ":" in at else f"{at}:{config.edge.port}"
     return Endpoints(
         name=config.name,
         grpc=target,
+        edge=edge,
         http=f"http://{host}:{config.http_port}",
         dashboard=cluster.dashboard_url,
         address=cluster.address,
@@ -186,10 +226,11 @@ def _application(name: str) -> ApplicationStatusOverview:
     return ray.serve.status().applications[name]
 
 
-def await_answer(target: str, name: str, within_s: float = 30.0) -> None:
+def await_answer(target: str, name: str, token: str = "", within_s: float = 30.0) -> None:
     """Wait until the application answers over gRPC; ClusterError if it does not in time."""
     deadline_s = time.monotonic() + within_s
-    with Client(target, application=name, timeout_s=5.0) as client:
+    access = Access(token=token)
+    with Client(target, application=name, timeout_s=5.0, access=access) as client:
         while True:
             try:
                 client.model()

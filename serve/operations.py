@@ -52,11 +52,13 @@ class Operations:
         me: str,
         check: Callable[[str], str],
         topologies: Callable[[str], tuple[Topology, ...]],
+        threads: int = 0,
     ) -> None:
         """`me` is this replica's key in `State.states`; `check` is Interchangeable's;
-        `topologies` finds those of the runs whose name begins so."""
+        `topologies` finds those of the runs whose name begins so; `threads` are those that each
+        replica, or each of its shards, computes with."""
         self._application, self._me = application, me
-        self._check, self._topologies = check, topologies
+        self._check, self._topologies, self._threads = check, topologies, threads
 
     async def topology(self, query: ControlQuery) -> Topologies:
         """Who owns what, and what is served.
@@ -80,6 +82,7 @@ class Operations:
             checkpoint=state.settings.checkpoint,
             version=state.settings.version,
             draining=state.settings.draining,
+            threads=self._threads,
         )
 
     async def drain(self, request: DrainRequest) -> DrainResponse:

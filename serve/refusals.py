@@ -1,4 +1,8 @@
-"""Errors as gRPC says them: one table for all methods."""
+"""Errors as gRPC says them: one table for all methods.
+
+The methods raise the typed errors of gptmoe.errors; what carries their answers makes statuses of
+them: `set_status` for Ray Serve's proxy, edge/statuses.py for the edge.
+"""
 
 from typing import Protocol
 
@@ -45,7 +49,27 @@ class Context(Protocol):
     def set_details(self, details: str) -> None: ...
 
 
+class Direct:
+    """The context of a method that is called without gRPC: it keeps the error itself."""
+
+    def __init__(self) -> None:
+        self.error: GptMoeError | None = None
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        """Not wanted: the error says more."""
+
+    def set_details(self, details: str) -> None:
+        """Not wanted either."""
+
+
+def code_of(error: GptMoeError) -> grpc.StatusCode:
+    """The code that says what kind of error it is."""
+    return next(code for kind, code in _CODES if isinstance(error, kind))
+
+
 def set_status(error: GptMoeError, context: Context) -> None:
     """The code and sentence of an error."""
-    context.set_code(next(code for kind, code in _CODES if isinstance(error, kind)))
+    if isinstance(context, Direct):
+        context.error = error
+    context.set_code(code_of(error))
     context.set_details(str(error))

@@ -6,7 +6,7 @@ Plain Python: app.py makes it a Ray Serve deployment.
 import asyncio
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -16,24 +16,30 @@ from fastapi import FastAPI
 
 from cluster import coordinator_actor
 from gptmoe.config import location
-from gptmoe.errors import GptMoeError, Unavailable
+from gptmoe.errors import ClusterError, GptMoeError, Unavailable
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.request import make_request
 from gptmoe.model.counts import parameters
 from gptmoe.model.spec import ModelSpec
 
-from . import registry_actor
+from . import access_log, registry_actor
+from .access_log import LoggedService
 from .bridge import EngineThread
 from .checkpoints import Interchangeable
 from .config import ServeConfig
 from .control import ControlServicer
 from .controller import Controlled, Settings
 from .core import opened
+from .edge.inlet import Inlet, Progress
+from .guard import guarded
+from .keys import Keys
+from .metrics import EngineMetrics, RaySink
 from .operations import Operations
 from .result_cache import ResultCache
 from .rpc import Servicer
-from .service import ModelCard, Service
+from .scaling import autoscaling_stats
+from .service import ModelCard
 from .web.app import build
 
 log = logging.getLogger(__name__)
@@ -45,27 +51,35 @@ TRY_AGAIN_S = 1.0
 """Between tries to refresh while a shard is away."""
 
 
-class Generator(Servicer, ControlServicer):
-    """One replica: gRPC by its methods (Servicer, ControlServicer), HTTP by what it builds."""
+@guarded
+class Generator(Servicer, ControlServicer, Inlet):
+    """One replica: gRPC by its methods (Servicer, ControlServicer), HTTP by what it builds.
+
+    The edge calls the same methods by Inlet.
+    """
 
     def __init__(self, config: ServeConfig, num_cpus: float) -> None:
         torch.set_num_threads(config.threads)
+        me = ray.serve.get_replica_context().replica_id.unique_id
+        self.keys = Keys(config.auth.keys) if config.auth.keys else None
         with ExitStack() as stack:
             self._core = stack.enter_context(opened(config, num_cpus))
             engine, spec = self._core.engine, self._core.spec
             _warm_up(engine, spec.max_seq_len)
-            self._bridge = EngineThread(engine)
+            self._metrics = EngineMetrics(RaySink(config.name, me), since=engine.stats)
+            self._bridge = EngineThread(engine, self._metrics)
             self._stack = stack.pop_all()
-        replica = ray.serve.get_replica_context().replica_id.unique_id
+        access_log.to_stdout()
         connect = partial(registry_actor.connected, config.name)
-        self._claims = registry_actor.Claims(replica, connect, self._bridge.abort)
+        self._claims = registry_actor.Claims(me, connect, self._bridge.abort)
         most_bytes = int(config.cache.results_mb * 1e6)
-        self.service = Service(
+        self.service = LoggedService(
             self._bridge,
             engine.tokenizer,
             _card(spec, config),
             names=self._claims,
             results=ResultCache(most_bytes) if most_bytes else None,
+            config=config.log,
         )
         self._stall_s = config.health.stall_s
         self._version = 0
@@ -73,14 +87,15 @@ class Generator(Servicer, ControlServicer):
         self._alike = Interchangeable(spec, digest, config.cache_dir.expanduser())
         self.operations = Operations(
             Controlled(config.name),
-            me=replica,
+            me=me,
             check=self._alike.check,
             topologies=coordinator_actor.topologies,
+            threads=config.threads,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the HTTP application."""
-        return build(self.service, self._stall_s)
+        return build(self.service, self._stall_s, self.keys)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """What Ray Serve calls at the start, and whenever an operator told all replicas something.
@@ -101,10 +116,24 @@ class Generator(Servicer, ControlServicer):
                 log.warning("weights stay version=%s reason=%s", self._version, error)
                 return
 
-    def check_health(self) -> None:
-        """What Ray Serve calls every few seconds; raises if the replica must be replaced."""
+    async def edge_progress(self) -> Progress:
+        """What the edge asks every second."""
+        pending, silent_s = self._bridge.progress()
+        return Progress(pending=pending, silent_s=silent_s, draining=self.service.draining)
+
+    async def check_health(self) -> None:
+        """What Ray Serve calls every few seconds; raises if the replica must be replaced.
+
+        A good moment to give out the load of experts too: Ray exports metrics about as often.
+        """
         self.service.check(self._stall_s)
         self._core.check()
+        with suppress(ClusterError):  # the coordinator is slow; the next time will do
+            self._metrics.experts(await asyncio.to_thread(self._core.expert_rows))
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Ray Serve asks every few seconds where it sets the number of replicas."""
+        return autoscaling_stats(self._metrics.stats)
 
     def __del__(self) -> None:
         """What Ray Serve calls at the end, once running requests had their time to finish."""

@@ -176,6 +176,7 @@ def _call(message: messages.GenerateRequest) -> Call:
         resume_ids=tuple(message.resume_token_ids),
         priority=message.priority,
         deadline_s=_deadline_s(message.deadline_ms),
+        transport="grpc",
     )
 
 

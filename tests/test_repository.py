@@ -93,7 +93,14 @@ def test_the_core_needs_few_packages(source: Path) -> None:
 @pytest.mark.parametrize("source", SOURCES, ids=str)
 def test_every_import_is_a_declared_dependency(source: Path) -> None:
     declared = {Requirement(line).name for line in PROJECT["dependencies"]}
-    renamed = {"google": "protobuf", "grpc": "grpcio", "starlette": "fastapi"}
+    renamed = {
+        "google": "protobuf",
+        "grpc": "grpcio",
+        "grpc_health": "grpcio-health-checking",
+        "grpc_reflection": "grpcio-reflection",
+        "grpc_status": "grpcio-status",
+        "starlette": "fastapi",
+    }
     names = set(imported_from_outside(source)) - set(PACKAGES)
     assert {renamed.get(name, name.replace("_", "-")) for name in names} <= declared
 

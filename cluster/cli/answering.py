@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 from cluster import prompts
+from cluster.access import Access
 from gptmoe.errors import ConfigError
 from gptmoe.generate.params import SamplingParams
 
 from . import lazy
+from .access import Ca, Cert, TokenFile, access_of
 from .output import Json, bar, examples, print_facts
 from .sampling import with_sampling
 
@@ -21,6 +23,9 @@ app = typer.Typer(rich_markup_mode=None)
 
 Checkpoint = Annotated[Path, typer.Option(metavar="DIR", help="A checkpoint, or a run's folder.")]
 Dtype = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Compute in this type.")]
+Weights = Annotated[
+    Literal["", "int8", "int4"], typer.Option(help="Hold the weights of products in so many bits.")
+]
 
 _AT_ONCE = 64  # prompts of a file that are worked on together
 
@@ -29,6 +34,7 @@ _AT_ONCE = 64  # prompts of a file that are worked on together
     epilog=examples(
         "gptmoe generate 春风 --checkpoint runs/tiny --max-new-tokens 48 --top-k 5",
         "gptmoe generate 春风 --target 127.0.0.1:9000 --stream",
+        "gptmoe generate 春风 --target head:9443 --ca ca.pem --token-file keys.txt",
         "gptmoe generate --checkpoint runs/tiny --input in.json --output out.json --task poetry",
     )
 )
@@ -39,6 +45,9 @@ def generate(
         Path | None, typer.Option(metavar="DIR", help="Answer here, with this checkpoint or run.")
     ] = None,
     target: Annotated[str, typer.Option(metavar="HOST:PORT", help="Ask this gRPC server.")] = "",
+    ca: Ca = "",
+    cert: Cert = None,
+    token_file: TokenFile = None,
     input_file: Annotated[
         Path | None, typer.Option("--input", help='Prompts as JSON: [{"id": 1, "txt": "..."}].')
     ] = None,
@@ -58,7 +67,8 @@ def generate(
     if stream and (json or input_file):
         raise ConfigError("--stream prints plain text of one prompt; leave out --json and --input")
     items = prompts.read(input_file) if input_file else []
-    with _answerer(checkpoint, target, dtype, sampling) as answerer:
+    access = access_of(ca, cert, token_file)
+    with _answerer(checkpoint, target, access, dtype, sampling) as answerer:
         if prompt is None:
             rows = prompts.answers(items, _answer_all(answerer, items), task)
             prompts.write(rows, output_file)
@@ -84,13 +94,14 @@ def evaluate(
     ] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples at once.")] = 8,
     dtype: Dtype = "float32",
+    weights: Weights = "",
     json: Json = False,
 ) -> None:
     """Measure a checkpoint on a text.
 
     Loss (nats per token), perplexity, and bits per character, which compares across tokenizers.
     """
-    model = lazy.gptmoe_loaded().load(checkpoint, dtype)
+    model = lazy.gptmoe_loaded().load(checkpoint, dtype, weights=weights)
     with _prepared(data, model.tokenizer, kind) as folder, bar("evaluating") as progress:
         samples = lazy.gptmoe_data().open_samples(
             folder,
@@ -139,7 +150,7 @@ def import_(
 
 @contextmanager
 def _answerer(
-    checkpoint: Path | None, target: str, dtype: str, sampling: SamplingParams
+    checkpoint: Path | None, target: str, access: Access, dtype: str, sampling: SamplingParams
 ) -> Iterator[prompts.Answerer]:
     if bool(checkpoint) == bool(target):
         raise ConfigError("generate wants --checkpoint DIR or --target HOST:PORT; give one")
@@ -147,7 +158,7 @@ def _answerer(
         model = lazy.gptmoe_loaded().load(checkpoint, dtype)
         yield prompts.Local(model, asdict(sampling))
         return
-    with closing(lazy.remote().Remote(target, sampling)) as remote:
+    with closing(lazy.remote().Remote(target, sampling, access)) as remote:
         yield remote
 
 

@@ -1,6 +1,7 @@
-"""gptmoe models: the sizes that have a name."""
+"""gptmoe models, gptmoe verify: the sizes that have a name; whether a checkpoint is intact."""
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -8,6 +9,7 @@ from rich.table import Table
 from gptmoe.model.counts import parameters
 from gptmoe.model.presets import PRESETS, Preset
 
+from . import lazy
 from .output import Json, examples, print_facts
 
 app = typer.Typer(rich_markup_mode=None)
@@ -21,6 +23,30 @@ def models(json: Json = False) -> None:
     """
     facts = [describe(name, preset) for name, preset in PRESETS.items()]
     print_facts(facts, draw(facts), as_json=json)
+
+
+@app.command(epilog=examples("gptmoe verify runs/tiny", "gptmoe verify runs/tiny --json"))
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a run's.")],
+    json: Json = False,
+) -> None:
+    """Read all of a checkpoint and compare checksums; exit code 2 names the file at fault.
+
+    Loading without it (verify=false) checks that every file is there with its size.
+    """
+    opened = lazy.gptmoe_checkpoint().open_checkpoint(checkpoint, verify=True)
+    files = opened.manifest.files
+    facts = {
+        "checkpoint": str(opened.path),
+        "files": len(files),
+        "tensors": sum(len(tensors) for tensors in opened.manifest.groups.values()),
+        "bytes": sum(record.size_bytes for record in files.values()),
+    }
+    drawing = (
+        f"{facts['checkpoint']} is intact: {facts['files']} files, {facts['tensors']} tensors, "
+        f"{facts['bytes'] / 1e9:.3f} GB"
+    )
+    print_facts(facts, drawing, as_json=json)
 
 
 def describe(name: str, preset: Preset) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cluster.resolve import split_words
 from gptmoe.errors import ClusterError, ConfigError
 
 from . import lazy
+from .access import Ca, Cert, TokenFile, access_of
 from .output import Json, examples, print_facts, print_live
 from .serving import Checkpoint, Name, ServedAt, words_of
 
@@ -82,6 +83,9 @@ def status(
     address: Address = "",
     target: ServedAt = "",
     name: Name = "",
+    ca: Ca = "",
+    cert: Cert = None,
+    token_file: TokenFile = None,
     watch: Annotated[bool, typer.Option("--watch", help="Draw it anew until Ctrl-C.")] = False,
     json: Json = False,
 ) -> None:
@@ -93,7 +97,7 @@ def status(
     if target:
         if run_dir or address:
             raise ConfigError("status takes one of RUN_DIR, --address and --target")
-        with lazy.remote().operating(target, name) as client:
+        with lazy.remote().operating(target, name, access_of(ca, cert, token_file)) as client:
             if watch:
                 answers = lazy.remote().watch(client, _EVERY_S)
                 print_live(map(_served, answers), as_json=json)

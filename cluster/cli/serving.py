@@ -11,6 +11,7 @@ from cluster.resolve import resolve, split_words
 from gptmoe.errors import ConfigError
 
 from . import lazy
+from .access import Ca, Cert, TokenFile, access_of
 from .output import Json, examples, print_facts
 from .training import run_job
 
@@ -38,6 +39,8 @@ Within = Annotated[float, typer.Option(help="Wait so long for the replicas.")]
         "gptmoe serve --checkpoint runs/tiny",
         "gptmoe serve --checkpoint runs/tiny configs/serve/local.toml grpc_port=0 http_port=0",
         "gptmoe serve --checkpoint runs/tiny --layout pp=2,ep=2",
+        "gptmoe serve --checkpoint runs/tiny --keys keys.txt --edge-only "
+        "edge.tls_cert=cert.pem edge.tls_key=key.pem",
         "gptmoe serve --checkpoint /shared/runs/a --address http://head:8265",
         "gptmoe serve --checkpoint s3://bucket/runs/a --address http://head:8265",
     )
@@ -55,10 +58,20 @@ def serve(
     address: Annotated[
         str, typer.Option(help="Serve as a job on this Ray cluster; else on this machine.")
     ] = "",
+    edge_only: Annotated[
+        bool,
+        typer.Option(
+            "--edge-only", help="gRPC only at the edge (edge.port, else 9443), which speaks TLS."
+        ),
+    ] = False,
+    keys: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Only callers with a token of this file.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Serve a checkpoint over gRPC and HTTP until Ctrl-C."""
-    file, overrides = split_words([*words_of(words, checkpoint), *layout_words(layout)])
+    edge = edge_words(edge_only, keys)
+    file, overrides = split_words([*words_of(words, checkpoint), *layout_words(layout), *edge])
     if address:
         job = lazy.jobs().make_job("serve", file, overrides)
         raise typer.Exit(run_job(lazy.dashboard().Dashboard(address), job))
@@ -83,6 +96,9 @@ def scale(
         str, typer.Option(help="The dashboard of the Ray cluster, as http://HEAD:8265.")
     ] = "",
     target: ServedAt = "",
+    ca: Ca = "",
+    cert: Cert = None,
+    token_file: TokenFile = None,
     timeout_s: Within = 60.0,
     json: Json = False,
 ) -> None:
@@ -93,7 +109,7 @@ def scale(
     if target:
         if address:
             raise ConfigError("scale takes one of --address and --target")
-        with lazy.remote().operating(target, name) as client:
+        with lazy.remote().operating(target, name, access_of(ca, cert, token_file)) as client:
             client.scale(replicas, within_s=timeout_s)
     else:
         name = name or _USUAL_NAME
@@ -111,6 +127,9 @@ def drain(
     target: ServedAt,
     name: Name = "",
     resume: Annotated[bool, typer.Option("--resume", help="Take requests again.")] = False,
+    ca: Ca = "",
+    cert: Cert = None,
+    token_file: TokenFile = None,
     timeout_s: Within = 60.0,
     json: Json = False,
 ) -> None:
@@ -118,7 +137,7 @@ def drain(
 
     Comes back when all replicas refuse.
     """
-    with lazy.remote().operating(target, name) as client:
+    with lazy.remote().operating(target, name, access_of(ca, cert, token_file)) as client:
         client.drain(resume=resume, within_s=timeout_s)
     text = "takes requests again" if resume else "takes no new requests"
     print_facts({"target": target, "draining": not resume}, f"{target} {text}", as_json=json)
@@ -140,6 +159,9 @@ def refresh(
             "--restart", help="Running texts begin again; else they end with the old weights."
         ),
     ] = False,
+    ca: Ca = "",
+    cert: Cert = None,
+    token_file: TokenFile = None,
     timeout_s: Within = 300.0,
     json: Json = False,
 ) -> None:
@@ -148,7 +170,7 @@ def refresh(
     Comes back when all replicas have them.
     """
     meant = checkpoint if "://" in checkpoint else str(Path(checkpoint).absolute())
-    with lazy.remote().operating(target, name) as client:
+    with lazy.remote().operating(target, name, access_of(ca, cert, token_file)) as client:
         version = client.refresh(meant, restart=restart, within_s=timeout_s)
     facts = {"target": target, "checkpoint": meant, "version": version}
     print_facts(facts, f"{target} serves {meant} as version {version}", as_json=json)
@@ -158,6 +180,14 @@ def words_of(words: list[str] | None, checkpoint: str) -> list[str]:
     """The words of a command line with --checkpoint as an override."""
     chosen = jsonlib.dumps(checkpoint, ensure_ascii=False)
     return [*(words or []), *([f"checkpoint={chosen}"] if checkpoint else [])]
+
+
+def edge_words(edge_only: bool, keys: Path | None) -> list[str]:
+    """--edge-only and --keys as overrides of a serve config."""
+    only = ["edge.only=true"] if edge_only else []
+    if keys is None:
+        return only
+    return [*only, f"auth.keys={jsonlib.dumps(str(keys.absolute()), ensure_ascii=False)}"]
 
 
 def layout_words(layout: str) -> list[str]:

@@ -58,6 +58,10 @@ class Checkpoint:
         """The type in which a logical tensor was saved."""
         return DTYPES[self._record(name, group).dtype]
 
+    def maps(self, name: str, group: str = "weights") -> bool:
+        """Whether `read` gives the whole tensor as a memory map: it lies in one piece."""
+        return len(self._record(name, group).pieces) == 1
+
     def read(self, name: str, box: Box | None = None, group: str = "weights") -> Tensor:
         """One box of a tensor (default: all of it), assembled from the pieces that hold it.
 

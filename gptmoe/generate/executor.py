@@ -117,12 +117,12 @@ def hidden_states(
 ) -> Tensor:
     """Hidden states [T, D] behind the layers of the cache, which a stage may have few of.
 
-    `x_TD` are those before them, unless they begin with layer 0. Padding to ROW_MULTIPLE repeats
+    `x_TD` are those before them, unless they begin with layer 0. Padding repeats
     the last row: it asks for no expert that nobody asks for.
     """
     positions = [place for span in spans for place in range(span.start, span.start + span.count)]
     count = len(token_ids)
-    padding = -count % ROW_MULTIPLE
+    padding = -count % _multiple(model)
     ids = [*token_ids, *[token_ids[-1]] * padding]
     token_1T = torch.tensor([ids], device=cache.device)
     position_1T = torch.tensor([positions + positions[-1:] * padding], device=cache.device)
@@ -138,7 +138,11 @@ def scores(model: GPT, hidden_SD: Tensor) -> Tensor:
     count = len(hidden_SD)
     if not count:
         return hidden_SD.new_empty(0, model.spec.vocab_size)
-    return model.logits(_padded(hidden_SD, -count % ROW_MULTIPLE))[:count]
+    return model.logits(_padded(hidden_SD, -count % _multiple(model)))[:count]
+
+
+def _multiple(model: GPT) -> int:
+    return ROW_MULTIPLE if model.fixed_rows else 1
 
 
 def _padded(rows_TD: Tensor, padding: int) -> Tensor:

@@ -4,6 +4,10 @@ A packed product also gives each row the same bits whatever the number of rows (
 and of threads, which plain float32 products on several threads do not.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Generic, TypeVar
+
 import torch
 from torch import Tensor, nn
 
@@ -13,38 +17,47 @@ from gptmoe.model.moe import MoE
 from gptmoe.model.switch import SwitchRouter
 from gptmoe.model.transformer import GPT
 
+W = TypeVar("W")
 
-def pack(network: GPT, *, head: bool = True) -> bool:
+
+def pack(network: GPT, *, head: bool = True, experts: bool = True) -> bool:
     """Pack the weights of a network for inference in place; False if this machine cannot.
 
     Each plain weight is given up as its packed copy is made; only the token table, which is read by
-    rows too, is kept beside the copy that serves as the `head`. A packed network cannot be trained.
+    rows too, is kept beside the copy that serves as the `head`. Without `experts` theirs stay as
+    they are: memory-mapped ones then take only the memory of those that were asked for. A packed
+    network cannot be trained.
     """
     dtype = network.compute_dtype
     if not can_pack(dtype, next(network.parameters()).device):
         return False
     if head:
-        network.packed_head = _packed(network.embed.tokens.weight, dtype)
+        network.head = partial(linear, weight=packed(network.embed.tokens.weight, dtype))
     for module in list(network.modules()):
         if isinstance(module, Linear):
-            module.weight = nn.Parameter(_packed(module.weight, dtype), requires_grad=False)
-        elif isinstance(module, SwitchRouter):  # computes in float32
-            weight = _packed(module.weight, torch.float32)
-            module.weight = nn.Parameter(weight, requires_grad=False)
-        elif isinstance(module, MoE):
+            module.weight = nn.Parameter(packed(module.weight, dtype), requires_grad=False)
+        elif isinstance(module, SwitchRouter):
+            pack_router(module)
+        elif isinstance(module, MoE) and experts:
             module.experts = PackedExperts(module.experts, dtype)
     return True
 
 
-class PackedExperts(Experts):
-    """Experts for inference, each with packed weights of its own."""
+def pack_router(router: SwitchRouter) -> None:
+    """A router computes in float32 whatever the type of the model."""
+    weight = packed(router.weight, torch.float32)
+    router.weight = nn.Parameter(weight, requires_grad=False)
 
-    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
+
+class SeparateExperts(Experts, Generic[W]):
+    """Experts for inference, each with weights of its own that `make` made of the plain ones."""
+
+    def __init__(self, experts: Experts, make: Callable[[Tensor], W]) -> None:
         nn.Module.__init__(self)
         self.first = experts.first
-        self.up = [_packed(weight, dtype) for weight in experts.up_weight.detach()]
+        self.up = [make(weight) for weight in experts.up_weight.detach()]
         del experts.up_weight
-        self.down = [_packed(weight, dtype) for weight in experts.down_weight.detach()]
+        self.down = [make(weight) for weight in experts.down_weight.detach()]
         del experts.down_weight
         self.up_bias = experts.up_bias
         self.down_bias = experts.down_bias
@@ -63,12 +76,21 @@ class PackedExperts(Experts):
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else rows_RD
 
     def _one(self, expert: int, x_RD: Tensor) -> Tensor:
-        rows = len(x_RD)
-        missing = MIN_ROWS[x_RD.dtype] - rows
-        if missing > 0:
-            x_RD = torch.cat((x_RD, x_RD[-1:].expand(missing, -1)))
-        hidden_RF = linear(x_RD, self.up[expert], self.up_bias[expert], gelu=True)
-        return linear(hidden_RF, self.down[expert], self.down_bias[expert])[:rows]
+        hidden_RF = self._product(x_RD, self.up[expert], self.up_bias[expert], gelu=True)
+        return self._product(hidden_RF, self.down[expert], self.down_bias[expert])
+
+    def _product(self, x: Tensor, weight: W, bias: Tensor, *, gelu: bool = False) -> Tensor:
+        raise NotImplementedError
+
+
+class PackedExperts(SeparateExperts[Tensor]):
+    """Experts with packed weights."""
+
+    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
+        super().__init__(experts, partial(packed, dtype=dtype))
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
+        return linear(x, weight, bias, gelu=gelu)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -78,5 +100,6 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """One weight [out, in] in the kernels' layout."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)

@@ -21,7 +21,6 @@ Letters: B beams, N candidates, T places, V vocabulary.
 """
 
 import hashlib
-import math
 import struct
 from collections.abc import Iterable, Sequence
 
@@ -56,10 +55,9 @@ def choose(
         return int(scores_V.cpu().numpy().argmax())  # torch's argmax takes six times as long
     probability_N, token_N = candidates(scores_V, params)
     cumulative_N = probability_N.double().cumsum(0)
-    total = float(cumulative_N[-1])
     noise = uniform(params.seed, index, len(prompt_ids) + len(new_ids))
-    # Below the total, whatever rounding does: a last token of no probability must not be hit.
-    target = min(noise * total, math.nextafter(total, 0.0))
+    # Noise is at most 1 - 2**-53, so no rounding takes the target up to the total.
+    target = noise * float(cumulative_N[-1])
     place = int(torch.searchsorted(cumulative_N, target, right=True))
     return place if token_N is None else int(token_N[place])
 
@@ -130,10 +128,13 @@ def candidates(scores_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor
         kept = _nucleus(probability_N, params.top_p)
     else:
         probability_V = scores_V.softmax(0)
-        for tries in (*NUCLEUS_TRIES, len(scores_V)):
-            probability_N, token_N = probability_V.topk(min(tries, len(scores_V)))
+        most = len(scores_V)
+        if params.min_p:  # the others need not be sorted
+            most = int((probability_V >= params.min_p * probability_V.max()).sum())
+        for tries in (*NUCLEUS_TRIES, most):
+            probability_N, token_N = probability_V.topk(min(tries, most))
             kept = _nucleus(probability_N, params.top_p)
-            if kept < len(token_N):
+            if kept < len(token_N) or tries >= most:
                 break
     if params.min_p:
         kept = min(kept, int((probability_N >= params.min_p * probability_N[0]).sum()))

@@ -6,6 +6,7 @@ live.
 Letters: T tokens, D model width, R rows at the experts, S rows at their source.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,6 +65,25 @@ class LocalDispatcher:
         """Weigh the rows and add them to their tokens."""
         yield from ()
         return weighted_sum(rows_RD, sent)
+
+
+class CountedDispatcher:
+    """Another dispatcher, with the rows counted that each expert here gets."""
+
+    def __init__(self, inner: Dispatcher, load: list[int], experts: Sequence[int]) -> None:
+        """`load` is added to, at the place of each of the `experts` that are here, in order."""
+        self._inner, self._load, self._experts = inner, load, experts
+
+    def dispatch(self, h_TD: Tensor, routing: Routing) -> Pausing[Sent]:
+        """As the other's."""
+        sent = yield from self._inner.dispatch(h_TD, routing)
+        for expert, rows in zip(self._experts, sent.rows_per_expert, strict=True):
+            self._load[expert] += rows
+        return sent
+
+    def combine(self, rows_RD: Tensor, sent: Sent) -> Pausing[Tensor]:
+        """As the other's."""
+        return (yield from self._inner.combine(rows_RD, sent))
 
 
 def sort_by_expert(routing: Routing) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Letters: B batch, T tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,10 @@ class GPT(nn.Module):
         self.embed = Embeddings(spec)
         self.layers = nn.ModuleList(Block(spec, layer) for layer in range(spec.num_layers))
         self.norm = LayerNorm(spec.d_model)
-        self.packed_head: Tensor | None = None  # see gptmoe/generate/packed.py
+        self.head: Callable[[Tensor], Tensor] | None = None
+        """The output head in another form than the token table (gptmoe/generate/packed.py)."""
+        self.fixed_rows = True
+        """Whether products need a fixed multiple of rows to give a row the same bits always."""
 
     def forward(self, *arguments: Any, **named: Any) -> Output:
         """`steps` without a pause."""
@@ -135,8 +139,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Scores over the vocabulary, [B, T, V], with the tied token table."""
-        table_VD = self.embed.tokens.weight if self.packed_head is None else self.packed_head
-        return linear(hidden_BTD, table_VD)
+        if self.head is not None:
+            return self.head(hidden_BTD)
+        return linear(hidden_BTD, self.embed.tokens.weight)
 
     def loss_sum(self, hidden_BTD: Tensor, label_BT: Tensor, weight_BT: Tensor) -> Tensor:
         """Sum in nats of the losses of labels with weight True: a scalar."""

@@ -17,7 +17,7 @@ from gptmoe.checkpoint import Checkpoint
 from gptmoe.generate.cache import KVCache
 from gptmoe.generate.executor import hidden_states, output_rows, scores
 from gptmoe.generate.plan import SlotCopy, SlotSpan
-from gptmoe.model.dispatch import Dispatcher, LocalDispatcher, Sent
+from gptmoe.model.dispatch import CountedDispatcher, Dispatcher, LocalDispatcher
 from gptmoe.model.experts import Experts
 from gptmoe.model.moe import MoE
 from gptmoe.model.routing import Routing, Statistics
@@ -195,11 +195,11 @@ class Shard:
         count = self.spec.experts_in_layer(layer)
         mine = self.part.experts_in(layer)
         if not travels(self.parts, layer, count):
-            return _Counted(LocalDispatcher(), self.load_of[layer], mine)
+            return CountedDispatcher(LocalDispatcher(), self.load_of[layer], mine)
         place = stage_ranks(self.parts)[self.part.stage].index(self.rank)
         places = held(self.parts, layer, count)
         placed = PlacedDispatcher(self._exchange, places, count, place, self.device)
-        return _Counted(placed, self.load_of[layer], mine)
+        return CountedDispatcher(placed, self.load_of[layer], mine)
 
     def _attach(self, weights: Weights) -> None:
         """Point a version's layers at the groups of now."""
@@ -214,22 +214,6 @@ class Shard:
             for module in model.modules():
                 if hasattr(module, "slices"):
                     setattr(module, "slices", self._slices)  # noqa: B010  no parameter
-
-
-class _Counted:
-    """A dispatcher that counts the rows each expert here gets."""
-
-    def __init__(self, inner: Dispatcher, load: list[int], experts: Sequence[int]) -> None:
-        self._inner, self._load, self._experts = inner, load, experts
-
-    def dispatch(self, h_TD: Tensor, routing: Routing) -> Pausing[Sent]:
-        sent = yield from self._inner.dispatch(h_TD, routing)
-        for expert, rows in zip(self._experts, sent.rows_per_expert, strict=True):
-            self._load[expert] += rows
-        return sent
-
-    def combine(self, rows_RD: Tensor, sent: Sent) -> Pausing[Tensor]:
-        return (yield from self._inner.combine(rows_RD, sent))
 
 
 def _no_rows(device: torch.device) -> Routing:

@@ -121,12 +121,15 @@ class ChatBody(Options):
         most = "max_completion_tokens" if self.max_tokens is None else "max_tokens"
         return NAMES | {"prompt": "messages", "max_new_tokens": most}
 
-    def call(self, request_id: str, max_seq_len: int) -> Call:
+    def call(self, head: Head, max_seq_len: int) -> Call:
         """Raises RequestError."""
         return Call(
             prompt=self.prompt,
             sampling=self._sampling(max_seq_len),
-            request_id=request_id,
+            request_id=head.request_id,
+            named=head.named,
+            seeded=self.seed is not None,
+            transport="http",
             model=self.model or "",
             priority=self.priority,
             deadline_s=self.deadline_s,
@@ -218,7 +221,7 @@ def router(service: Service) -> APIRouter:
     async def chat(body: ChatBody, request: Request, x_request_id: RequestId = None) -> Response:
         head = Head.of("chatcmpl", x_request_id, service)
         with named(body.names):
-            calls = [body.call(head.request_id, service.card.max_seq_len)]
+            calls = [body.call(head, service.card.max_seq_len)]
             writer = _Writer(service, body, head)
             if not body.stream:
                 answers = await while_connected(request.receive, collected(service, calls))

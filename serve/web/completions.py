@@ -65,7 +65,7 @@ class CompletionBody(Options):
             return self.num_beams
         return self.best_of or self.n
 
-    def calls(self, request_id: str) -> list[Call]:
+    def calls(self, head: Head) -> list[Call]:
         """One for each prompt. Raises RequestError."""
         n = self.n or 1
         check(
@@ -88,21 +88,21 @@ class CompletionBody(Options):
             prompt_logprobs=scored,
         )
         prompts = self.prompts
-        ids = (
-            [request_id]
-            if len(prompts) == 1
-            else [f"{request_id}-{k}" for k in range(len(prompts))]
-        )
+        several = [f"{head.request_id}-{place}" for place in range(len(prompts))]
+        names = [head.request_id] if len(prompts) == 1 else several
         return [
             Call(
                 prompt=prompt,
                 sampling=sampling,
                 request_id=name,
+                named=head.named,
+                seeded=self.seed is not None,
+                transport="http",
                 model=self.model or "",
                 priority=self.priority,
                 deadline_s=self.deadline_s,
             )
-            for name, prompt in zip(ids, prompts, strict=True)
+            for name, prompt in zip(names, prompts, strict=True)
         ]
 
 
@@ -177,7 +177,7 @@ def router(service: Service) -> APIRouter:
     ) -> Response:
         head = Head.of("cmpl", x_request_id, service)
         with named(_NAMES):
-            calls = body.calls(head.request_id)
+            calls = body.calls(head)
             writer = _Writer(service, body, head)
             if not body.stream:
                 answers = await while_connected(request.receive, collected(service, calls))

@@ -49,7 +49,8 @@ class Door:
         try:
             if self._keys and path not in OPEN:
                 self._keys.check(headers.get("authorization"))
-            self._check_size(int(headers.get("content-length", 0)))
+            told = headers.get("content-length", "")
+            self._check_size(int(told) if told.isdecimal() else 0)
         except (Unauthenticated, HTTPException) as error:
             await respond(path, error)(scope, receive, send)
             return

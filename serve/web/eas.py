@@ -110,10 +110,12 @@ class GenerateBody(Strict):
         call = Call(
             prompt=self.prompt,
             sampling=asked.sampling(),
+            seeded="seed" in asked.model_fields_set,
+            transport="http",
             priority=asked.priority,
             deadline_s=asked.deadline_ms / 1000 if asked.deadline_ms else None,
         )
-        return replace(call, request_id=request_id) if request_id else call
+        return replace(call, request_id=request_id, named=True) if request_id else call
 
 
 class GenerateAnswer(pydantic.BaseModel):

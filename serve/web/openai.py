@@ -46,6 +46,8 @@ class Head:
 
     kind: str
     request_id: str
+    named: bool
+    """Whether the caller chose it."""
     created: int
     model: str
 
@@ -53,7 +55,13 @@ class Head:
     def of(kind: str, request_id: str | None, service: Service) -> "Head":
         """Of an answer that begins now; `kind` goes before the request's id."""
         name = request_id or uuid.uuid4().hex
-        return Head(kind=kind, request_id=name, created=int(time.time()), model=service.card.name)
+        return Head(
+            kind=kind,
+            request_id=name,
+            named=bool(request_id),
+            created=int(time.time()),
+            model=service.card.name,
+        )
 
     def fields(self, weights_version: int) -> dict[str, Any]:
         """The same as the fields of an answer, with the weights that spoke."""

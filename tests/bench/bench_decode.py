@@ -1,200 +1,184 @@
-"""Speed of decoding: ours against transformers' GPT-2 `generate` with the same weights.
+"""Speed of decoding on the CPU: ours, llama.cpp and transformers, in turns in one run.
 
-    python tests/bench/bench_decode.py [--rounds 9] [--json FILE]
+    python -m tests.bench.bench_decode [--rounds 9] [--threads 2] [--no-peers] [--json FILE]
 
-12 layers x 768, 12 heads, vocabulary 50,257, random weights, bf16, greedy, prompts of 20 tokens,
-128 new ones, two threads. First it checks that both compute the same: the same greedy tokens in
-fp32, and in bf16 logits over one text within 0.02 of the largest (transformers' own eager and SDPA
-attention differ by 0.012 of it).
+12 layers x 768, vocabulary 32,000, random bf16 weights, greedy, prompts of 20 tokens, 128 new ones;
+ms of one decoding step. Dense at batch 1 and 8; 8 and 64 experts top-1 on every second layer; int8
+and int4. Every round reads memory at full speed, too; fractions of bandwidth are bytes of the
+active weights by ms by what that round gave. A round beside other load is repeated. Peers are
+installed into ~/.cache/gptmoe-bench at first use (llama.cpp is compiled: a quarter of an hour); one
+that cannot be is named with the reason, and its goals count as missed.
 """
 
 import argparse
-import tempfile
-from collections.abc import Callable, Sequence
+import contextlib
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
-from gptmoe.checkpoint import read_gpt2
-from gptmoe.generate.engine import Engine
-from gptmoe.generate.packed import pack
-from gptmoe.generate.params import SamplingParams
-from gptmoe.generate.request import Request
-from gptmoe.loaded import KEPT_WIDE, LoadedModel
-from gptmoe.model.initialize import initialize
-from gptmoe.model.spec import ModelSpec
-from gptmoe.model.transformer import GPT
-from gptmoe.text import Tokenizer
-from tests.bench.side_by_side import Comparison, compare, table, write_json
+from gptmoe.generate.quantized import Weights
+from gptmoe.loaded import LoadedModel
+from tests.bench import decoding
+from tests.bench.peers.child import Peer
+from tests.bench.peers.environments import LLAMA, TRANSFORMERS, Missing
+from tests.bench.quiet import Contestant, Rounds, measure, triad_bandwidth
+from tests.bench.same_as_gpt2 import check_same
 
-LAYERS, D_MODEL, HEADS, CONTEXT, VOCABULARY, EXPERTS = 12, 768, 12, 1024, 50257, 8
-PROMPT, NEW = 20, 128
-GOAL = 1.5
-CLOSE = 2e-2
-THREADS = 2
-
-
-class Letters:
-    """A tokenizer in name: every token is one letter."""
-
-    kind, digest = "letters", ""
-    vocab_size = VOCABULARY
-    end_id = sep_id = VOCABULARY - 1
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return b"abcdefghijklmnopqrstuvwxyz"[token_id % 26 :][:1]
-
-    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        raise NotImplementedError
-
-    def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
-        raise NotImplementedError
-
-    def characters_per_token(self) -> list[int]:
-        raise NotImplementedError
-
-    def save(self, folder: Path) -> None:
-        raise NotImplementedError
+MODELS: dict[str, tuple[int, Weights, bool]] = {  # experts, weights, experts as in the file
+    "ours": (0, "", False),
+    "ours int8": (0, "int8", False),
+    "ours int4": (0, "int4", False),
+    "ours 8 experts": (8, "", False),
+    "ours 64 experts": (64, "", False),
+    "ours 64 experts, not packed": (64, "", True),
+}
+MIXTRAL = {8: "transformers Mixtral, 8 experts", 64: "transformers Mixtral, 64 experts"}
+GPT2, LLAMA_CPP = "transformers GPT-2", "llama.cpp"
 
 
-def make_gpt2() -> Any:
-    """Theirs, with random weights."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=CONTEXT,
-        n_embd=D_MODEL,
-        n_layer=LAYERS,
-        n_head=HEADS,
-    )
-    gpt2: Any = GPT2LMHeadModel(config)
-    return gpt2.eval()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """`ours` is to be at least so many times faster than `than`."""
+
+    batch: int
+    ours: str
+    than: str
+    least: float
 
 
-def loaded(spec: ModelSpec, weights: dict[str, Tensor], dtype: torch.dtype) -> LoadedModel:
-    """Ours with these weights, as `gptmoe.load` would make it."""
-    with torch.device("meta"):
-        network = GPT(spec, compute_dtype=dtype)
-    wide = {name: any(part in name for part in KEPT_WIDE) for name in weights}
-    kept = {n: w.to(torch.float32 if wide[n] else dtype).contiguous() for n, w in weights.items()}
-    network.load_state_dict(kept, assign=True)
-    network.requires_grad_(False)
-    assert pack(network), "this machine has no packed products"
-    tokenizer: Tokenizer = Letters()
-    return LoadedModel(network.eval(), tokenizer, {}, Path())
-
-
-def our_tokens(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Continue all prompts greedily."""
-    sampling = SamplingParams(temperature=0, max_new_tokens=NEW, ignore_end=True)
-    tokens: dict[str, list[int]] = {str(index): [] for index in range(len(prompts))}
-    for index, prompt in enumerate(prompts):
-        engine.add(Request(str(index), tuple(prompt), sampling))
-    while engine.has_work:
-        for delta in engine.step():
-            tokens[delta.request_id] += delta.token_ids
-    return list(tokens.values())
-
-
-def their_tokens(gpt2: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """The same by transformers."""
-    tokens_BT = torch.tensor(prompts)
-    out_BT = gpt2.generate(
-        tokens_BT,
-        attention_mask=torch.ones_like(tokens_BT),
-        do_sample=False,
-        use_cache=True,
-        min_new_tokens=NEW,
-        max_new_tokens=NEW,
-        pad_token_id=VOCABULARY - 1,
-    )
-    return out_BT[:, tokens_BT.shape[1] :].tolist()
-
-
-def make_prompts(count: int) -> list[list[int]]:
-    """Random tokens."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(VOCABULARY - 1, (count, PROMPT), generator=generator).tolist()
-
-
-def check_same(gpt2: Any, make: Callable[[torch.dtype], LoadedModel]) -> str:
-    """Same greedy tokens in fp32, close logits in bf16; says how close. `gpt2` becomes bf16."""
-    prompts = make_prompts(1)
-    tokens = their_tokens(gpt2, prompts)
-    assert our_tokens(make(torch.float32).engine(), prompts) == tokens, "greedy tokens differ"
-    text_BT = torch.tensor([prompts[0] + tokens[0]])
-    with torch.inference_mode():
-        exact_BTV = gpt2(text_BT).logits
-        theirs_BTV = gpt2.to(torch.bfloat16)(text_BT).logits.float()
-    ours_BTV = make(torch.bfloat16).logits(text_BT).float()
-    largest = float(exact_BTV.abs().max())
-    between, ours, theirs = (
-        float((a - b).abs().max())
-        for a, b in ((ours_BTV, theirs_BTV), (ours_BTV, exact_BTV), (theirs_BTV, exact_BTV))
-    )
-    assert between <= CLOSE * largest, f"bf16 logits differ by {between}, the largest is {largest}"
-    return (
-        f"same {NEW} greedy tokens in fp32; bf16 logits differ by at most {between:.4f}, "
-        f"{between / largest:.4f} of the largest (from fp32: ours {ours:.4f}, "
-        f"transformers {theirs:.4f})"
-    )
-
-
-def mixture() -> LoadedModel:
-    """Ours of the same shape with experts on every second layer; a token uses as many weights."""
-    spec = ModelSpec(
-        num_layers=LAYERS,
-        d_model=D_MODEL,
-        num_heads=HEADS,
-        d_ff=4 * D_MODEL,
-        vocab_size=VOCABULARY,
-        max_seq_len=CONTEXT,
-        num_experts=(EXPERTS,) * (LAYERS // 2),
-        init_std=0.02,
-    )
-    network = GPT(spec)
-    initialize(network, seed=0)
-    return loaded(spec, network.state_dict(), torch.bfloat16)
+GOALS = (
+    Goal(batch=1, ours="ours", than=LLAMA_CPP, least=0.85),
+    Goal(batch=1, ours="ours", than=GPT2, least=2.0),
+    Goal(batch=8, ours="ours", than=LLAMA_CPP, least=1.0),
+    Goal(batch=8, ours="ours", than=GPT2, least=1.6),
+    Goal(batch=1, ours="ours 8 experts", than="ours", least=1 / 1.15),
+    Goal(batch=1, ours="ours 64 experts", than="ours", least=1 / 1.15),
+    Goal(batch=8, ours="ours 8 experts", than=MIXTRAL[8], least=2.0),
+    Goal(batch=8, ours="ours 64 experts", than=MIXTRAL[64], least=2.0),
+    Goal(batch=1, ours="ours int8", than="ours", least=1.1),
+    Goal(batch=1, ours="ours int4", than="ours", least=1.7),
+)
+LINEAR_FRACTION, STEP_FRACTION = 0.85, 0.65
+LINEAR = "ours, linear layers alone"
 
 
 def main() -> None:
-    """Check, measure, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=THREADS)
-    parser.add_argument("--json", type=Path, help="write all rounds to this file")
-    arguments = parser.parse_args()
+    """Check, measure, print the tables."""
+    arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    gpt2 = make_gpt2()
-    with tempfile.TemporaryDirectory() as folder:
-        gpt2.save_pretrained(folder)
-        spec, weights = read_gpt2(Path(folder))
-    print(check_same(gpt2, lambda dtype: loaded(spec, weights, dtype)))
-    dense, experts = loaded(spec, weights, torch.bfloat16).engine(), mixture().engine()
-
-    def measure(title: str, batch: int, engine: Engine, goal: float | None = None) -> Comparison:
-        prompts = make_prompts(batch)
-        return compare(
-            f"{title}, batch {batch}",
-            ours=("ours", lambda: our_tokens(engine, prompts)),
-            peer=("transformers GPT-2", lambda: their_tokens(gpt2, prompts)),
-            goal=goal,
-            rounds=arguments.rounds,
-            warmups=1,
-        )
-
-    comparisons = [
-        measure("dense", 1, dense, GOAL),
-        measure("dense", 8, dense),
-        measure(f"{EXPERTS} experts on every second layer", 1, experts),
-        measure(f"{EXPERTS} experts on every second layer", 8, experts),
-    ]
-    print(table(comparisons))
+    print(check_same())
+    print(f"STREAM triad {triad_bandwidth() / 1e9:.1f} GB/s")
+    models = {
+        name: decoding.model(experts, weights, map_experts=mapped)
+        for name, (experts, weights, mapped) in MODELS.items()
+    }
+    facts = []
+    with contextlib.ExitStack() as stack:
+        peers = _peers(arguments.threads, stack) if arguments.peers else {}
+        for batch in (1, 8):
+            rounds = measure(_contestants(models, peers, batch), rounds=arguments.rounds)
+            print(_table(rounds, batch), flush=True)
+            facts += [_verdict(goal, rounds) for goal in GOALS if goal.batch == batch]
+            facts += _fractions(rounds) if batch == 1 else []
+    for fact in facts:
+        print(f"{fact['title']}: {fact['says']}   {'yes' if fact['reached'] else 'NO'}")
     if arguments.json:
-        write_json(arguments.json, comparisons)
+        arguments.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _contestants(
+    models: dict[str, LoadedModel], peers: dict[str, Peer], batch: int
+) -> list[Contestant]:
+    found = [
+        Contestant(name, partial(decoding.step_s, model.engine(), batch))
+        for name, model in models.items()
+    ]
+    if batch == 1:
+        found.append(Contestant(LINEAR, partial(decoding.linear_s, models["ours"].network)))
+    if peer := peers.get(LLAMA_CPP):
+        found.append(Contestant(LLAMA_CPP, partial(_their_step_s, peer, batch=batch), peer.pid))
+    if other := peers.get(GPT2):
+        for experts, name in {0: GPT2, **MIXTRAL}.items():
+            act = partial(_their_step_s, other, experts=experts, batch=batch)
+            found.append(Contestant(name, act, other.pid))
+    return found
+
+
+def _their_step_s(peer: Peer, **what: int) -> float:
+    return float(peer.ask(**what)["step_s"])
+
+
+def _peers(threads: int, stack: contextlib.ExitStack) -> dict[str, Peer]:
+    """Those that can be had; of the others the reason is printed."""
+    peers = {}
+    for name, environment, script in (
+        (LLAMA_CPP, LLAMA, "llama_peer.py"),
+        (GPT2, TRANSFORMERS, "transformers_peer.py"),
+    ):
+        try:
+            peers[name] = Peer(environment, script, str(threads))
+        except Missing as missing:
+            print(f"without {name}: {missing}")
+            continue
+        stack.callback(peers[name].close)
+        print(f"{name}: {peers[name].about}")
+    return peers
+
+
+def _table(rounds: Rounds, batch: int) -> str:
+    lines = [
+        f"batch {batch}: ms of a step, median (middle half) of {len(rounds.other)} rounds; reading "
+        f"{statistics.median(rounds.bandwidth) / 1e9:.1f} GB/s; other load "
+        f"{100 * max(rounds.other):.1f} % at most, {rounds.repeated} rounds repeated for it"
+    ]
+    for name in rounds.seconds:
+        low, high = rounds.spread_ms(name)
+        line = f"    {name:<34}{rounds.median_ms(name):8.2f} ({low:.2f} to {high:.2f})"
+        if batch == 1 and name in MODELS:
+            read = _bytes(name)
+            line += f"   {read / 1e6:6.1f} MB, {_fraction(rounds, name, read):.2f} of bandwidth"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _verdict(goal: Goal, rounds: Rounds) -> dict[str, object]:
+    title = f"batch {goal.batch}: {goal.ours} against {goal.than}"
+    if goal.than not in rounds.seconds:
+        return {"title": title, "says": "not measured", "reached": False, **asdict(goal)}
+    ratio = rounds.times_faster(goal.ours, goal.than)
+    says = f"{ratio:.2f} times as fast, goal {goal.least:.2f}"
+    return {"title": title, "says": says, "reached": ratio >= goal.least, "ratio": ratio}
+
+
+def _fractions(rounds: Rounds) -> Iterator[dict[str, object]]:
+    for name, least in ((LINEAR, LINEAR_FRACTION), ("ours", STEP_FRACTION)):
+        ratio = _fraction(rounds, name, _bytes("ours"))
+        says = f"{ratio:.2f} of bandwidth for {_bytes('ours') / 1e6:.1f} MB, goal {least}"
+        yield {"title": f"batch 1: {name}", "says": says, "reached": ratio >= least, "ratio": ratio}
+
+
+def _fraction(rounds: Rounds, name: str, num_bytes: float) -> float:
+    pairs = zip(rounds.seconds[name], rounds.bandwidth, strict=True)
+    return statistics.median(num_bytes / seconds / bandwidth for seconds, bandwidth in pairs)
+
+
+def _bytes(name: str) -> float:
+    experts, weights, _ = MODELS[name]
+    return decoding.active_bytes(decoding.spec_with(experts), weights)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours alone")
+    parser.add_argument("--json", type=Path, help="write verdicts to this file")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

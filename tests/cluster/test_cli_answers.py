@@ -1,6 +1,7 @@
 """gptmoe generate, evaluate and import on a real, tiny checkpoint, in this process."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,37 @@ def test_a_text_is_measured(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     assert out.startswith(f"loss {facts['loss']:.4f}  perplexity")
     code, _, err = run("evaluate", "--checkpoint", str(checkpoint), "--data", str(tmp_path / "no"))
     assert (code, "does not exist" in err) == (2, True)
+
+
+def test_rounded_weights_are_measured(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    data = tmp_path / "poems.txt"
+    data.write_text(f"{POEM}\n\n{POEM}\n")
+    words = ("evaluate", "--checkpoint", str(checkpoint), "--data", str(data), "--json")
+    losses = [
+        json.loads(run(*words, "--weights", weights)[1])["loss"] for weights in ("", "int8", "int4")
+    ]
+    assert losses[0] != losses[1] != losses[2]
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)
+    assert losses[2] == pytest.approx(losses[0], abs=0.5)
+
+
+def test_a_checkpoint_is_verified(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    code, out, _ = run("verify", str(checkpoint), "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["checkpoint"] == str(checkpoint)
+    assert facts["tensors"] == len(list(GPT(gptmoe.load(checkpoint).spec).named_parameters()))
+    assert facts["bytes"] == sum(
+        path.stat().st_size for path in checkpoint.iterdir() if path.name != "manifest.json"
+    )
+    assert f"is intact: {facts['files']} files" in run("verify", str(checkpoint))[1]
+
+    copy = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    damaged = next(copy.glob("weights-*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    code, out, err = run("verify", str(copy))
+    assert (code, out) == (2, "")
+    assert f"error: {damaged.name} in {copy} is corrupt" in err
 
 
 def test_rows_with_targets_are_measured_on_their_targets(

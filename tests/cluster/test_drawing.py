@@ -9,6 +9,7 @@ from cluster.drawing import (
     describe_experts,
     describe_load,
     describe_step,
+    describe_threads,
     draw_application,
     draw_cluster,
     draw_run,
@@ -127,6 +128,17 @@ def test_a_served_model_with_its_shards_and_their_load() -> None:
     assert lines[6].startswith("rank 1 died")
     assert "draining" in text(draw_application(replace(SERVED, draining=True)))
     assert "each holds the whole model" in text(draw_application(replace(SERVED, topologies=())))
+
+
+def test_threads_are_told_by_node() -> None:
+    lines = text(draw_application(replace(SERVED, threads=2))).splitlines()
+    assert lines[2] == "each shard computes with 2 threads: 4 on node-a"
+    (topology,) = SERVED.topologies
+    moved = (topology.owners[0], replace(topology.owners[1], node="node-b"))
+    apart = replace(SERVED, threads=1, topologies=(replace(topology, owners=moved),))
+    assert describe_threads(apart) == "each shard computes with 1 thread: 1 on node-a, 1 on node-b"
+    whole = replace(SERVED, threads=4, replicas=2, topologies=())
+    assert "each replica computes with 4 threads" in text(draw_application(whole))
 
 
 def test_the_load_of_a_shard_in_words() -> None:

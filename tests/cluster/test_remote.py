@@ -86,6 +86,7 @@ def test_what_a_server_refuses_is_in_our_words(target: str) -> None:
             "Application metadata not set.",
             "no such application, or several of them: --name",
         ),
+        ("UNAUTHENTICATED", "a key is wanted", "a key is wanted; --token-file names a file"),
         ("ABORTED", "another operator wants 4 replicas", "^another operator"),
     ],
 )

@@ -12,7 +12,10 @@ import gptmoe
 from gptmoe.checkpoint import save, whole
 from gptmoe.config import to_dict
 from gptmoe.errors import CheckpointError, ConfigError, RequestError
+from gptmoe.generate.packed import PackedExperts
 from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.quantized import quantized
+from gptmoe.loaded import EXPERT_WEIGHTS
 from gptmoe.model.initialize import initialize
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
@@ -224,6 +227,57 @@ def test_unknown_types_and_devices(run: Path) -> None:
         gptmoe.load(run, dtype="int4")
     with pytest.raises(ConfigError, match=r"^device='cuda:99' is not here; use one of cpu"):
         gptmoe.load(run, device="cuda:99")
+    with pytest.raises(ConfigError, match=r"^weights='int3' is not known; use int8 or int4, or"):
+        gptmoe.load(run, weights="int3")
+    with pytest.raises(ConfigError, match=r'^weights="int8" computes in float32 or bfloat16'):
+        gptmoe.load(run, "float64", weights="int8")
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_weights_are_rounded_as_they_are_stored(run: Path, weights: str, network: GPT) -> None:
+    """Not after a rounding to the type that computes; what is not rounded has that type."""
+    model = gptmoe.load(run, "bfloat16", weights=weights)
+    head = quantized(network.embed.tokens.weight, weights, torch.bfloat16)  # type: ignore[arg-type]
+    hidden_BTD = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(model.network.logits(hidden_BTD), head.product(hidden_BTD))
+    assert model.network.embed.tokens.weight.dtype == torch.bfloat16
+    assert model.network.norm.weight.dtype == torch.float32
+    assert isinstance(model.generate("春风", max_new_tokens=4, temperature=0), str)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_beyond_the_memory_stay_mapped(
+    write: Write, network: GPT, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other layers are packed. Experts of another type are in memory anyway: they are packed."""
+    run = write()
+    half = 2 * sum(
+        p.nbytes for name, p in network.named_parameters() if name.endswith(EXPERT_WEIGHTS)
+    )
+    for available, copied in ((half, True), (half - 1, dtype != "float32"), (None, True)):
+        monkeypatch.setattr("gptmoe.loaded.available_bytes", lambda free=available: free)
+        model = gptmoe.load(run, dtype)
+        moe = model.network.layers[1].ffn
+        assert isinstance(moe.experts, PackedExperts) == copied
+        assert model.network.layers[0].attention.qkv.weight.is_mkldnn
+        answer = model.logits([[1, 2, 3]])
+        if available == half:
+            expected = answer
+        assert torch.allclose(answer, expected, rtol=0, atol=1e-4)
+
+
+def test_checksums_are_compared_unless_told_otherwise(write: Write) -> None:
+    run = write()
+    file = next(run.rglob("weights-*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is corrupt: its checksum does not match"):
+        gptmoe.load(run)
+    assert gptmoe.load(run, verify=False).spec.d_model == 32
+    file.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="is damaged: it has"):
+        gptmoe.load(run, verify=False)
 
 
 def test_a_tokenizer_of_another_model(write: Write, spec: ModelSpec) -> None:

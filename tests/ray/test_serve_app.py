@@ -1,6 +1,7 @@
 """A small model behind Ray Serve's own proxy: gRPC and HTTP as a client sees them."""
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -83,8 +84,16 @@ def test_http_gives_the_same_text(web: httpx.Client, model: gptmoe.LoadedModel) 
         "inputs": ["春风"],
         "parameters": {"max_length": 24, "seed": 7, "top_k": 50},
     }
-    expected = "春风" + model.generate("春风", max_new_tokens=24, seed=7, top_k=50)
+    said = model.generate("春风", max_new_tokens=24, seed=7, top_k=50)
+    expected = ("春风" + said).replace("\n", "\\n")
     assert web.post("/generate", json=body).json() == {"text": expected}
+    asked = {"prompt": "春风", "max_tokens": 24, "seed": 7, "top_k": 50}
+    assert web.post("/v1/completions", json=asked).json()["choices"][0]["text"] == said
+    with web.stream("POST", "/v1/completions", json=asked | {"stream": True}) as response:
+        *pieces, done = [line for line in response.iter_lines() if line]
+    chunks = [json.loads(piece.removeprefix("data: ")) for piece in pieces]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == said
+    assert done == "data: [DONE]"
     with web.stream("POST", "/generate/stream", json=body) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
         lines = [line for line in response.iter_lines() if line]
@@ -167,7 +176,7 @@ def test_unreadable_requests_over_grpc(endpoints: Endpoints, data: bytes) -> Non
     ("content", "sentence"),
     [
         (b'{"inputs": [""]}', "inputs must be at least one character"),
-        (b'{"inputs": ["a", "b"]}', "inputs must hold exactly one text"),
+        (b'{"inputs": ["a", "b"]}', "inputs must hold at most 1, found 2"),
         (b'{"inputs": ["\xff"]}', "the body is not UTF-8 text"),
         (b"{", "the body is not valid JSON"),
         (b'{"inputs": ["a"], "parameters": {"max_length": -1}}', "max_length must be at least 1"),
@@ -181,6 +190,15 @@ def test_bad_input_over_http(web: httpx.Client, content: bytes, sentence: str) -
         response = web.post(path, content=content, headers=headers)
         assert response.status_code == 400
         assert sentence in response.json()["error"]["message"]
+
+
+def test_a_hundred_megabytes_are_refused(web: httpx.Client) -> None:
+    content = itertools.repeat(b" " * 2**20, 100)
+    headers = {"content-type": "application/json"}
+    response = web.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "too_large"
+    assert web.get("/readyz").json() == {"status": "ok"}
 
 
 def all_places_are_free(client: Client) -> bool:
@@ -212,12 +230,22 @@ def test_leaving_streams_frees_their_places(client: Client, web: httpx.Client) -
         "parameters": {"max_length": 4000, "temperature": 0},
         "stream": True,
     }
-    stream = client.stream("春风", **LONG)
-    next(stream)
-    with web.stream("POST", "/generate", json=body) as response:
-        next(response.iter_lines())
-        assert not all_places_are_free(client)
-    stream.close()
+    asked = {"prompt": "春风", "max_tokens": 4000, "temperature": 0, "stream": True}
+    for path, sent in (("/generate", body), ("/v1/completions", asked)):
+        stream = client.stream("春风", **LONG)
+        next(stream)
+        with web.stream("POST", path, json=sent) as response:
+            next(response.iter_lines())
+            assert not all_places_are_free(client)
+        stream.close()
+        await_free_places(client)
+
+
+def test_leaving_before_an_answer_frees_its_place(client: Client, web: httpx.Client) -> None:
+    asked = {"prompt": "春风", "max_tokens": 4000, "temperature": 0}
+    for _ in range(4):
+        with pytest.raises(httpx.ReadTimeout):
+            web.post("/v1/completions", json=asked, timeout=0.5)
     await_free_places(client)
 
 

@@ -10,6 +10,7 @@ from gptmoe.errors import Overloaded
 from gptmoe.generate.delta import Delta
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.request import Request
+from gptmoe.generate.stats import EngineStats
 from serve.bridge import EngineThread
 from serve.service import ModelCard, Service
 from tests.characters import Characters
@@ -40,10 +41,19 @@ class CountingEngine:
         self.gate.set()
         self.in_step = threading.Event()
         self.breaks = False
+        self.steps = self.generated = 0
 
     @property
     def has_work(self) -> bool:
         return bool(self.requests)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            running=len(self.requests),
+            steps=self.steps,
+            generated_tokens=self.generated,
+        )
 
     def add(self, request: Request) -> None:
         if len(self.requests) >= self.capacity:
@@ -55,11 +65,21 @@ class CountingEngine:
         self.aborted.append(request_id)
         self.requests.pop(request_id, None)
 
+    def end(self, request_id: str) -> list[Delta]:
+        answers = self.requests[request_id].sampling.n
+        self.abort(request_id)
+        return [
+            Delta(request_id=request_id, index=index, finish_reason="abort")
+            for index in range(answers)
+        ]
+
     def step(self) -> list[Delta]:
         self.in_step.set()
         assert self.gate.wait(10)
         if self.breaks:
             raise ZeroDivisionError("a bug")
+        self.steps += 1
+        self.generated += len(self.requests)
         return [self._next(request) for request in list(self.requests.values())]
 
     def _next(self, request: Request) -> Delta:

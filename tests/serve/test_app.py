@@ -1,14 +1,18 @@
 """What Ray Serve is told, without a cluster."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.serve.config import BackpressureConfig
 
+from gptmoe.errors import ConfigError
 from gptmoe.generate.scheduler import EngineConfig
+from serve import app
 from serve.app import build
 from serve.config import HealthConfig, ReplicasConfig, ServeConfig
+from serve.scaling import ScalingConfig
 
 
 def deployment(**settings: Any) -> Any:
@@ -29,10 +33,21 @@ def test_a_fixed_number_of_replicas() -> None:
 
 
 def test_a_scaled_number_of_replicas() -> None:
-    replicas = ReplicasConfig(min=1, max=4, initial=2, target_ongoing=6)
-    scaling = deployment(replicas=replicas)._deployment_config.autoscaling_config
-    assert (scaling.min_replicas, scaling.max_replicas, scaling.initial_replicas) == (1, 4, 2)
-    assert scaling.target_ongoing_requests == 6
+    replicas = ReplicasConfig(min=1, max=4, initial=2)
+    scaling = ScalingConfig(target_tokens=600, look_back_s=5.0, down_delay_s=7.0, zero_delay_s=9.0)
+    made = deployment(replicas=replicas, scaling=scaling)._deployment_config.autoscaling_config
+    assert (made.min_replicas, made.max_replicas, made.initial_replicas) == (1, 4, 2)
+    assert (made.look_back_period_s, made.metrics_interval_s) == (5.0, 1.0)
+    assert (made.upscale_delay_s, made.downscale_delay_s) == (5.0, 7.0)
+    assert made.downscale_to_zero_delay_s == 9.0
+    assert made.policy.policy_function == "serve.scaling.TokenPolicy"
+    assert made.policy.policy_kwargs == {"target_tokens": 600, "kv_ceiling": 0.85, "slack": 0.2}
+
+
+def test_scaling_to_zero_starts_with_one_that_shows_it_can() -> None:
+    replicas = ReplicasConfig(min=0, max=2)
+    made = deployment(replicas=replicas)._deployment_config.autoscaling_config
+    assert (made.min_replicas, made.initial_replicas) == (0, 1)
 
 
 def test_queues_are_bounded_and_the_engine_refuses_first() -> None:
@@ -48,3 +63,25 @@ def test_health_checks_follow_the_config(period_s: float) -> None:
     config = deployment(health=HealthConfig(period_s=period_s, drain_s=7.0))._deployment_config
     assert config.health_check_period_s == period_s
     assert config.graceful_shutdown_timeout_s == 7.0
+
+
+def test_a_serve_config_file_of_rays_builds_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "pinned", lambda location: location / "checkpoints" / "step-1")
+    args = {"name": "poems", "checkpoint": "/data/run", "replicas": {"min": 2, "max": 2}}
+    built = app.from_args(args)._bound_deployment
+    config, num_cpus = built.init_args
+    assert config.checkpoint == Path("/data/run/checkpoints/step-1")
+    assert (config.name, config.threads, num_cpus, built.num_replicas) == ("poems", 1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"checkpoint": "/a", "http_port": 1, "host": "x"}, "args: host, http_port cannot be set"),
+        ({"checkpoint": "/a", "thread": 1}, "unknown config key thread; did you mean threads?"),
+        ({"name": "poems"}, "key checkpoint is missing"),
+    ],
+)
+def test_what_such_a_file_cannot_say(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        app.from_args(args)

@@ -34,8 +34,26 @@ def test_a_stream_brings_each_delta_and_ends_with_a_reason(
         return [delta async for delta in bridge.stream(make_request())]
 
     deltas = run(collect())
-    assert [delta.text for delta in deltas] == ["一", "二", "三"]
-    assert [delta.finish_reason for delta in deltas] == ["", "", "length"]
+    assert "".join(delta.text for delta in deltas) == "一二三"
+    assert [delta.finish_reason for delta in deltas][-1] == "length"
+    assert not any(delta.finish_reason for delta in deltas[:-1])
+
+
+def test_the_first_token_comes_at_once_and_what_waits_comes_together(
+    engine: Any, bridge: EngineThread, make_request: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.bridge.DELTAS_A_SECOND", 5.0)  # one stream: a delta every 0.2 s
+
+    async def collect() -> list[Any]:
+        return [delta async for delta in bridge.stream(make_request(max_new_tokens=9))]
+
+    first, *rest = run(collect())
+    assert first.token_ids[:1] == (ord("一"),)
+    assert len(rest) <= 1
+    assert first.text + "".join(delta.text for delta in rest) == "一二三四五六七八九"
+    assert [*first.token_ids, *(t for d in rest for t in d.token_ids)] == [
+        ord(character) for character in "一二三四五六七八九"
+    ]
 
 
 def test_many_streams_share_the_engine(bridge: EngineThread, make_request: Make) -> None:

@@ -5,16 +5,25 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve._private.utils import is_grpc_enabled
 
 from gptmoe.errors import ClusterError, ConfigError
 from serve.command import announced, main
-from serve.config import ServeConfig
-from serve.launch import Endpoints, await_answer, choose_ports, free_port, last_line
+from serve.config import EdgeConfig, ServeConfig
+from serve.launch import (
+    Endpoints,
+    await_answer,
+    choose_ports,
+    free_port,
+    grpc_options,
+    last_line,
+)
 
 ENDPOINTS = Endpoints(
     name="gptmoe",
@@ -65,6 +74,33 @@ def options(**given: Any) -> Any:
 def test_people_read_where_the_model_answers(capsys: pytest.CaptureFixture[str]) -> None:
     with announced(ENDPOINTS, options(), sys.stdout):
         assert "gRPC       127.0.0.1:9000\n" in capsys.readouterr().out
+
+
+def test_people_read_where_the_edge_is(capsys: pytest.CaptureFixture[str]) -> None:
+    edge_only = replace(ENDPOINTS, grpc="", edge="127.0.0.1:9443")
+    with announced(edge_only, options(), sys.stdout):
+        out = capsys.readouterr().out
+    assert "gRPC edge  127.0.0.1:9443\n" in out
+    assert "gRPC       " not in out
+
+
+def test_ports_of_the_edge() -> None:
+    def chosen(**edge: Any) -> ServeConfig:
+        config = ServeConfig(
+            checkpoint=Path("x"), http_port=0, grpc_port=0, edge=EdgeConfig(**edge)
+        )
+        return choose_ports(config, check=True)
+
+    assert chosen().edge.port is None
+    assert chosen(port=0).edge.port
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1, port {port}"):
+            chosen(port=port)
+    only = chosen(port=0, only=True)
+    assert only.grpc_port == 0, "no port is taken that is not opened"
+    assert not is_grpc_enabled(grpc_options(only))
+    assert is_grpc_enabled(grpc_options(chosen(port=0)))
 
 
 def test_programs_read_one_line_of_json_or_a_file_that_goes_at_the_end(

@@ -51,15 +51,27 @@ def test_options_win_over_overrides_and_overrides_over_the_file() -> None:
         (["checkpoint=a", "name="], "name is empty"),
         (["checkpoint=a", 'name="a#b"'], "name='a#b' may not contain #"),
         (["checkpoint=a", "dtype=fp8"], "dtype='fp8' is not known"),
-        (["checkpoint=a", "replicas.min=0"], "replicas.min=0 must be at least 1"),
+        (["checkpoint=a", "replicas.min=-1"], "replicas.min=-1 must be at least 0"),
+        (["checkpoint=a", "replicas.min=0", "replicas.max=0"], "replicas.max=0 must be at least 1"),
+        (["checkpoint=a", "weights=int3"], "weights='int3' is not known"),
+        (["checkpoint=a", "weights=int8", "parallel.ep=2"], "asks for 2 shards; use weights"),
         (["checkpoint=a", "replicas.min=3"], "replicas.max=1 is below replicas.min=3"),
         (["checkpoint=a", "replicas.initial=2"], "replicas.initial=2 must lie between"),
-        (["checkpoint=a", "replicas.target_ongoing=0"], "replicas.target_ongoing=0 must be"),
+        (["checkpoint=a", "scaling.slack=1"], "scaling.slack=1.0 must be at least 0 and below 1"),
         (["checkpoint=a", "health.stall_s=0"], "health.stall_s=0.0 must be a positive number"),
         (["checkpoint=a", "health.drain_s=nan"], "health.drain_s=nan must be a positive number"),
         (["checkpoint=a", "parallel.pp=0"], "parallel.pp=0 must be at least 1"),
         (["checkpoint=a", "parallel.hot=['1-3']"], 'parallel.hot="1-3" must be LAYER:NUMBER'),
         (["checkpoint=a", "shards.wait_s=0"], "shards.wait_s=0.0 must be a positive number"),
+        (["checkpoint=a", "edge.port=70000"], "edge.port=70000 is not a port"),
+        (["checkpoint=a", "edge.port=8000"], "edge.port and http_port are both 8000; use two"),
+        (["checkpoint=a", "edge.port=9000"], "edge.port and grpc_port are both 9000; use two"),
+        (["checkpoint=a", "edge.stall_s=0"], "edge.stall_s=0.0 must be a positive number"),
+        (["checkpoint=a", "edge.tries=0"], "edge.tries=0 must be at least 1"),
+        (["checkpoint=a", "edge.max_request_bytes=-1"], "edge.max_request_bytes=-1 must be at"),
+        (["checkpoint=a", "edge.tls_key=k"], "edge.tls_cert and edge.tls_key go together"),
+        (["checkpoint=a", "edge.client_ca=c"], "edge.client_ca wants edge.tls_cert and"),
+        (["checkpoint=a", "edge.host=0.0.0.0"], "edge.host=0.0.0.0 without a certificate would"),
         (["checkpoint=a", "engine.max_batch_size=0"], "engine.max_batch_size=0 must be at least"),
     ],
 )
@@ -93,3 +105,34 @@ def test_hot_experts_are_those_of_the_model() -> None:
         wrong = ParallelConfig(ep=2, hot=(word,))
         with pytest.raises(LayoutError, match=f'parallel.hot="{word}" names no expert'):
             wrong.parts(spec)
+
+
+def test_where_the_edge_may_listen() -> None:
+    for words in (
+        ["edge.host=127.0.0.1"],
+        ["edge.host=localhost"],
+        ["edge.host=::1"],
+        ["edge.host=0.0.0.0", "edge.insecure=true"],
+        ["edge.host=0.0.0.0", "edge.tls_cert=c", "edge.tls_key=k"],
+    ):
+        assert read_config(options("checkpoint=a", *words)).edge.wanted_port is None
+    assert read_config(options("checkpoint=a", "edge.port=9443")).edge.wanted_port == 9443
+
+
+def test_edge_only_has_the_usual_port_and_leaves_ray_serves_alone() -> None:
+    config = read_config(options("checkpoint=a", "--edge-only"))
+    assert (config.edge.only, config.edge.wanted_port) == (True, 9443)
+    config = read_config(options("checkpoint=a", "--edge-only", "edge.port=9000"))
+    assert config.edge.wanted_port == config.grpc_port == 9000
+
+
+def test_the_edges_files_start_at_the_config_files_folder(tmp_path: Path) -> None:
+    file = tmp_path / "serve.toml"
+    file.write_text(
+        'checkpoint = "run"\n[edge]\ntls_cert = "c.pem"\ntls_key = "/k.pem"\n'
+        '[auth]\nkeys = "keys.txt"\n'
+    )
+    config = read_config(options(str(file)))
+    assert config.edge.tls_cert == tmp_path / "c.pem"
+    assert config.edge.tls_key == Path("/k.pem")
+    assert config.auth.keys == tmp_path / "keys.txt"

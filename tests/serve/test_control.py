@@ -96,6 +96,7 @@ def call(application: Application) -> Callable[..., tuple[Any, Context]]:
         me="me",
         check=check,
         topologies=lambda prefix: (topology,) if prefix == "poems#" else (),
+        threads=2,
     )
 
     def call(method: str, kind: Any = None, data: bytes = b"", **fields: Any) -> Any:
@@ -116,6 +117,7 @@ def test_the_topology_says_what_is_served(call: Any) -> None:
         replicas=2,
         checkpoint="/a",
         version=3,
+        threads=2,
     )
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gptmoe.errors import ConfigError
 from gptmoe.generate.delta import Delta, Timings
-from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.params import SamplingParams, biases
 from gptmoe.generate.request import Request
 from serve.result_cache import CacheConfig, ResultCache, key_of
 
@@ -23,7 +23,7 @@ SAMPLING = {
     "repetition_penalty": st.sampled_from([1.0, 1.2]),
     "presence_penalty": st.sampled_from([0.0, 0.5]),
     "frequency_penalty": st.sampled_from([0.0, 0.5]),
-    "logit_bias": st.lists(st.tuples(st.integers(0, 3), st.just(1.0)), max_size=2).map(tuple),
+    "logit_bias": st.dictionaries(st.integers(0, 3), st.just(1.0), max_size=2).map(biases),
     "seed": st.integers(0, 3),
     "n": st.just(1),
     "num_beams": st.sampled_from([2, 4]),

@@ -65,7 +65,7 @@ def servicer(service: Service) -> Servicer:
         (request(diversity_penalty=-1), "diversity_penalty must be between 0"),
         (request(length_penalty=float("inf")), "length_penalty must be between"),
         (request(top_logprobs=21), "top_logprobs must be between 0 and 20; found 21"),
-        (request(priority=101), "priority must be between -100 and 100; found 101"),
+        (request(priority=101), "priority must be a whole number between -100 and 100; found 101"),
         (request(deadline_ms=-1), "deadline_ms must be at least 0 (0 = none); found -1"),
         (request(request_id="春" * 201), "request_id must be at most 200 characters"),
         (b"\x0a\x02\xff\xfe", "not a gptmoe.v1.GenerateRequest with UTF-8 text"),
@@ -177,7 +177,7 @@ def test_an_unknown_model_is_not_found(servicer: Servicer, name: str) -> None:
         (
             "Score",
             messages.ScoreRequest(prompt="春", continuations=["风"], priority=-101),
-            "priority must be between -100 and 100; found -101",
+            "priority must be a whole number between -100 and 100; found -101",
         ),
         (
             "Score",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptmoe.errors import CheckpointError
+from gptmoe.generate import sampling
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.sampling import adjusted, candidates, choose, penalize
 from tests.gptmoe.generate.reference import (
@@ -194,6 +195,21 @@ def test_a_token_of_no_probability_is_never_drawn(asked: dict[str, Any]) -> None
     scores = torch.tensor([-math.inf, 0.0, -math.inf, 0.0, -math.inf])
     drawn = {choose(scores, SamplingParams(seed=s, **asked), [0], [4]) for s in range(200)}
     assert drawn == {1, 3}
+
+
+@pytest.mark.parametrize("noise", [0.0, 1 - 2**-53])
+def test_the_ends_of_the_noise_draw_possible_tokens(
+    noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda *place: noise)
+    for seed in range(100):
+        scores_V = spread(seed)[:999]
+        scores_V[[0, 1, 997, 998]] = -math.inf
+        wanted = 2 if noise == 0 else 996
+        assert choose(scores_V, SamplingParams(), [0], []) == wanted
+        ranked = scores_V.sort(descending=True, stable=True).indices[:7]
+        token = choose(scores_V, SamplingParams(top_k=7), [0], [])
+        assert scores_V[token] == scores_V[ranked[0 if noise == 0 else 6]]
 
 
 def test_the_penalty_touches_only_what_was_seen() -> None:

@@ -1,10 +1,12 @@
 """Stands where an engine's thread stands, and a server in front of it."""
 
 import asyncio
+import math
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import httpx
@@ -37,6 +39,7 @@ class Talker:
         self.running: set[str] = set()
         self.gate.set()
         self.breaks_after: int | None = None
+        self.most_tokens: float = math.inf
         self.refusal: GptMoeError | None = None
 
     async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
@@ -62,6 +65,11 @@ class Talker:
         finally:
             self.running.discard(request.request_id)
 
+    def between_steps(self, call: Callable[[], None]) -> Future[None]:
+        done: Future[None] = Future()
+        done.set_result(call())
+        return done
+
     def check(self, stall_s: float) -> None:
         if self.refusal:
             raise self.refusal
@@ -84,7 +92,7 @@ class Talker:
             reason = "deadline"
         elif text.stopped:
             reason = "stop"
-        elif step + 1 == sampling.max_new_tokens:
+        elif step + 1 >= min(sampling.max_new_tokens, self.most_tokens):
             piece, reason = piece + text.finish(), "length"
         logprob = -1.0 - step
         scores = [TokenScore(-0.5, True)] * (len(request.prompt_ids) - 1)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from gptmoe.generate.params import SamplingParams
 from serve.service import Service
 from tests.serve.web.browser import Browser, events
 from tests.serve.web.talker import Talker
@@ -34,6 +35,39 @@ def test_events_bring_each_delta_and_a_reason(talking: Browser) -> None:
             "completion_tokens": 3,
         },
     ]
+
+
+def test_newlines_travel_as_two_characters(talking: Browser, talker: Talker) -> None:
+    """What comes: backslash and n, backslash and quote; what goes: backslash and n alone."""
+    talker.said = [ord(character) for character in "\n月\n"]
+    asked = {"inputs": ['床前\\n\\"明\n'], "parameters": {"max_length": 3}}
+    assert talking("POST", "/generate", json=asked).json() == {"text": '床前\\n"明\\n\\n月\\n'}
+    assert "".join(map(chr, talker.requests[0].prompt_ids)) == '床前\n"明\n'
+    pieces = events(talking("POST", "/generate/stream", json=asked))
+    assert [piece["text"] for piece in pieces] == ["\\n", "月", "\\n"]
+
+
+def test_stop_strings_follow_the_rule_for_newlines(talking: Browser, talker: Talker) -> None:
+    talker.said = [ord(character) for character in "月\n"]
+    assert talking.post(parameters={"stop": ["\\n"]}).json() == {"text": "春风月"}
+
+
+def test_parameters_and_the_id_reach_the_engine(talking: Browser, talker: Talker) -> None:
+    given = {
+        "temperature": 0.0, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1,
+        "presence_penalty": 0.2, "frequency_penalty": 0.3, "seed": 5, "num_beams": 4,
+        "num_beam_groups": 2, "diversity_penalty": 0.5, "length_penalty": 0.8,
+    }  # fmt: skip
+    other = {"max_length": 3, "stop": ["。"], "stop_token_ids": [9], "priority": -2}
+    asked = {"inputs": ["春"], "parameters": given | other | {"deadline_ms": 60_000}}
+    headers = {"X-Request-Id": "poem"}
+    assert talking("POST", "/generate", json=asked, headers=headers).status_code == 200
+    [request] = talker.requests
+    assert request.sampling == SamplingParams(
+        **given, max_new_tokens=3, stop=("。",), stop_token_ids=(9,)
+    )
+    assert (request.request_id, request.priority) == ("poem", -2)
+    assert request.deadline_s is not None
 
 
 def test_stop_strings(talking: Browser) -> None:

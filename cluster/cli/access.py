@@ -1,0 +1,44 @@
+"""Options for a server with TLS or keys."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.access import Access
+from gptmoe.errors import ConfigError
+
+SYSTEM = "system"
+
+Ca = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE|system", help="Speak TLS, and trust this authority (PEM), or the system's."
+    ),
+]
+Cert = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Our certificate and its key (PEM), where one is wanted."),
+]
+TokenFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A file with the key that the server wants.")
+]
+
+
+def access_of(ca: str, cert: Path | None, token_file: Path | None) -> Access:
+    """What the options say. Raises ConfigError for files that cannot be read."""
+    authority = Path(ca) if ca not in ("", SYSTEM) else None
+    for option, file in (("--ca", authority), ("--cert", cert), ("--token-file", token_file)):
+        if file is not None and not file.is_file():
+            raise ConfigError(f"{option} {file} is not a file; name one that is")
+    token = _token(token_file) if token_file else ""
+    return Access(tls=ca == SYSTEM, ca=authority, cert=cert, token=token)
+
+
+def _token(file: Path) -> str:
+    """The first line that is no comment: a server's own keys file will do."""
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    for line in lines:
+        if line and not line.startswith("#"):
+            return line
+    raise ConfigError(f"--token-file {file} holds no token; write it into a line")

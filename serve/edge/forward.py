@@ -1,0 +1,133 @@
+"""From a gRPC call to the replicas and back: deadlines, other replicas, statuses.
+
+Bytes pass through. A method's handler writes to its caller as it goes, so that one timeout covers
+waiting and writing, and whatever ends it reaches the replica as a cancel.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from typing import Any
+
+import grpc
+
+from gptmoe.errors import DeadlineExceeded, GptMoeError
+from serve.config import EdgeConfig
+from serve.methods import GENERATION, Method
+
+from . import statuses, wire
+from .backend import Backend
+from .patience import Patience, ReplicaLost
+from .story import Story
+
+log = logging.getLogger(__name__)
+
+
+class Forward:
+    """The methods of all services, each of them handed on to the replicas."""
+
+    def __init__(self, backend: Backend, config: EdgeConfig) -> None:
+        self._backend = backend
+        self._tries, self._resume_s = config.tries, config.resume_s
+
+    def handler(self, method: Method) -> grpc.RpcMethodHandler:
+        """What grpc.aio calls for a method: bytes in, bytes out."""
+        if method.streaming:
+            return grpc.unary_stream_rpc_method_handler(partial(self.stream, method))
+        return grpc.unary_unary_rpc_method_handler(partial(self.unary, method))
+
+    async def unary(self, method: Method, request: bytes, context: Any) -> bytes:
+        """One answer; sent again as it is where a replica dies: the same request, the same text."""
+        asked = wire.read(method.name, request, context.time_remaining())
+        async with _answering(context, asked):
+            patience = self._patience(method)
+            while True:
+                try:
+                    return await self._backend.unary(method.name, asked.data)
+                except GptMoeError as error:
+                    wait_s = patience.wait_s(error)
+                    log.warning("a request is asked again reason=%s", error)
+                await asyncio.sleep(wait_s)
+        raise AssertionError("aborted before")
+
+    async def stream(self, method: Method, request: bytes, context: Any) -> None:
+        """A stream of answers; a text goes on where a replica dies."""
+        asked = wire.read(method.name, request, context.time_remaining())
+        async with _answering(context, asked):
+            if method.service != GENERATION:
+                async with aclosing(self._chunks(method, asked.data)) as chunks:
+                    async for chunk in chunks:
+                        await context.write(chunk)
+            else:
+                await self._tell(method, asked, context.write)
+
+    def _chunks(self, method: Method, data: bytes) -> Any:
+        return self._backend.stream(method.name, data)
+
+    def _patience(self, method: Method) -> Patience:
+        """What operators ask is not asked twice: it may have been done."""
+        return Patience(self._tries if method.service == GENERATION else 1, self._resume_s)
+
+    async def _tell(
+        self, method: Method, asked: wire.Asked, write: Callable[[bytes], Awaitable[None]]
+    ) -> None:
+        """Raises what ends the story before its finish."""
+        story, patience, data = Story(), self._patience(method), asked.data
+        while True:
+            try:
+                async with _taken_over(self._chunks(method, data), patience) as chunks:
+                    async for chunk in chunks:
+                        told = story.tell(chunk)
+                        if told is not None:
+                            await write(told)
+                return
+            except GptMoeError as error:
+                if story.finished and asked.resumable:
+                    return
+                begun = story.begun
+                can_go_on = asked.resumable or not begun
+                wait_s = patience.wait_s(error, begun=begun, can_go_on=can_go_on)
+                log.warning("a stream goes on elsewhere id=%s reason=%s", asked.request_id, error)
+            await asyncio.sleep(wait_s)
+            if story.begun:
+                data = wire.resuming(asked.data, story.resume())
+
+
+@asynccontextmanager
+async def _taken_over(chunks: Any, patience: Patience) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The chunks, closed at the end. Raises ReplicaLost if the first one takes too long."""
+
+    async def patient() -> AsyncIterator[bytes]:
+        async for chunk in chunks:
+            limit.reschedule(None)
+            patience.moved()
+            yield chunk
+
+    try:
+        async with asyncio.timeout(patience.left_s) as limit, aclosing(chunks):
+            yield patient()
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise ReplicaLost("no other replica took it over in time") from None
+
+
+@asynccontextmanager
+async def _answering(context: Any, asked: wire.Asked) -> AsyncIterator[None]:
+    """Ends the call with a status for what goes wrong, at its deadline at the latest."""
+    try:
+        try:
+            async with asyncio.timeout(asked.deadline_s):
+                yield
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "the deadline has passed before the answer was complete"
+            ) from None
+    except GptMoeError as error:
+        status = statuses.status_of(error, asked.request_id)
+        await context.abort_with_status(status)
+    except Exception:
+        log.exception("a request failed id=%s", asked.request_id)
+        await context.abort_with_status(statuses.broken())

@@ -1,0 +1,64 @@
+"""Keys on Ray Serve's own gRPC port: its proxy knows none, so the methods ask for them."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from functools import wraps
+from typing import Any, Protocol, TypeVar
+
+from gptmoe.errors import Unauthenticated
+
+from .keys import Keys
+from .methods import METHODS, Method
+from .refusals import set_status
+
+T = TypeVar("T")
+
+
+class Keyed(Protocol):
+    """A deployment that may ask for keys."""
+
+    keys: Keys | None
+
+
+def guarded(kind: type[T]) -> type[T]:
+    """Have each gRPC method of a deployment's class ask for a key before anything else.
+
+    The method itself stays at `__wrapped__`, for callers whose key was checked before (edge/).
+    """
+    for method in METHODS:
+        setattr(kind, method.name, _guarded(method, getattr(kind, method.name)))
+    return kind
+
+
+def authorization(metadata: Any) -> str | None:
+    """The value of the header `authorization` in a call's metadata."""
+    return next((str(value) for key, value in metadata or () if key == "authorization"), None)
+
+
+def _guarded(method: Method, unguarded: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(unguarded)
+    async def unary(self: Keyed, request: bytes, grpc_context: Any) -> Any:
+        try:
+            _check(self, grpc_context)
+        except Unauthenticated as error:
+            set_status(error, grpc_context)
+            return method.answer()
+        return await unguarded(self, request, grpc_context)
+
+    @wraps(unguarded)
+    async def streaming(self: Keyed, request: bytes, grpc_context: Any) -> AsyncIterator[Any]:
+        try:
+            _check(self, grpc_context)
+        except Unauthenticated as error:
+            set_status(error, grpc_context)
+            raise
+        async with aclosing(unguarded(self, request, grpc_context)) as messages:
+            async for message in messages:
+                yield message
+
+    return streaming if method.streaming else unary
+
+
+def _check(deployment: Keyed, grpc_context: Any) -> None:
+    if deployment.keys is not None:
+        deployment.keys.check(authorization(grpc_context.invocation_metadata()))

@@ -1,0 +1,133 @@
+"""Who may ask: bearer tokens in a file, one a line.
+
+    # the team's
+    mF_9.B5f-4.1JqM
+
+The file is read again when it changes, so tokens are exchanged without a restart: write the new one
+beside the old, hand it out, take the old one away.
+"""
+
+import hashlib
+import hmac
+import logging
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptmoe.errors import ConfigError, Unauthenticated
+
+log = logging.getLogger(__name__)
+
+_SCHEME = "bearer "
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What tells one version of a file from the next."""
+
+    inode: int
+    size: int
+    changed_ns: int
+
+
+class Keys:
+    """The tokens of a file. They are kept as digests: a token stands in no dump of memory."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError unless the file holds tokens."""
+        self._path = path
+        self._seen = _state(path)
+        try:
+            self._digests = _digests(path)
+        except OSError as error:
+            raise ConfigError(_unreadable(path, error)) from None
+
+    def check(self, authorization: str | None) -> None:
+        """Raise Unauthenticated unless `authorization` is "Bearer " and a token of the file.
+
+        Takes as long for a wrong token as for a right one.
+        """
+        self._read_again_if_changed()
+        if not authorization:
+            raise Unauthenticated(
+                "a key is wanted and none came; send the header authorization: Bearer TOKEN"
+            )
+        if not authorization.lower().startswith(_SCHEME):
+            raise Unauthenticated(
+                "the authorization header must be Bearer and a token; found another scheme"
+            )
+        found = _digest(authorization[len(_SCHEME) :].strip())
+        # All of them, always: how long it takes must not say which one was close.
+        if not sum([hmac.compare_digest(found, digest) for digest in self._digests]):
+            raise Unauthenticated("the key is not one of this server's; ask its operator for one")
+
+    def _read_again_if_changed(self) -> None:
+        """A change for the worse is reported once, and the last good tokens hold."""
+        state = _state(self._path)
+        if state == self._seen:
+            return
+        self._seen = state
+        try:
+            self._digests = _digests(self._path)
+        except (OSError, ConfigError) as error:
+            log.warning("keys stay as they were file=%s reason=%s", self._path, error)
+        else:
+            log.info("keys read again file=%s tokens=%d", self._path, len(self._digests))
+
+
+def read_tokens(path: Path) -> tuple[str, ...]:
+    """The tokens in a file; # begins a line that is none.
+
+    Warns if others than its owner may read it. Raises OSError, and ConfigError if it holds no
+    token or a line that cannot be one.
+    """
+    if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        log.warning("keys can be read by other users file=%s; chmod 600 makes them yours", path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ConfigError(f"the keys file {path} is not UTF-8 text") from None
+    tokens = []
+    for number, line in enumerate(lines, start=1):
+        token = line.strip()
+        if not token or token.startswith("#"):
+            continue
+        if not (token.isascii() and token.isprintable()) or " " in token:
+            raise ConfigError(
+                f"line {number} of the keys file {path} is no token: it must be one word of "
+                "visible ASCII characters"
+            )
+        tokens.append(token)
+    if not tokens:
+        raise ConfigError(f"the keys file {path} holds no token; write one a line")
+    return tuple(tokens)
+
+
+def first_token(path: Path) -> str:
+    """A token that opens, for our own calls. Raises ConfigError as Keys."""
+    try:
+        return read_tokens(path)[0]
+    except OSError as error:
+        raise ConfigError(_unreadable(path, error)) from None
+
+
+def _digests(path: Path) -> tuple[bytes, ...]:
+    return tuple(map(_digest, read_tokens(path)))
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).digest()
+
+
+def _state(path: Path) -> _State | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return _State(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return (
+        f"the keys file {path} cannot be read: {error.strerror}; name a file with one token a line"
+    )
