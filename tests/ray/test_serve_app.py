@@ -319,7 +319,7 @@ def test_overload_is_refused_and_the_rest_is_served(
 def test_a_running_request_id_is_refused(client: Client) -> None:
     stream = client.stream("春风", request_id="mine", **LONG)
     assert next(stream).request_id == "mine"
-    with pytest.raises(GenerationError, match="INVALID_ARGUMENT: request_id 'mine' is already"):
+    with pytest.raises(GenerationError, match="ALREADY_EXISTS: request_id 'mine' is running"):
         client.generate("春风", request_id="mine", max_new_tokens=1)
     stream.close()
 

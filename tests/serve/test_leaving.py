@@ -15,11 +15,11 @@ from gptmoe.generate.engine import Engine
 from gptmoe.generate.scheduler import EngineConfig
 from protos import generation_pb2 as messages
 from protos import generation_pb2_grpc as services
-from serve.bridge import EngineThread
-from serve.service import ModelCard, Service
+from serve.service import Service
 from tests import small_model
 
 from .grpc_server import serving
+from .small_service import served
 
 REQUESTS = 1000
 AT_ONCE = 12
@@ -29,6 +29,7 @@ OFTEN = (
     "cancels CANCELLED",
     "disconnects OK",
     "hurries DEADLINE_EXCEEDED",
+    "deadline DEADLINE_EXCEEDED",
     "aborts OK",
 )
 FINE = {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "NOT_FOUND"}
@@ -47,21 +48,8 @@ def engine(model: gptmoe.LoadedModel) -> Engine:
 
 @pytest.fixture
 def service(model: gptmoe.LoadedModel, engine: Engine) -> Iterator[Service]:
-    bridge = EngineThread(engine)
-    card = ModelCard(
-        name="poems",
-        parameters=1,
-        active_parameters=1,
-        max_seq_len=model.spec.max_seq_len,
-        vocab_size=model.spec.vocab_size,
-        dtype="float32",
-        num_layers=2,
-        d_model=32,
-        num_heads=4,
-        num_experts=(8,),
-    )
-    yield Service(bridge, model.tokenizer, card)
-    bridge.stop()
+    with served(model, engine) as service:
+        yield service
 
 
 def asked(chance: random.Random, way: str, number: int) -> messages.GenerateRequest:
@@ -74,6 +62,8 @@ def asked(chance: random.Random, way: str, number: int) -> messages.GenerateRequ
         request.deadline_ms = chance.randint(1, 120)
     if way in ("aborts", "disconnects"):
         request.request_id = f"{way}-{number}"
+    if chance.random() < 0.2:
+        request.n = 2
     return request
 
 
@@ -145,5 +135,6 @@ def test_a_thousand_leavers_leave_the_pool_empty(
         assert seen[outcome] > 20, seen
     wait_until(lambda: not engine.has_work)
     assert (engine.num_running, engine.num_waiting) == (0, 0)
+    assert engine.stats.kv_used_blocks == 0
     service.check(stall_s=10)
     assert asyncio.run(answer(service)) == expected
