@@ -38,7 +38,7 @@ from .fields import (
     listed,
 )
 from .refusals import as_plain, named, refusal_of
-from .streams import answer_events, collected, heard, while_connected
+from .streams import answer_events, collected, while_connected
 
 _DEFAULT = SamplingParams()
 
@@ -138,7 +138,7 @@ def router(service: Service) -> APIRouter:
     router = APIRouter(route_class=JsonRoute, responses=refusals(PlainRefusal))
 
     async def stream(body: GenerateBody, request: Request, request_id: str | None) -> Response:
-        events = _events(heard(service, body.call(request_id)))
+        events = _events(service.stream(body.call(request_id)))
         return await answer_events(request.receive, events, _failed)
 
     @router.post(

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from gptmoe.errors import DeadlineExceeded, GptMoeError
+from gptmoe.errors import GptMoeError
 from gptmoe.generate.delta import Delta, merge
 from serve.service import Call, Service
 
@@ -30,23 +30,12 @@ def gather(deltas: Iterable[Delta]) -> list[Delta]:
     return [merge(list(group)) for _, group in groupby(by_index, key=lambda delta: delta.index)]
 
 
-async def heard(service: Service, call: Call) -> AsyncGenerator[Delta, None]:
-    """What the service says of one call. Raises DeadlineExceeded where it ends for that."""
-    async with aclosing(service.stream(call)) as deltas:
-        async for delta in deltas:
-            if delta.finish_reason == "deadline":
-                raise DeadlineExceeded(
-                    "the answer was not done by its deadline; ask for fewer tokens or more time"
-                )
-            yield delta
-
-
 async def together(service: Service, calls: Sequence[Call]) -> AsyncGenerator[Placed, None]:
     """What the service says of all calls, as it comes; one call's error ends them all."""
     arrived: asyncio.Queue[Placed | asyncio.Task[None]] = asyncio.Queue()
 
     async def listen(place: int, call: Call) -> None:
-        async with aclosing(heard(service, call)) as deltas:
+        async with aclosing(service.stream(call)) as deltas:
             async for delta in deltas:
                 arrived.put_nowait((place, delta))
 
