@@ -178,7 +178,7 @@ def test_stop_strings(talking: Browser) -> None:
         ({"logit_bias": [1]}, "logit_bias", "Input should be a valid dictionary"),
         ({"stop_token_ids": [-1]}, "stop_token_ids.0", "greater than or equal to 0"),
         ({"suffix": "晓"}, "suffix", "suffix is wrong: Input should be ''"),
-        ({"priority": 101}, "priority", "priority must be between -100 and 100"),
+        ({"priority": 101}, "priority", "priority must be a whole number between -100 and 100"),
         ({"deadline_ms": -1}, "deadline_ms", "greater than or equal to 0"),
         ({"stream_options": {}}, "stream_options", "absent, or sent with stream=true"),
         ({"stream": True, "stream_options": {"a": 1}}, "stream_options.a", "not a known field"),
