@@ -25,3 +25,7 @@ class Access:
     def encrypted(self) -> bool:
         """Whether TLS is spoken."""
         return self.tls or self.ca is not None or self.cert is not None
+
+
+OPEN = Access()
+"""To a server without TLS and keys."""

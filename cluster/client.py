@@ -22,7 +22,7 @@ from protos import generation_pb2 as messages
 from protos import generation_pb2_grpc as services
 
 from . import answers, connection, fields
-from .access import Access
+from .access import OPEN, Access
 from .answers import (
     Choice,
     Chunk,
@@ -55,9 +55,6 @@ __all__ = [
 M = TypeVar("M")
 Prompt = str | Sequence[int]
 """A text, or its token ids."""
-
-OPEN = Access()
-"""To a server without TLS and keys."""
 
 
 class Client:

@@ -10,8 +10,8 @@ from typing import cast
 from gptmoe.errors import ClusterError, GptMoeError, RequestError
 from gptmoe.generate.params import SamplingParams
 
-from .access import Access
-from .client import OPEN, Client, GenerationError, Sampling
+from .access import OPEN, Access
+from .client import Client, GenerationError, Sampling
 from .operations import Topologies
 
 _CALLS_AT_ONCE = 8

@@ -95,7 +95,7 @@ class Generator(Servicer, ControlServicer, Inlet):
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the HTTP application."""
-        return build(self.service, self._stall_s, self.keys)
+        return build(self.service, self._stall_s, keys=self.keys)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """What Ray Serve calls at the start, and whenever an operator told all replicas something.

@@ -42,6 +42,7 @@ from tests.bench.quiet import read_bandwidth
 GOAL = 1.1
 GB = 1e9
 PROMPT, NEW = 20, 64
+MANY, LONG = 16, 250
 
 
 def main() -> None:
@@ -116,11 +117,11 @@ def measure(checkpoint: Path) -> dict[str, Any]:
     began_s = time.perf_counter()
     model = load(checkpoint, "bfloat16", verify=False)
     load_s = time.perf_counter() - began_s
-    engine = model.engine(EngineConfig(max_batch_size=8, token_budget=2048, max_queue=16))
+    engine = model.engine(EngineConfig(max_batch_size=1))
     first_s, cold_s = answer(engine, 1)
     answer(engine, 2)
     _, warm_s = answer(engine, 2)
-    every_expert(engine, spec)
+    every_expert(engine)
     peak = resident_bytes("VmHWM") - before
     del engine
     return {
@@ -150,13 +151,12 @@ def answer(engine: Engine, seed: int) -> tuple[float, float]:
     return first_s, (time.perf_counter() - began_s - first_s) / (NEW - 1)
 
 
-def every_expert(engine: Engine, spec: ModelSpec) -> None:
+def every_expert(engine: Engine) -> None:
     """Prompts of random tokens, so many that each expert gets some."""
     generator = torch.Generator().manual_seed(9)
-    length = min(1000, spec.max_seq_len - 2)
     sampling = SamplingParams(max_new_tokens=1, temperature=0, ignore_end=True)
-    for index in range(8):
-        prompt = torch.randint(3000, (length,), generator=generator).tolist()
+    for index in range(MANY):
+        prompt = torch.randint(3000, (LONG,), generator=generator).tolist()
         engine.add(Request(f"many-{index}", tuple(prompt), sampling))
     while engine.has_work:
         engine.step()

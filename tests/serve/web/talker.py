@@ -42,6 +42,12 @@ class Talker:
         self.most_tokens: float = math.inf
         self.refusal: GptMoeError | None = None
 
+    def between_steps(self, call: Callable[[], None]) -> Future[None]:
+        """There are no steps: at once."""
+        done: Future[None] = Future()
+        done.set_result(call())
+        return done
+
     async def stream(self, request: Request) -> AsyncGenerator[Delta, None]:
         self.requests.append(request)
         if self.refusal:
