@@ -23,6 +23,9 @@ from gptmoe.model.layers import wide
 from .cache import KVCache, Segment
 from .plan import SlotSpan
 
+IDLE_BYTES = 1 << 20
+"""Of one layer: reading so much takes about as long as the products of one more block of slots."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Store:
@@ -79,8 +82,10 @@ class CachedAttend:
         self.count = sum(span.count for span in spans)
         end = max(span.start + span.count for span in spans)
         self.stores = _stores(cache.segments[: cache.reserve(end)], spans)
-        self.readers = [_decoding(cache, spans[:num_decoding])] if num_decoding else []
-        row = num_decoding
+        self.readers, row = [], 0
+        for run in runs(spans[:num_decoding], most_idle(cache, end)):
+            self.readers.append(_decoding(cache, run, row))
+            row += len(run)
         for span in spans[num_decoding:]:
             self.readers.append(_chunk(cache, span, row))
             row += span.count
@@ -148,7 +153,24 @@ def _stores(segments: Sequence[Segment], spans: Sequence[SlotSpan]) -> list[_Sto
     return stores
 
 
-def _decoding(cache: KVCache, spans: Sequence[SlotSpan]) -> _Readers:
+def runs(spans: Sequence[SlotSpan], most_idle: int) -> list[list[SlotSpan]]:
+    """Spans by slot, cut where more than `most_idle` slots lie between two of them."""
+    found: list[list[SlotSpan]] = []
+    for span in spans:
+        if found and span.slot - found[-1][-1].slot - 1 <= most_idle:
+            found[-1].append(span)
+        else:
+            found.append([span])
+    return found
+
+
+def most_idle(cache: KVCache, tokens: int) -> int:
+    """Idle slots whose keys and values are faster read in vain than left out."""
+    head_bytes = 2 * cache.spec.head_dim * cache.dtype.itemsize
+    return IDLE_BYTES // (tokens * cache.num_heads * head_bytes)
+
+
+def _decoding(cache: KVCache, spans: Sequence[SlotSpan], row: int) -> _Readers:
     slots = [span.slot for span in spans]
     first, end = min(slots), max(slots) + 1
     place_N = [slot - first for slot in slots]
@@ -159,7 +181,7 @@ def _decoding(cache: KVCache, spans: Sequence[SlotSpan]) -> _Readers:
     position_S111 = torch.tensor(positions, device=cache.device).view(-1, 1, 1, 1)
     dense = place_N == list(range(end - first))
     return _Readers(
-        rows=slice(0, len(spans)),
+        rows=slice(row, row + len(spans)),
         slots=slice(first, end),
         num_segments=num_segments,
         bias_SHNC=_bias(cache, num_segments, position_S111),

@@ -53,8 +53,12 @@ def test_attend_is_softmax_attention_over_all_segments() -> None:
     assert torch.allclose(out, expected, rtol=0, atol=1e-12)
 
 
-def test_decoding_with_idle_slots_between_and_chunks_over_borders() -> None:
+@pytest.mark.parametrize("idle_bytes", [0, 1 << 20])
+def test_decoding_with_idle_slots_between_and_chunks_over_borders(
+    idle_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One step of two decoding sequences and a chunk against plain causal attention."""
+    monkeypatch.setattr("gptmoe.generate.attention.IDLE_BYTES", idle_bytes)
     generator = torch.Generator().manual_seed(1)
     lengths = {3: 130, 0: 7, 2: 290}  # by slot
     shape = (3, 300, 3, 8)  # queries, keys, values
