@@ -1,6 +1,7 @@
 """A checkpoint in one process, `gptmoe.load(folder)`: the core that trained it and serves it."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -11,6 +12,7 @@ from torch import Tensor
 from gptmoe import config as configs
 from gptmoe.checkpoint import Checkpoint, open_checkpoint
 from gptmoe.errors import CheckpointError, ConfigError, RequestError
+from gptmoe.generate import offline
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor
 from gptmoe.generate.packed import pack
@@ -25,6 +27,8 @@ from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+BATCH = 16
+"""Texts that `LoadedModel.generate` continues at once."""
 LOGITS_TOKENS = 1024
 """`LoadedModel.logits` runs about as many tokens at once."""
 EXPERT_WEIGHTS = ("experts.up_weight", "experts.down_weight")
@@ -235,25 +239,27 @@ class LoadedModel:
     def generate(self, text: str | Sequence[str], **sampling: Any) -> str | list[str]:
         """Continue one text or each of several (batched); returns the continuations only.
 
-        Keywords are SamplingParams': max_new_tokens, temperature, top_k, top_p,
-        repetition_penalty, seed, stop, ignore_end.
+        Keywords are SamplingParams'; of n answers the first is returned.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         engine = self.engine(
-            EngineConfig(max_batch_size=min(16, max(1, len(prompts))), max_queue=len(prompts))
+            EngineConfig(
+                max_batch_size=max(BATCH, as_params(sampling).num_beams),
+                max_queue=len(prompts),
+                max_queue_tokens=sys.maxsize,
+            )
         )
-        for index, prompt in enumerate(prompts):
-            engine.add(self._request(str(index), prompt, sampling))
-        pieces: dict[str, list[str]] = {str(index): [] for index in range(len(prompts))}
-        while engine.has_work:
-            for delta in engine.step():
-                pieces[delta.request_id].append(delta.text)
-        texts = ["".join(parts) for parts in pieces.values()]
+        requests = [
+            self._request(str(index), prompt, {**sampling, "n": 1})
+            for index, prompt in enumerate(prompts)
+        ]
+        said = offline.run(engine, requests)
+        texts = ["".join(delta.text for delta in said[str(index)]) for index in range(len(prompts))]
         return texts[0] if isinstance(text, str) else texts
 
     def stream(self, text: str, **sampling: Any) -> Iterator[str]:
         """Continue a text, piece by piece, in whole characters. Keywords as in `generate`."""
-        engine = self.engine(EngineConfig(max_batch_size=1))
+        engine = self.engine(EngineConfig(max_batch_size=BATCH))
         engine.add(self._request("0", text, sampling))  # here, so that errors do not wait
 
         def pieces() -> Iterator[str]:

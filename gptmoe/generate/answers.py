@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gptmoe.text import Tokenizer
 
+from .admission import lanes_of
 from .delta import Delta, Timings, TokenScore, TopLogprobs
 from .output import TextStream, end_ids
 from .request import Request
@@ -189,3 +190,11 @@ class Account:
 def lane_key(request_id: str, index: int) -> str:
     """Names a lane; no two requests have the same."""
     return f"{index}/{request_id}"
+
+
+def lanes_for(request: Request) -> list[Lane]:
+    """The sequences of a request: the first computes the prompt, the others branch off it."""
+    tokens = [*request.prompt_ids, *request.resume_ids]
+    keys = [lane_key(request.request_id, index) for index in range(lanes_of(request))]
+    others = [Lane(key, list(tokens), idle=True) for key in keys[1:]]
+    return [Lane(keys[0], tokens, request.score_from), *others]

@@ -10,8 +10,8 @@ from torch import Tensor
 from gptmoe.errors import AlreadyRunning, Overloaded
 from gptmoe.text import Tokenizer
 
-from .admission import check_fits, check_queue, cost, lanes_of
-from .answers import Account, Answers, Drawn, Outcome, Scored, lane_key
+from .admission import check_fits, check_queue, cost
+from .answers import Account, Answers, Drawn, Outcome, Scored, lanes_for
 from .delta import Delta
 from .executor import CacheLost, Executor
 from .plan import Span, StepPlan
@@ -106,7 +106,7 @@ class Engine:
         now_s = self._clock()
         self._arrivals += 1
         rank = (now_s + PRIORITY_S * request.priority, self._arrivals)
-        entry = Entry(rank, _lanes(request))
+        entry = Entry(rank, lanes_for(request))
         self._accounts[request.request_id] = Account(request, entry, self._answers(request), now_s)
         self._scheduler.add(entry)
 
@@ -294,14 +294,6 @@ class Engine:
         self._scheduler.remove(entry)
         if entry.version != self.version:
             self.executor.keep(self._scheduler.versions())
-
-
-def _lanes(request: Request) -> list[Lane]:
-    """The first computes the prompt; the others branch off it."""
-    tokens = [*request.prompt_ids, *request.resume_ids]
-    keys = [lane_key(request.request_id, index) for index in range(lanes_of(request))]
-    others = [Lane(key, list(tokens), idle=True) for key in keys[1:]]
-    return [Lane(keys[0], tokens, request.score_from), *others]
 
 
 def _request_id(key: str) -> str:
