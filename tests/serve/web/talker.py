@@ -71,11 +71,6 @@ class Talker:
         finally:
             self.running.discard(request.request_id)
 
-    def between_steps(self, call: Callable[[], None]) -> Future[None]:
-        done: Future[None] = Future()
-        done.set_result(call())
-        return done
-
     def check(self, stall_s: float) -> None:
         if self.refusal:
             raise self.refusal
