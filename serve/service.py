@@ -110,7 +110,7 @@ class Service:
         raise DeadlineExceeded when the call's time is over, ClusterError if the engine stops.
         """
         request = await self._request(call)
-        if call.named:
+        if call.named and not call.resume_ids:  # who resumes knows that the earlier answer broke off
             await self._names.claim(call.request_id)
         else:
             self._names.note(call.request_id)
