@@ -110,7 +110,8 @@ class Service:
         raise DeadlineExceeded when the call's time is over, ClusterError if the engine stops.
         """
         request = await self._request(call)
-        if call.named and not call.resume_ids:  # who resumes knows that the earlier answer broke off
+        broke_off = bool(call.resume_ids)  # who resumes knows: no need to wait for a dead claim
+        if call.named and not broke_off:
             await self._names.claim(call.request_id)
         else:
             self._names.note(call.request_id)
