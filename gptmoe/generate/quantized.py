@@ -57,14 +57,14 @@ class Quantized:
 
     def product(self, x: Tensor) -> Tensor:
         """x W^T in the type of x; x has any leading dimensions."""
-        x_RI = x.flatten(0, -2).contiguous()
+        x_RI = x.reshape(-1, x.shape[-1]).contiguous()
         if self.group:
             y_RO = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 x_RI, self.values, self.group, self.scales
             )[:, : self.outputs]
         else:
             y_RO = torch.ops.aten._weight_int8pack_mm(x_RI, self.values, self.scales)
-        return y_RO.unflatten(0, x.shape[:-1])
+        return y_RO if x.dim() == 2 else y_RO.view(*x.shape[:-1], self.outputs)
 
 
 def quantized(weight_OI: Tensor, weights: Weights, dtype: torch.dtype) -> Quantized:
@@ -128,7 +128,7 @@ class QuantizedExperts(SeparateExperts[Quantized]):
 
 
 def _linear(x: Tensor, weight: Quantized, bias_O: Tensor, *, gelu: bool) -> Tensor:
-    y = weight.product(x) + bias_O.to(x.dtype)
+    y = weight.product(x).add_(bias_O)
     return F.gelu(y, approximate="tanh") if gelu else y
 
 

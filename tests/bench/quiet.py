@@ -50,7 +50,7 @@ class Rounds:
 
     def spread_ms(self, name: str) -> tuple[float, float]:
         """The middle half of the rounds."""
-        low, _, high = statistics.quantiles(self.seconds[name], n=4)
+        low, _, high = statistics.quantiles(self.seconds[name], n=4, method="inclusive")
         return 1e3 * low, 1e3 * high
 
     def times_faster(self, name: str, than: str) -> float:

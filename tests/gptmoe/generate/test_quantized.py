@@ -60,6 +60,7 @@ def test_a_product_uses_the_rounded_weights(
     found_RO = held.product(x_RI)
     assert found_RO.shape == (5, outputs)
     assert torch.allclose(found_RO.double(), expected_RO, rtol=0, atol=2e-5)
+    assert torch.equal(held.product(x_RI.view(1, 5, inputs)), found_RO.unsqueeze(0))
 
 
 @each_kind
