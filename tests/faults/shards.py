@@ -64,7 +64,7 @@ def write(
     """All texts at once, half of them greedy; `hit` is called once on the way, `moved` whenever
     there is something new."""
     engine = Engine(executor, model.tokenizer, model.spec.max_seq_len, ENGINE)
-    engine.version = version
+    engine.refresh(version)
     for index, prompt in enumerate(PROMPTS):
         sampling = SamplingParams(
             max_new_tokens=TOKENS, temperature=0.8 * (index % 2), seed=index, ignore_end=True

@@ -1,6 +1,6 @@
 """A model on several ranks, served: the bits of one process, whatever the layout."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,17 @@ from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.plan import StepPlan
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
-from gptmoe.shard.parts import ExpertSpan, Part, arrange
+from gptmoe.shard.parts import ExpertSpan, Part, arrange, layout_of
 from gptmoe.shard.shard import Shard
 from gptmoe.text import Tokenizer
 from tests import small_model
 from tests.ranks.pool import RankPool
 
-ENGINE = EngineConfig(max_batch_size=5, token_budget=48)
-PROMPTS = ["春风又绿江南岸，明月何时照我还。" * 6, "明月", "白日依山尽，黄河入海流。", "千山鸟飞绝"]
+ENGINE = EngineConfig(max_batch_size=8, token_budget=48)
+LONG = "春风又绿江南岸，明月何时照我还。" * 6
+PROMPTS = [LONG, "明月", "白日依山尽，黄河入海流。", "千山鸟飞绝", LONG + "春", LONG + "江"]
+TWO_ANSWERS = 5
+"""The last prompt, whose beginning is in the cache, has two."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "ep": {"dp": 2, "ep": 2},
     "dp": {"dp": 2},
@@ -67,22 +70,28 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Recording:
-    """An executor that keeps the scores of each step."""
+    """An executor that keeps the scores of each step; with banks as another may have."""
 
-    def __init__(self, inner: Executor) -> None:
+    def __init__(self, inner: Executor, banks: int) -> None:
         self.inner = inner
+        self.banks = banks
         self.scores: list[torch.Tensor] = []
+        self.copies = 0
+
+    def keep(self, versions: Set[int]) -> None:
+        self.inner.keep(versions)
 
     def run(self, plan: StepPlan, tokens: Any) -> torch.Tensor:
+        self.copies += len(plan.copies)
         self.scores.append(self.inner.run(plan, tokens))
         return self.scores[-1]
 
 
 def generate(
-    executor: Executor, tokenizer: Tokenizer
+    executor: Executor, tokenizer: Tokenizer, banks: int
 ) -> tuple[dict[str, list[int]], list[torch.Tensor]]:
     """Tokens of each prompt, which come one after the other, and all scores."""
-    recording = Recording(executor)
+    recording = Recording(executor, banks)
     engine = Engine(recording, tokenizer, 320, ENGINE)
     tokens: dict[str, list[int]] = {}
     waiting = list(enumerate(PROMPTS))
@@ -90,11 +99,16 @@ def generate(
         if waiting:
             index, prompt = waiting.pop(0)
             sampling = SamplingParams(
-                max_new_tokens=6 + 2 * index, temperature=index % 2, seed=index, ignore_end=True
+                max_new_tokens=6 + 2 * index,
+                temperature=index % 2,
+                seed=index,
+                ignore_end=True,
+                n=1 + (index == TWO_ANSWERS),
             )
             engine.add(Request(str(index), tuple(tokenizer.encode(prompt)), sampling))
         for delta in engine.step():
             tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+    assert recording.copies, "a beginning, and the second answer's"
     return tokens, recording.scores
 
 
@@ -107,7 +121,8 @@ def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype
     if rank == len(parts):
         executor = ShardsExecutor(parts, line, 1, spec.vocab_size, dtype)
         executor.beat()
-        result = generate(executor, small_model.tokenizer())
+        assert executor.banks == layout_of(parts).dp
+        result = generate(executor, small_model.tokenizer(), executor.banks)
         for shard_rank in range(len(parts)):
             if route_of(parts, shard_rank).source == rank:
                 line.send(Drain(epoch=1, sequence=1), shard_rank)
@@ -144,9 +159,10 @@ def test_products_that_keep_their_shape_have_the_bits_of_one_process(
     pool: RankPool, checkpoint: Path, tokenizer: Tokenizer, name: str, dtype: str
 ) -> None:
     model = gptmoe.load(checkpoint, dtype=dtype)
-    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer)
-    assert sum(map(len, scores)) == sum(map(len, tokens.values())) == 6 + 8 + 10 + 12
     parts = arrange(model.spec, **LAYOUTS[name])
+    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer, layout_of(parts).dp)
+    assert sum(map(len, tokens.values())) == 6 + 8 + 10 + 12 + 14 + 2 * 16
+    assert sum(map(len, scores)) == sum(map(len, tokens.values())) - 1  # both draw from one row
     arguments = parts, checkpoint, getattr(torch, dtype)
     *_, (served_tokens, served_scores) = pool.run(len(parts) + 1, serve, *arguments)
     assert served_tokens == tokens
@@ -159,8 +175,8 @@ def test_split_sums_differ_by_rounding_and_the_text_is_the_same(
     pool: RankPool, checkpoint: Path, tokenizer: Tokenizer, name: str
 ) -> None:
     model = gptmoe.load(checkpoint)
-    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer)
     parts = arrange(model.spec, **LAYOUTS[name])
+    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer, layout_of(parts).dp)
     *_, (served_tokens, served_scores) = pool.run(
         len(parts) + 1, serve, parts, checkpoint, torch.float32
     )
