@@ -17,6 +17,7 @@ from cluster.coordinator_actor import NAMESPACE, runs
 from serve import launch
 from serve.config import ParallelConfig, ServeConfig
 from serve.controller import Controlled
+from serve.registry_actor import PREFIX
 
 NAME = "poems"
 
@@ -154,7 +155,7 @@ def test_replicas_come_and_go_and_leave_nothing_behind(client: Client) -> None:
     def left() -> set[str]:
         actors = ray.util.list_named_actors(all_namespaces=True)
         names = {actor["name"] for actor in actors if actor["namespace"] == NAMESPACE}
-        return {name for name in names if topology.run not in name}
+        return {name for name in names if topology.run not in name} - {PREFIX + NAME}
 
     wait_until(lambda: not left(), within_s=20)
 
