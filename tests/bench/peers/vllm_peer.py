@@ -21,7 +21,7 @@ from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     folder, prompt, new = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
     llm = LLM(folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
-              max_model_len=512, max_num_seqs=8)
+              max_model_len=512, max_num_seqs=8, gpu_memory_utilization=0.3)
     sampling = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
     for _ in range(2):
         began_s = time.perf_counter()
