@@ -118,6 +118,7 @@ class Claims:
         self._began: list[str] = []
         self._ended: list[str] = []
         self._news = asyncio.Event()
+        self._known = asyncio.Event()
         self._actor: Any = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -179,6 +180,9 @@ class Claims:
 
         Raises NotFound if none does, Unavailable while the registry is away.
         """
+        if self._actor is None:  # a replica that has just started looks for it still
+            with contextlib.suppress(TimeoutError):
+                await _within(self._known.wait())
         if self._actor is None:
             raise Unavailable("nobody knows for now which replica runs what; abort again later")
         try:
@@ -205,12 +209,14 @@ class Claims:
             except (ray.exceptions.RayError, TimeoutError, ValueError) as error:
                 log.warning("the registry of requests is away error=%s", _first_line(error))
                 self._actor = None
+                self._known.clear()
             await asyncio.sleep(CONNECT_AGAIN_S)
 
     async def _greet(self, actor: Any) -> None:
         told = tuple(self._running)
         await _within(actor.greet.remote(self._replica, told), SILENT_S)
         self._actor = actor
+        self._known.set()
         for request_id in set(told) - self._running:  # ended meanwhile
             self._end(request_id)
 

@@ -1,6 +1,7 @@
 """A replica's side of the registry, and the actor, without Ray."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -234,3 +235,23 @@ def test_a_poll_without_news_ends_and_a_stranger_has_to_greet() -> None:
         assert await actor.next_aborts("a", 0.01) == ()
 
     asyncio.run(scenario())
+
+
+def test_a_replica_that_has_just_started_waits_a_moment_for_the_registry() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        await cluster.replicas["a"].claim("mine")
+
+        def late() -> Handle:
+            time.sleep(0.2)
+            return cluster.handle
+
+        async def abort(request_id: str) -> bool:
+            raise AssertionError("it does not run here")
+
+        young = Claims("young", late, abort)
+        young.start()
+        await young.abort("mine")
+        await until(lambda: cluster.aborted["a"] == ["mine"])
+        await young.stop()
+
+    on_cluster(scenario)
