@@ -22,7 +22,8 @@ class Peer:
     def __init__(self, environment: Environment, script: str, *arguments: str) -> None:
         self.name = environment.name
         command = [str(python_of(environment)), str(FOLDER / script), *arguments]
-        self._said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill and block
+        # Not a pipe, which nobody reads: it would fill and block. Closed by `close`.
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
