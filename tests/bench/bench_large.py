@@ -88,7 +88,6 @@ def write(folder: Path, spec: ModelSpec) -> Path:
 def _by_layer(spec: ModelSpec) -> Iterator[list[Piece]]:
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in GPT(spec).named_parameters()}
-    generator = torch.Generator().manual_seed(0)
     owners = [f"layers.{layer}." for layer in range(spec.num_layers)]
     for owner in [*owners, ""]:
         mine = [
@@ -96,7 +95,7 @@ def _by_layer(spec: ModelSpec) -> Iterator[list[Piece]]:
             for name in shapes
             if (name.startswith(owner) if owner else not name.startswith("layers."))
         ]
-        yield [whole(name, random_values(name, shapes[name], generator)) for name in mine]
+        yield [whole(name, random_values(name, shapes[name])) for name in mine]
 
 
 def forget(folder: Path) -> None:

@@ -1,8 +1,10 @@
 """Ours for the decode benches: models of the shared shape with random weights, and their steps."""
 
+import math
 import time
+import zlib
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +25,9 @@ from tests.bench.peers import shape
 
 WEIGHT_BITS = {"": 16, "int8": 8, "int4": 4.5}
 """int4: with 32 bits of scale and zero point for 64 weights."""
+
+POOL = 10_000_019
+"""Random numbers that are drawn; a prime, so that no two rows of a weight are equal."""
 
 
 class Letters:
@@ -72,17 +77,27 @@ def random_state(spec: ModelSpec) -> dict[str, Tensor]:
     """N(0, 0.02) in bf16, norms at one, biases at zero: quickly, also for billions."""
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in GPT(spec).named_parameters()}
-    generator = torch.Generator().manual_seed(0)
-    return {name: random_values(name, size, generator) for name, size in shapes.items()}
+    return {name: random_values(name, size) for name, size in shapes.items()}
 
 
-def random_values(name: str, size: Sequence[int], generator: torch.Generator) -> Tensor:
-    """One parameter of such a model."""
+def random_values(name: str, size: Sequence[int]) -> Tensor:
+    """One parameter of such a model. Billions of numbers are drawn as few, again and again, from
+    another one on for each parameter."""
     if name.endswith("bias"):
         return torch.zeros(*size, dtype=torch.bfloat16)
     if "norm" in name:
         return torch.ones(*size, dtype=torch.bfloat16)
-    return torch.empty(*size, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+    pool = _pool().roll(zlib.crc32(name.encode()) % POOL)
+    values = torch.empty(math.prod(size), dtype=torch.bfloat16)
+    for part in values.split(POOL):
+        part.copy_(pool[: len(part)])
+    return values.view(*size)
+
+
+@cache
+def _pool() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(POOL, generator=generator).mul_(0.02).bfloat16()
 
 
 def loaded(

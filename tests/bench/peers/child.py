@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ class Peer:
     def __init__(self, environment: Environment, script: str, *arguments: str) -> None:
         self.name = environment.name
         command = [str(python_of(environment)), str(FOLDER / script), *arguments]
+        # Not a pipe, which nobody reads: it would fill and block. Closed by `close`.
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said,
             text=True,
+            process_group=0,  # if we are killed, the system ends a stopped group
         )
         self.about = self._answer()
         self._signal(signal.SIGSTOP)
@@ -50,13 +54,16 @@ class Peer:
         self._signal(signal.SIGCONT)
         self._process.kill()
         self._process.communicate()
+        self._said.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line)
-        _, said = self._process.communicate()
+        self._process.wait()
+        self._said.seek(0)
+        said = self._said.read()
         raise Missing(
             f"{self.name}: it ended with {self._process.returncode}: {said.strip()[-600:]}"
         )
