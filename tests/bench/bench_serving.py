@@ -166,9 +166,10 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run one of the three."""
+    """Run one of the three, or all."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("overhead", "overload", "memory"))
+    parts = {"overhead": overhead, "overload": overload, "memory": memory}
+    parser.add_argument("what", nargs="?", choices=tuple(parts), help="one of the three; else all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--requests", type=int, default=10000)
