@@ -37,12 +37,12 @@ def margin_losses(
     target_T: Tensor,
     *,
     margin: int,
-    ease: float | Tensor,
+    ease: float,
 ) -> Tensor:
     """-log softmax of the target's logit made harder by the margin, in nats, [T] (eqs. 5 to 7).
 
     `logits_TE` are h W^T without a bias. The target's becomes |w| |h| (ease cos + psi) / (1 + ease)
-    (section 5.1: ease is lambda; a large one is the plain softmax). Computed in the type of the logits.
+    (section 5.1: ease is lambda; a large one is the plain softmax). All in the type of the logits.
     """
     plain_T = logits_TE.gather(1, target_T.unsqueeze(1)).squeeze(1)
     length_T = weight_ED.to(logits_TE.dtype).norm(dim=1)[target_T]
@@ -54,6 +54,6 @@ def margin_losses(
     return F.cross_entropy(hard_TE, target_T, reduction="none")
 
 
-def annealed(start: float, decay: float, floor: float, updates: Tensor) -> Tensor:
-    """The ease after so many optimizer steps: max(floor, start * decay^updates), float64."""
-    return (start * decay ** updates.double()).clamp(min=floor)
+def annealed(start: float, decay: float, floor: float, updates: int) -> float:
+    """The ease after so many optimizer steps: max(floor, start * decay^updates)."""
+    return max(floor, start * decay**updates)

@@ -3,7 +3,6 @@
 The moving average of Expert Threshold routing (arXiv 2603.11535). Letters: T tokens, E experts.
 """
 
-import torch
 from torch import Tensor
 
 

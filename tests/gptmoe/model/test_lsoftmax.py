@@ -26,9 +26,7 @@ def tensors(tokens: int = 7, width: int = 5, classes: int = 4) -> tuple[Tensor, 
 
 
 def losses(h_TD: Tensor, weight_ED: Tensor, target_T: Tensor, margin: int, ease: float) -> Tensor:
-    return margin_losses(
-        h_TD @ weight_ED.t(), h_TD, weight_ED, target_T, margin=margin, ease=ease
-    )
+    return margin_losses(h_TD @ weight_ED.t(), h_TD, weight_ED, target_T, margin=margin, ease=ease)
 
 
 def naive(h_TD: Tensor, weight_ED: Tensor, target_T: Tensor, margin: int, ease: float) -> Tensor:
@@ -108,5 +106,5 @@ def test_a_token_of_zeros_has_a_loss_and_gradients() -> None:
 
 
 def test_ease_falls_with_optimizer_steps_to_its_floor() -> None:
-    eases = [float(annealed(100.0, 0.9, 5.0, torch.tensor(step))) for step in (0, 1, 10, 1000)]
+    eases = [annealed(100.0, 0.9, 5.0, step) for step in (0, 1, 10, 1000)]
     assert eases == pytest.approx([100, 90, 100 * 0.9**10, 5])
