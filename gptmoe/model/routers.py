@@ -8,12 +8,16 @@ from gptmoe.errors import ConfigError
 from .expert_choice import ExpertChoiceRouter
 from .loss_free import LossFreeRouter
 from .routing import LinearRouter
+from .s_base import SinkhornRouter
 from .spec import ModelSpec
 from .switch import SwitchRouter
+from .top2 import Top2Router
 
 ROUTERS: Mapping[str, type[LinearRouter]] = MappingProxyType(
     {
         "switch": SwitchRouter,
+        "top2": Top2Router,
+        "s_base": SinkhornRouter,
         "expert_choice": ExpertChoiceRouter,
         "loss_free": LossFreeRouter,
     }

@@ -46,7 +46,8 @@ def read_state(
         values = checkpoint.read(name).to(device=device, dtype=_kept(buffer, dtype), copy=True)
         if learned and name.endswith(".updates") and not values:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} is 0, no thresholds were learned; {_calibrate(checkpoint)}"
+                f"{checkpoint.path}: {name} is 0, no thresholds were learned; "
+                f"{_calibrate(checkpoint)}"
             )
         _set(model, name, values)
 

@@ -3,7 +3,7 @@
 Letters: B sequences, T tokens, E experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from gptmoe.model.switch import SwitchRouter
 from gptmoe.model.transformer import GPT, Block
 from gptmoe.parallel.apply import build
 from gptmoe.parallel.layout import Layout
-from gptmoe.parallel.mesh import join
+from gptmoe.parallel.mesh import Mesh, join
 from gptmoe.parallel.optimizer import OptimizerSpec
 from gptmoe.parallel.ownership import Owned, owned_parameters
 from gptmoe.parallel.pipeline import Pipeline
@@ -25,6 +25,7 @@ from gptmoe.parallel.recompute import Recompute
 from gptmoe.parallel.schedules import Kind, schedule
 from gptmoe.parallel.updater import PlainUpdater
 from gptmoe.tensors import TensorBatch
+from train import report
 from train.passes import StepSettings, TrainingPasses
 from train.schedule import ScheduleSpec
 
@@ -63,6 +64,8 @@ class Trained:
     where another stage holds it."""
     dropped: int
     """Tokens of all ranks."""
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+    """The state of this rank's routers after each step."""
 
 
 class Batch(NamedTuple):
@@ -98,10 +101,23 @@ def train(rank: int, layout: Layout, case: Case) -> Trained:
         seen.losses.append(lm_sum / float(passes.label_count) + sum(balance))
         seen.norms.append(updater.step(case.learning_rate))
         seen.dropped += int(mesh.sum(dropped(passes.totals.statistics)))
+        seen.states.append(update_routers(model, mesh, passes.totals.statistics))
         first = passes.totals.statistics.get(1)
         if first is not None:
             seen.load_E += first.load_E
     return seen
+
+
+def update_routers(model: GPT, mesh: Mesh, mine: dict[int, Statistics]) -> dict[str, Tensor]:
+    """Let them learn from the whole batch, as train/loop.py does; their state."""
+    for layer in model.spec.moe_layers:
+        none = Statistics.zero(model.spec.experts_in_layer(layer))
+        total = report.reduce(mine.get(layer, none), mesh.sum)
+        block = model.layers[layer]
+        if isinstance(block, Block):
+            assert isinstance(block.ffn, MoE)
+            block.ffn.router.update(total)
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def make_passes(pipeline: Pipeline, case: Case, step: int) -> TrainingPasses:
