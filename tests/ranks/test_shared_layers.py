@@ -42,7 +42,7 @@ LAYOUTS = [
     Layout(dp=2, tp=2, ep=2, expert_tp=True),
     Layout(dp=2, tp=2, ep=2, expert_tp=True, sequence_parallel=False),
     Layout(pp=2),
-    Layout(tp=2, pp=2, chunks=2),
+    Layout(tp=2, pp=2),
 ]
 
 
