@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from .expert_choice import ExpertChoiceRouter
 from .loss_free import LossFreeRouter
 from .routing import LinearRouter
 from .s_base import SinkhornRouter
@@ -15,6 +16,7 @@ ROUTERS: Mapping[str, type[LinearRouter]] = MappingProxyType(
         "switch": SwitchRouter,
         "top2": Top2Router,
         "s_base": SinkhornRouter,
+        "expert_choice": ExpertChoiceRouter,
         "loss_free": LossFreeRouter,
     }
 )

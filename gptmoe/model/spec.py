@@ -90,6 +90,16 @@ class RouterSpec:
         """Experts that each token chooses: 2 with top2."""
         return 2 if self.kind == "top2" else 1
 
+    @property
+    def rows_per_token(self) -> float:
+        """Experts that work on a token, in the mean over many; what is dropped counts as done."""
+        return self.capacity_factor if self.kind == "expert_choice" else self.choices
+
+    @property
+    def residual_layers(self) -> int:
+        """Layers of the Expert Residual behind the experts of a layer."""
+        return self.residual_depth if self.kind == "expert_choice" else 0
+
 
 _FROM_ZERO = (
     "min_capacity", "aux_loss_coef", "z_loss_coef", "sinkhorn_tolerance", "bias_rate",
@@ -157,6 +167,11 @@ class ModelSpec:
         if not self.num_experts:
             return ()
         return tuple(range(self.expert_interval - 1, self.num_layers, self.expert_interval))
+
+    @property
+    def shared_layers(self) -> int:
+        """Feed-forward layers beside and behind the experts of each MoE layer."""
+        return self.router.residual_layers + self.residual_moe
 
     def experts_in_layer(self, layer: int) -> int:
         """How many experts layer `layer` holds; 0 for a dense one."""
