@@ -22,7 +22,8 @@ from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.plan import StepPlan
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
-from gptmoe.model.spec import RouterSpec
+from gptmoe.model.routers import ROUTERS
+from gptmoe.model.spec import RouterKind, RouterSpec
 from gptmoe.shard.parts import ExpertSpan, Part, arrange, layout_of
 from gptmoe.shard.shard import Shard
 from gptmoe.text import Tokenizer
@@ -168,6 +169,21 @@ def test_products_that_keep_their_shape_have_the_bits_of_one_process(
     *_, (served_tokens, served_scores) = pool.run(len(parts) + 1, serve, *arguments)
     assert served_tokens == tokens
     assert len(served_scores) == len(scores)
+    assert all(map(torch.equal, served_scores, scores))
+
+
+@pytest.mark.parametrize("name", ["ep", "pp, ep", "hot"])
+@pytest.mark.parametrize("kind", [kind for kind in ROUTERS if kind != "switch"])
+def test_every_router_is_served_with_the_bits_of_one_process(
+    pool: RankPool, tmp_path: Path, tokenizer: Tokenizer, name: str, kind: RouterKind
+) -> None:
+    checkpoint = small_model.write(tmp_path, router=RouterSpec(kind=kind))
+    model = gptmoe.load(checkpoint)
+    parts = arrange(model.spec, **LAYOUTS[name])
+    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer, layout_of(parts).dp)
+    arguments = parts, checkpoint, torch.float32
+    *_, (served_tokens, served_scores) = pool.run(len(parts) + 1, serve, *arguments)
+    assert served_tokens == tokens
     assert all(map(torch.equal, served_scores, scores))
 
 
