@@ -233,7 +233,7 @@ def _check_same(
     run, loop = _table(checkpoint, "train", "run"), _table(checkpoint, "train", "train")
     samples = _table(checkpoint, "train", "data")
     _check("command", checkpoint.config.get("kind"), kind, config)
-    _check("model", _table(checkpoint, "model"), configs.to_dict(spec), config)
+    _check("model", configs.to_dict(spec_of(checkpoint)), configs.to_dict(spec), config)
     _check("tokenizer", load_tokenizer(checkpoint.path).digest, tokenizer.digest, config)
     _check("run.seed", run.get("seed"), config.run.seed, config)
     _check("data.seq_len", samples.get("seq_len"), config.data.seq_len, config)
@@ -260,5 +260,6 @@ def _table(checkpoint: Checkpoint | None, *names: str) -> Mapping[str, Any]:
 def _differing(value: Any, other: Any) -> Any:
     """Of two differing tables only the differing keys."""
     if isinstance(value, dict) and isinstance(other, dict):
-        return {key: item for key, item in value.items() if other.get(key) != item}
+        changed = [key for key, item in value.items() if other.get(key) != item]
+        return {key: _differing(value[key], other.get(key)) for key in changed}
     return value

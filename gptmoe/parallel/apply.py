@@ -8,9 +8,10 @@ from torch import nn
 
 from gptmoe.model.experts import Experts
 from gptmoe.model.initialize import initial_values
-from gptmoe.model.layers import Embedding, Linear
+from gptmoe.model.layers import Embedding, FeedForward, Linear
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
+from gptmoe.model.state import begin_state
 from gptmoe.model.transformer import GPT, Block
 
 from .expert import AllToAllDispatcher
@@ -82,9 +83,10 @@ def slice_layers(model: GPT, mesh: Mesh) -> None:
         _become(block.attention.out, RowLinear).slices = slices
         if isinstance(block.ffn, MoE):
             _slice_experts(block.ffn, slices, cut=layout.expert_tp)
-        else:
-            _become(block.ffn.up, ColumnLinear).slices = slices
-            _become(block.ffn.down, RowLinear).slices = slices
+        for dense in block.ffn.modules():
+            if isinstance(dense, FeedForward):
+                _become(dense.up, ColumnLinear).slices = slices
+                _become(dense.down, RowLinear).slices = slices
 
 
 def _slice_experts(moe: MoE, slices: Slices, *, cut: bool) -> None:
@@ -122,7 +124,7 @@ def share_experts(model: GPT, mesh: Mesh) -> None:
 def hold_parts(
     model: GPT, mesh: Mesh, dtype: torch.dtype, device: torch.device, shards_on: torch.device
 ) -> None:
-    """Give each parameter memory for this rank's part of it."""
+    """Give each parameter memory for this rank's part of it, and routers their first state."""
     for owned in owned_parameters(model, mesh.layout, mesh.rank):
         module_name, _, kind = owned.name.rpartition(".")
         module = model.get_submodule(module_name)
@@ -133,6 +135,7 @@ def hold_parts(
         setattr(module, kind, nn.Parameter(part))
         if isinstance(module, Experts):
             module.first = boxes[0].start[0]
+    begin_state(model, device, dtype)
 
 
 @torch.no_grad()

@@ -198,7 +198,7 @@ def test_dropout_differs_between_steps_slices_and_seeds(prepared: Path) -> None:
         learner = trainer(prepared, DROPPING)
         fixed = dataclasses.replace(learner.settings, **settings)
         order = data.open_samples(prepared, "validation", 24, seed=0)  # the same in each epoch
-        same = dataclasses.replace(learner, settings=fixed, samples=_Repeated(order))
+        same = dataclasses.replace(learner, settings=fixed, samples=Repeated(order))
         return same.step(step)["lm_loss"]
 
     losses = [loss(), loss(step=2), loss(first_sequence=16), loss(seed=1)]
@@ -206,7 +206,7 @@ def test_dropout_differs_between_steps_slices_and_seeds(prepared: Path) -> None:
     assert loss() == losses[0]
 
 
-class _Repeated(data.LineSamples):
+class Repeated(data.LineSamples):
     """The same samples whatever is asked for."""
 
     def __init__(self, samples: data.Samples) -> None:
@@ -221,10 +221,8 @@ def test_a_step_reports_what_the_catalogue_knows(prepared: Path) -> None:
     learner = trainer(prepared, rate=1e-3)
     values = learner.step(3)
     assert set(values) <= set(CATALOGUE)
-    assert values["loss"] == pytest.approx(
-        values["lm_loss"] + values["aux_loss"] + values["z_loss"],
-        rel=1e-12,  # type: ignore[operator]
-    )
+    parts = [values[name] for name in ("lm_loss", "aux_loss", "z_loss", "margin_loss")]
+    assert values["loss"] == pytest.approx(math.fsum(parts), rel=1e-12)  # type: ignore[arg-type]
     assert (values["tokens"], values["samples"]) == (3 * 16 * 24, 48)
     assert values["learning_rate"] == 1e-3
     assert sum(values["expert_load"]) == 16 * 24  # type: ignore[arg-type]
