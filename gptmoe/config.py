@@ -87,6 +87,7 @@ def build(cls: type[C], raw: Mapping[str, Any], where: str = "") -> C:
     for key, value in raw.items():
         if key not in fields:
             raise ConfigError(_unknown_key(where + key, list(fields), where))
+        value = _by_name(value, fields[key].metadata.get("aliases", {}))
         values[key] = _convert(hints[key], value, where + key)
     for name, field in fields.items():
         required = (
@@ -135,6 +136,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} is not UTF-8 text") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+
+
+def _by_name(value: Any, aliases: Mapping[int, str]) -> Any:
+    """The name of a code that a field takes for one (its metadata `aliases`); else the value."""
+    return aliases.get(value, value) if type(value) is int else value
 
 
 def _anchor_paths(cls: Any, raw: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from gptmoe.generate.request import Request, make_request
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.memory import available_bytes
 from gptmoe.model.spec import ModelSpec
+from gptmoe.model.state import read_state
 from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer, load_tokenizer
 
@@ -130,6 +131,7 @@ def read_network(
         setattr(
             network.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False)
         )
+    read_state(checkpoint, network, device, dtype)
     return network.eval()
 
 

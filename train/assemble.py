@@ -7,6 +7,7 @@ import torch
 from gptmoe import checkpoint
 from gptmoe.checkpoint import Checkpoint
 from gptmoe.data import Samples, Split, open_samples
+from gptmoe.model.state import read_state
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel.apply import build
 from gptmoe.parallel.mesh import Mesh
@@ -50,6 +51,8 @@ def load_weights(model: GPT, stored: Checkpoint, mesh: Mesh) -> None:
     for owned in owned_parameters(model, mesh.layout, mesh.rank):
         for box, part in owned.parts(owned.parameter):
             part.copy_(stored.read(owned.name, box))
+    device = next(model.parameters()).device
+    read_state(stored, model, device, torch.float32)
 
 
 def samples_of(plan: RunPlan, split: Split) -> Samples:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from gptmoe.metrics import Recorder, Value
 from gptmoe.model.dropout import SampleDropout
 from gptmoe.model.moe import MoE
 from gptmoe.model.routing import Statistics
-from gptmoe.model.transformer import GPT
+from gptmoe.model.transformer import GPT, Block
 from gptmoe.parallel.expert import AllToAllDispatcher
 from gptmoe.parallel.loss_scale import LossScale
 from gptmoe.parallel.pipeline import Pipeline
@@ -23,7 +23,7 @@ from gptmoe.parallel.updater import Updater
 from gptmoe.tensors import TensorBatch
 
 from . import report
-from .passes import StepSettings, Totals, TrainingPasses
+from .passes import LOSSES, StepSettings, Totals, TrainingPasses
 from .schedule import learning_rate
 
 
@@ -83,7 +83,7 @@ class Trainer:
             passes,
             lambda last: self.updater.microbatch_done(last=last),
         )
-        losses = self._account(passes.totals, label_count)
+        losses, layers = self._account(passes.totals, label_count)
         rate = learning_rate(self.settings.schedule, step)
         scale = self.scaler.value
         grad_norm = self.updater.step(rate, scale)
@@ -94,6 +94,7 @@ class Trainer:
         else:
             _check_finite(step, rate, losses["loss"], grad_norm)
             norm["grad_norm"] = grad_norm
+            self._update_routers(layers)
         return {
             **losses,
             **norm,
@@ -154,22 +155,29 @@ class Trainer:
         stage = self.pipeline.mesh.place.stage
         return schedule(self.settings.pipeline, layout.pp, stage, microbatches, layout.chunks)
 
-    def _account(self, totals: "Totals", label_count: Tensor) -> dict[str, Value]:
+    def _account(
+        self, totals: Totals, label_count: Tensor
+    ) -> tuple[dict[str, Value], dict[int, Statistics]]:
+        """The losses and loads of the whole batch, and the statistics of each MoE layer."""
         mesh, spec = self.pipeline.mesh, self.model.spec
-        lm_sum, aux, z = mesh.sum(totals.losses).tolist()
+        lm_sum, *balance = mesh.sum(totals.losses).tolist()
         lm_loss = lm_sum / float(label_count)
         layers = {}
         for layer in spec.moe_layers:
             mine = totals.statistics.get(layer, Statistics.zero(spec.experts_in_layer(layer)))
             layers[layer] = report.reduce(mine, mesh.sum)
-            if layer in totals.statistics:
-                moe = self.model.layers[layer].ffn
-                assert isinstance(moe, MoE)
-                moe.router.update(layers[layer])
-        values: dict[str, Value] = {"loss": lm_loss + aux + z, "lm_loss": lm_loss}
+        values: dict[str, Value] = {"loss": lm_loss + sum(balance), "lm_loss": lm_loss}
         if layers:
-            values |= {"aux_loss": aux, "z_loss": z, **report.expert_load(layers)}
-        return values
+            values |= dict(zip(LOSSES, balance, strict=True)) | report.expert_load(layers)
+        return values, layers
+
+    def _update_routers(self, layers: Mapping[int, Statistics]) -> None:
+        """Once per optimizer step, by what the whole batch did: the same on all ranks."""
+        for layer, statistics in layers.items():
+            block = self.model.layers[layer]
+            if isinstance(block, Block):  # else it lives on another stage
+                assert isinstance(block.ffn, MoE)
+                block.ffn.router.update(statistics)
 
 
 def run_steps(

@@ -27,6 +27,7 @@ class ModelConfig:
     max_seq_len: int | None = None
     num_experts: int | tuple[int, ...] | None = None
     expert_interval: int | None = None
+    residual_moe: bool | None = None
     dropout: float | None = None
     init_std: float | None = None
 
@@ -55,7 +56,8 @@ class ModelConfig:
     def refine(self, stored: ModelSpec, router: RouterSpec) -> ModelSpec:
         """The model of `model.checkpoint` with this run's router settings and dropout.
 
-        Raises ConfigError for a part that is given and differs from the checkpoint's.
+        Raises ConfigError for a part that is given and differs from the checkpoint's, and for a
+        router that could not use what the checkpoint's has learned.
         """
         given = self.given()
         dropout = given.pop("dropout", stored.dropout)
@@ -71,6 +73,8 @@ class ModelConfig:
                     f"model.{name}={value} is not that of model.checkpoint, {found}; leave it out, "
                     "the checkpoint's model is used as it is"
                 )
+        if stored.num_experts:
+            _check_router(stored.router, router)
         return dataclasses.replace(stored, router=router, dropout=dropout)
 
     def given(self) -> dict[str, Any]:
@@ -79,8 +83,19 @@ class ModelConfig:
         return {name: value for name in names if (value := getattr(self, name)) not in (None, "")}
 
 
+def _check_router(stored: RouterSpec, wanted: RouterSpec) -> None:
+    names = ["kind", *(["residual_depth"] if stored.kind == "expert_choice" else [])]
+    for name in names:
+        found, now = getattr(stored, name), getattr(wanted, name)
+        if found != now:
+            raise ConfigError(
+                f"router.{name}={now} is not that of model.checkpoint, {found}, whose weights and "
+                f"state belong to it; use router.{name}={found}, or start without model.checkpoint"
+            )
+
+
 _PRESET_FIELDS = ("num_layers", "d_model", "num_heads", "num_experts")
 _SPEC_FIELDS = (
     "num_layers", "d_model", "num_heads", "d_ff", "vocab_size", "max_seq_len",
-    "expert_interval", "dropout", "init_std",
+    "expert_interval", "residual_moe", "dropout", "init_std",
 )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gptmoe.model.dropout import SampleDropout
+from gptmoe.model.jitter import Jitter
 from gptmoe.model.routing import Statistics
 from gptmoe.model.transformer import GPT, Output
 from gptmoe.model.turns import in_turns
@@ -36,12 +37,16 @@ class StepSettings:
     """Parts of a microbatch that take turns, so that one computes while the other's rows travel."""
 
 
+LOSSES = ("aux_loss", "z_loss", "margin_loss")
+"""What routers add to the loss, each where its router has it."""
+
+
 @dataclass(slots=True)
 class Totals:
     """Sums over a step's microbatches on one rank."""
 
     losses: Tensor
-    """[lm loss sum, aux loss, z loss]"""
+    """[lm loss sum, then each of LOSSES]"""
     statistics: dict[int, Statistics]
     """By MoE layer, those of this stage."""
 
@@ -59,7 +64,7 @@ class TrainingPasses:
         dropout: SampleDropout,
         loss_scale: float = 1.0,
     ) -> None:
-        self.totals = Totals(torch.zeros(3, dtype=torch.float64), {})
+        self.totals = Totals(torch.zeros(1 + len(LOSSES), dtype=torch.float64), {})
         self._model = model
         self._settings = settings
         self._layout = layout
@@ -82,10 +87,10 @@ class TrainingPasses:
         lm_sum = torch.zeros((), device=output.hidden_BTD.device)
         if layers.stop == self._model.spec.num_layers:
             lm_sum = self._model.loss_sum(output.hidden_BTD, batch.label_BT, batch.weight_BT)
-        aux, z = self._balance(output)
-        self._keep_books([lm_sum, aux, z], layers, output)
+        balance = self._balance(output)
+        self._keep_books([lm_sum, *balance], layers, output)
         # Each slice of a tensor group computes the balance losses of all rows: see updater.py.
-        loss = lm_sum / self.label_count + (aux + z) / self._layout.tp
+        loss = lm_sum / self.label_count + _total(balance) / self._layout.tp
         return output.hidden_BTD, loss * self._loss_scale
 
     def _run(
@@ -102,6 +107,7 @@ class TrainingPasses:
                 token_BT,
                 valid_BT=valid_BT,
                 drop=dataclasses.replace(self._dropout, first_sample=first + index * size),
+                jitter=self._jitter(first + index * size),
                 layers=layers,
                 x_BTD=x,
             )
@@ -111,13 +117,22 @@ class TrainingPasses:
         ]
         return joined(in_turns(steps))
 
-    def _balance(self, output: Output) -> tuple[Tensor, Tensor]:
-        """The mean over the batch's routing groups of each balance loss, times its coefficient."""
+    def _jitter(self, first_sample: int) -> Jitter:
+        """The noise of the routers, drawn like dropout's masks, but for whole sequences."""
+        known = self._dropout
+        return Jitter(
+            seed=known.seed, step=known.step, first_sample=first_sample, length=known.length
+        )
+
+    def _balance(self, output: Output) -> list[Tensor]:
+        """The mean over the batch's routing groups of each of LOSSES, times its coefficient."""
         spec = self._model.spec.router
         groups = self._settings.batch_sequences / spec.group_sequences
-        aux = _total(r.losses["aux_loss"] for r in output.routings) * (spec.aux_loss_coef / groups)
-        z = _total(r.losses["z_loss"] for r in output.routings) * (spec.z_loss_coef / groups)
-        return aux, z
+        return [
+            _total(r.losses[name] for r in output.routings if name in r.losses)
+            * (spec.loss_coefficients[name] / groups)
+            for name in LOSSES
+        ]
 
     def _keep_books(self, losses: Sequence[Tensor], layers: range, output: Output) -> None:
         self.totals.losses += torch.stack([loss.detach().double().cpu() for loss in losses])

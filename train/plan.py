@@ -233,7 +233,7 @@ def _check_same(
     run, loop = _table(checkpoint, "train", "run"), _table(checkpoint, "train", "train")
     samples = _table(checkpoint, "train", "data")
     _check("command", checkpoint.config.get("kind"), kind, config)
-    _check("model", _table(checkpoint, "model"), configs.to_dict(spec), config)
+    _check("model", configs.to_dict(spec_of(checkpoint)), configs.to_dict(spec), config)
     _check("tokenizer", load_tokenizer(checkpoint.path).digest, tokenizer.digest, config)
     _check("run.seed", run.get("seed"), config.run.seed, config)
     _check("data.seq_len", samples.get("seq_len"), config.data.seq_len, config)

@@ -1,5 +1,6 @@
 """What a step reports, as plain numbers by the catalogue's names (gptmoe/metrics.py)."""
 
+import dataclasses
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -13,31 +14,33 @@ from gptmoe.model.routing import Statistics
 
 def reduce(statistics: Statistics, sum_over_ranks: Callable[[Tensor], Tensor]) -> Statistics:
     """One layer's statistics over all ranks."""
-    scalars = [statistics.dropped, statistics.tokens, statistics.entropy]
-    flat = torch.cat(
-        [statistics.load_E.double().cpu(), torch.stack([x.double().cpu() for x in scalars])]
-    )
-    total = sum_over_ranks(flat)
-    return Statistics(total[:-3], total[-3], total[-2], total[-1])
+    values = [getattr(statistics, field.name) for field in dataclasses.fields(statistics)]
+    flat = torch.cat([value.double().cpu().flatten() for value in values])
+    parts = sum_over_ranks(flat).split([value.numel() for value in values])
+    return Statistics(*(part.view(value.shape) for part, value in zip(parts, values, strict=True)))
 
 
 def expert_load(layers: Mapping[int, Statistics]) -> dict[str, Value]:
     """How evenly the experts were used in one step: over all MoE layers, and by layer."""
     ratios = [float(s.load_E.max() / s.load_E.double().mean().clamp(min=1e-9)) for s in _of(layers)]
     tokens = [max(float(s.tokens), 1.0) for s in _of(layers)]
+    rows = [max(float(s.load_E.sum()), 1.0) for s in _of(layers)]
     dropped = [float(s.dropped) for s in _of(layers)]
+    unrouted = [float(s.unrouted) for s in _of(layers)]
     dead = [int((s.load_E == 0).sum()) for s in _of(layers)]
     entropy = [float(s.entropy) for s in _of(layers)]
     loads = [[int(n) for n in s.load_E.tolist()] for s in _of(layers)]
     values: dict[str, Value] = {
         "load_max_over_mean": max(ratios),
-        "dropped_ratio": sum(dropped) / sum(tokens),
+        "dropped_ratio": sum(dropped) / sum(rows),
+        "unrouted_ratio": sum(unrouted) / sum(tokens),
         "dead_experts": float(sum(dead)),
         "router_entropy": sum(entropy) / sum(tokens),
         "moe_layers": list(layers),
         "layer_expert_load": loads,
         "layer_load_max_over_mean": ratios,
-        "layer_dropped_ratio": [d / t for d, t in zip(dropped, tokens, strict=True)],
+        "layer_dropped_ratio": [d / r for d, r in zip(dropped, rows, strict=True)],
+        "layer_unrouted_ratio": [u / t for u, t in zip(unrouted, tokens, strict=True)],
         "layer_dead_experts": dead,
         "layer_router_entropy": [e / t for e, t in zip(entropy, tokens, strict=True)],
     }

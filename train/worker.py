@@ -22,7 +22,7 @@ from gptmoe.metrics import Recorder
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel import mesh as meshes
 from gptmoe.parallel.mesh import Mesh
-from gptmoe.parallel.ownership import owned_parameters, weight_pieces
+from gptmoe.parallel.ownership import owned_parameters, state_pieces, weight_pieces
 from gptmoe.parallel.pipeline import Pipeline
 from gptmoe.parallel.updater import Updater
 from gptmoe.text import load_tokenizer
@@ -252,10 +252,12 @@ class Worker:
 
     def save(self, step: int) -> None:
         """Begin to write this rank's part of a checkpoint; rank 0 commits and prunes."""
-        owned = owned_parameters(self.model, self.mesh.layout, self.mesh.rank)
+        layout, rank = self.mesh.layout, self.mesh.rank
+        owned = owned_parameters(self.model, layout, rank)
+        weights = [*weight_pieces(owned), *state_pieces(self.model, layout, rank)]
         self.saver.start(
             checkpoint.checkpoint_name(step),
-            {"weights": weight_pieces(owned), "optimizer": self.updater.state_pieces()},
+            {"weights": weights, "optimizer": self.updater.state_pieces()},
             self._progress(step),
         )
 

@@ -94,7 +94,7 @@ def by_config(name: str, config: Mapping[str, Any], tokenizer_vocab: int = 0) ->
 
 _SIZES = (
     "num_layers", "d_model", "num_heads", "d_ff", "vocab_size", "max_seq_len",
-    "expert_interval", "dropout", "init_std",
+    "expert_interval", "residual_moe", "dropout", "init_std",
 )  # fmt: skip
 
 

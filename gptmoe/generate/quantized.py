@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from gptmoe.errors import ConfigError
 from gptmoe.model.layers import Linear
 from gptmoe.model.moe import MoE
+from gptmoe.model.routing import LinearRouter
 from gptmoe.model.spec import ModelSpec
-from gptmoe.model.switch import SwitchRouter
 from gptmoe.model.transformer import GPT
 
 from .packed import SeparateExperts, can_pack, pack_router
@@ -86,7 +86,7 @@ def quantize(network: GPT, weights: Weights) -> None:
     for name, module in list(network.named_modules()):
         if isinstance(module, Linear):
             network.set_submodule(name, QuantizedLinear(make(module.weight), module.bias))
-        elif isinstance(module, SwitchRouter):
+        elif isinstance(module, LinearRouter):
             pack_router(module)
         elif isinstance(module, MoE):
             module.experts = QuantizedExperts(module.experts, make)

@@ -64,7 +64,10 @@ class SampleDropout:
     def _generator(
         self, device: torch.device, layer: int, part: str, sample: int
     ) -> torch.Generator:
-        key = f"dropout/{self.seed}/{self.step}/{layer}/{part}/{sample}"
-        digest = hashlib.sha256(key.encode()).digest()
-        number = int.from_bytes(digest[:8], "little", signed=True)
-        return torch.Generator(device).manual_seed(number)
+        return seeded(device, f"dropout/{self.seed}/{self.step}/{layer}/{part}/{sample}")
+
+
+def seeded(device: torch.device, key: str) -> torch.Generator:
+    """A generator that a name determines."""
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
+    return torch.Generator(device).manual_seed(number)

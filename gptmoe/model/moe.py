@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from .dispatch import Dispatcher, LocalDispatcher
 from .experts import Experts
+from .routers import make_router
 from .routing import Groups, Router, Routing
 from .spec import ModelSpec
-from .switch import SwitchRouter
 from .turns import Pausing, straight
 
 
@@ -42,9 +42,3 @@ class MoE(nn.Module):
         sent = yield from self.dispatcher.dispatch(h_TD, routing)
         rows_RD = self.experts(sent.rows_RD, sent.rows_per_expert)
         return (yield from self.dispatcher.combine(rows_RD, sent))
-
-
-def make_router(spec: ModelSpec, num_experts: int) -> Router:
-    """The router that `spec.router.kind` names."""
-    routers = {"switch": SwitchRouter}
-    return routers[spec.router.kind](spec.d_model, num_experts, spec.router)

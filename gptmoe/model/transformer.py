@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .dropout import EMBEDDINGS, Drop, keep_all
+from .jitter import Jitter
 from .layers import Attend, Attention, Embedding, FeedForward, LayerNorm, attend_causally, linear
 from .loss import token_losses, weighted_sum
 from .moe import MoE
@@ -67,7 +68,7 @@ class Block(nn.Module):
         h_BTD = self.norm_ffn(x_BTD)
         routing = None
         if isinstance(self.ffn, MoE):
-            out_BTD, routing = yield from self.ffn.steps(h_BTD, groups)
+            out_BTD, routing = yield from self.ffn.steps(h_BTD, groups.in_layer(self.layer))
         else:
             out_BTD = self.ffn(h_BTD)
         return x_BTD + drop(out_BTD, self.layer, "ffn"), routing
@@ -76,7 +77,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model core of training and serving. It knows no ranks: those are applied from outside.
 
-    Parameter names are the checkpoint's logical names. `compute_dtype` may be narrower than the
+    Names of parameters, and of buffers, which are the routers' state, are the checkpoint's logical
+    names. `compute_dtype` may be narrower than the
     parameters' (float32 weights with bfloat16 products). A new instance is uninitialised: see
     `initialize`.
     """
@@ -105,18 +107,20 @@ class GPT(nn.Module):
         attend: Attend = attend_causally,
         drop: Drop = keep_all,
         *,
+        jitter: Jitter | None = None,
         layers: range | None = None,
         x_BTD: Tensor | None = None,
     ) -> Pausing[Output]:
         """Hidden states [B, T, D] after `layers` (default: all of them).
 
         `valid_BT` is False on padding, which is then not routed. In training, B must be a multiple
-        of `spec.router.group_sequences` when there are experts. A pipeline stage names its layers;
-        unless they begin with layer 0, `x_BTD` are the hidden states before them.
+        of `spec.router.group_sequences` when there are experts; `jitter` is the noise of their
+        routers. A pipeline stage names its layers; unless they begin with layer 0, `x_BTD` are the
+        hidden states before them.
         It pauses whenever rows travel to experts and back; see turns.py.
         """
         layers = layers or range(self.spec.num_layers)
-        groups = self._groups(token_BT, valid_BT)
+        groups = self._groups(token_BT, valid_BT, jitter)
         if x_BTD is None:
             x_BTD = self._begin(token_BT, position_BT, drop)
         routings = []
@@ -151,7 +155,7 @@ class GPT(nn.Module):
         """Negative log-likelihood of each label in nats, [B * T]."""
         return token_losses(self.logits(hidden_BTD).flatten(0, 1), label_BT.flatten())
 
-    def _groups(self, token_BT: Tensor, valid_BT: Tensor | None) -> Groups:
+    def _groups(self, token_BT: Tensor, valid_BT: Tensor | None, jitter: Jitter | None) -> Groups:
         """In training groups of `group_sequences` sequences, else one: nothing is dropped."""
         sequences = self.spec.router.group_sequences if self.training else len(token_BT)
         if self.spec.num_experts and len(token_BT) % sequences:
@@ -159,4 +163,4 @@ class GPT(nn.Module):
                 f"a microbatch of {len(token_BT)} sequences is not whole groups of {sequences}"
             )
         valid_T = None if valid_BT is None else valid_BT.flatten()
-        return Groups(sequences * token_BT.shape[1], valid_T)
+        return Groups(sequences * token_BT.shape[1], valid_T, jitter)

@@ -11,6 +11,7 @@ from gptmoe.model.initialize import initial_values
 from gptmoe.model.layers import Embedding, Linear
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
+from gptmoe.model.state import begin_state
 from gptmoe.model.transformer import GPT, Block
 
 from .expert import AllToAllDispatcher
@@ -122,7 +123,7 @@ def share_experts(model: GPT, mesh: Mesh) -> None:
 def hold_parts(
     model: GPT, mesh: Mesh, dtype: torch.dtype, device: torch.device, shards_on: torch.device
 ) -> None:
-    """Give each parameter memory for this rank's part of it."""
+    """Give each parameter memory for this rank's part of it, and routers their first state."""
     for owned in owned_parameters(model, mesh.layout, mesh.rank):
         module_name, _, kind = owned.name.rpartition(".")
         module = model.get_submodule(module_name)
@@ -133,6 +134,7 @@ def hold_parts(
         setattr(module, kind, nn.Parameter(part))
         if isinstance(module, Experts):
             module.first = boxes[0].start[0]
+    begin_state(model, device, dtype)
 
 
 @torch.no_grad()

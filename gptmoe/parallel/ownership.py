@@ -56,3 +56,14 @@ def logical_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def weight_pieces(owned: list[Owned]) -> list[Piece]:
     """The weights that this rank writes."""
     return [piece for o in owned if o.writes for piece in o.pieces(o.name, o.parameter.detach())]
+
+
+def state_pieces(model: GPT, layout: Layout, rank: int) -> list[Piece]:
+    """The routers' state that this rank writes: of all that hold a layer one writes it whole."""
+    pieces = []
+    for name, buffer in model.named_buffers():
+        shape = tuple(buffer.shape)
+        held = cut(name, shape, layout, rank, model.spec.num_layers)
+        if held.is_first_copy and held.turn == 0:
+            pieces.append(Piece(name, shape, Box.whole(shape), buffer.detach()))
+    return pieces

@@ -14,6 +14,7 @@ from gptmoe.loaded import check_shape, kept_dtype
 from gptmoe.model.experts import Experts
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
+from gptmoe.model.state import read_state
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel.apply import slice_layers
 from gptmoe.parallel.cuts import cut
@@ -73,6 +74,7 @@ def load_part(
         if can_pack(dtype, device):
             experts = {layer: PackedExperts(held, dtype) for layer, held in experts.items()}
         return Weights(experts, None, num_bytes)
+    read_state(checkpoint, model, device, dtype)
     pack(model, head=part.stage == layout.pp - 1)
     experts = {layer: _experts(model, layer) for layer in experts}
     return Weights(experts, model.eval(), num_bytes)

@@ -11,21 +11,27 @@ from gptmoe.model.routing import Statistics
 from train import report
 
 
-def statistics(load: list[int], dropped: int = 0, entropy: float = 0.0) -> Statistics:
+def statistics(
+    load: list[int], dropped: int = 0, entropy: float = 0.0, unrouted: int = 0
+) -> Statistics:
     return Statistics(
         load_E=torch.tensor(load),
         dropped=torch.tensor(dropped),
         tokens=torch.tensor(sum(load)),
         entropy=torch.tensor(entropy),
+        unrouted=torch.tensor(unrouted),
+        cutoff_E=torch.arange(len(load)).double(),
+        groups=torch.tensor(1),
     )
 
 
 def test_load_is_judged_by_the_worst_layer_and_counted_over_all() -> None:
-    layers = {1: statistics([4, 4, 0, 0], 2, 8.0), 3: statistics([2, 2, 2, 2], 1, 4.0)}
+    layers = {1: statistics([4, 4, 0, 0], 2, 8.0, 2), 3: statistics([2, 2, 2, 2], 1, 4.0)}
     values = report.expert_load(layers)
     assert values == {
         "load_max_over_mean": 2.0,
         "dropped_ratio": 3 / 16,
+        "unrouted_ratio": 2 / 16,
         "dead_experts": 2.0,
         "router_entropy": 12 / 16,
         "expert_load": [6, 6, 2, 2],
@@ -33,6 +39,7 @@ def test_load_is_judged_by_the_worst_layer_and_counted_over_all() -> None:
         "layer_expert_load": [[4, 4, 0, 0], [2, 2, 2, 2]],
         "layer_load_max_over_mean": [2.0, 1.0],
         "layer_dropped_ratio": [2 / 8, 1 / 8],
+        "layer_unrouted_ratio": [2 / 8, 0.0],
         "layer_dead_experts": [2, 0],
         "layer_router_entropy": [1.0, 0.5],
     }
@@ -59,10 +66,12 @@ def test_statistics_are_summed_over_ranks_in_one_message() -> None:
         messages.append(tensor)
         return 2 * tensor
 
-    total = report.reduce(statistics([3, 1], 2, 0.5), twice)
+    total = report.reduce(statistics([3, 1], 2, 0.5, 1), twice)
     assert len(messages) == 1
     assert total.load_E.tolist() == [6, 2]
+    assert total.cutoff_E.tolist() == [0.0, 2.0]
     assert (int(total.dropped), int(total.tokens), float(total.entropy)) == (4, 8, 1.0)
+    assert (int(total.unrouted), int(total.groups)) == (2, 2)
 
 
 def test_speed_is_tokens_over_wall_time() -> None:

@@ -15,7 +15,17 @@ def test_rank_within_counts_the_earlier_tokens_of_the_same_key(keys: list[int]) 
 
 
 def test_statistics_add_up() -> None:
-    one = Statistics(torch.tensor([1, 2]), torch.tensor(1), torch.tensor(3), torch.tensor(0.5))
-    total = one + one
+    one = Statistics(
+        load_E=torch.tensor([1, 2]),
+        dropped=torch.tensor(1),
+        tokens=torch.tensor(3),
+        entropy=torch.tensor(0.5),
+        unrouted=torch.tensor(2),
+        cutoff_E=torch.tensor([0.25, 0.5]),
+        groups=torch.tensor(1),
+    )
+    total = one + Statistics.zero(2) + one
     assert total.load_E.tolist() == [2, 4]
+    assert total.cutoff_E.tolist() == [0.5, 1.0]
     assert (int(total.dropped), int(total.tokens), float(total.entropy)) == (2, 6, 1.0)
+    assert (int(total.unrouted), int(total.groups)) == (4, 2)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Barrier
 from typing import Any, TypeVar
 
@@ -88,14 +89,13 @@ def tokens_of(place: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def routing_of(rows: list[Row], num_experts: int) -> Routing:
-    nothing = torch.zeros(())
     return Routing(
         token_R=torch.tensor([token for token, _ in rows], dtype=torch.long),
         expert_R=torch.tensor([expert for _, expert in rows], dtype=torch.long),
         weight_R=torch.arange(1.0, len(rows) + 1),
         num_experts=num_experts,
         losses={},
-        count=lambda: Statistics(nothing, nothing, nothing, nothing),
+        count=partial(Statistics.zero, 0),
     )
 
 
