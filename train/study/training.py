@@ -18,7 +18,7 @@ from gptmoe.data import Samples
 from gptmoe.evaluate import Evaluation, evaluate
 from gptmoe.metrics import JsonlRecorder, cut_after
 from gptmoe.parallel.mesh import single
-from gptmoe.parallel.ownership import owned_parameters, weight_pieces
+from gptmoe.parallel.ownership import owned_parameters, state_pieces, weight_pieces
 from gptmoe.parallel.pipeline import Pipeline
 from gptmoe.parallel.updater import PlainUpdater
 from gptmoe.text import load_tokenizer
@@ -101,9 +101,10 @@ class ArmTraining:
         """Begin to write a checkpoint."""
         mesh, model = self.trainer.pipeline.mesh, self.trainer.model
         owned = owned_parameters(model, mesh.layout, mesh.rank)
+        weights = [*weight_pieces(owned), *state_pieces(model, mesh.layout, mesh.rank)]
         self.saver.start(
             checkpoint.checkpoint_name(step),
-            {"weights": weight_pieces(owned), "optimizer": self.trainer.updater.state_pieces()},
+            {"weights": weights, "optimizer": self.trainer.updater.state_pieces()},
             {"step": step, "samples": step * self.plan.config.batch_sequences},
         )
 
