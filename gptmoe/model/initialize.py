@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from gptmoe.checkpoint.boxes import Box
 
 from .spec import ModelSpec
 from .transformer import GPT
+
+_OUTPUTS = (".attention.out", ".ffn.down", ".shared.down")
+_RESIDUAL_OUT = re.compile(r"\.residual\.\d+\.down$")
 
 
 @torch.no_grad()
@@ -26,10 +30,11 @@ def initial_values(
     """A box of the initial values of the parameter `name`, whose whole shape is `shape`.
 
     N(0, init_std), residual outputs divided by sqrt(2 * layers) (Radford et al. 2019, section 2.3),
-    norms at one, biases at zero. Each expert is drawn for itself, everything else whole.
+    norms at one, biases at zero, and so the last linear layers of an Expert Residual, which begins
+    as the identity. Each expert is drawn for itself, everything else whole.
     """
     owner, _, kind = name.rpartition(".")
-    if kind.endswith("bias"):
+    if kind.endswith("bias") or _RESIDUAL_OUT.search(owner):
         return torch.zeros(box.shape)
     if "norm" in owner.rpartition(".")[2]:
         return torch.ones(box.shape)
@@ -40,7 +45,7 @@ def initial_values(
         experts = range(box.start[0], box.stop[0])
         drawn = [_normal(shape[1:], std, f"{seed}/{name}/{expert}")[inside] for expert in experts]
         return torch.stack(drawn)
-    std = residual_std if owner.endswith((".attention.out", ".ffn.down")) else std
+    std = residual_std if owner.endswith(_OUTPUTS) else std
     return _normal(shape, std, f"{seed}/{name}")[box.slices(Box.whole(shape))]
 
 

@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from gptmoe.errors import ConfigError
 
+from .expert_choice import ExpertChoiceRouter
 from .loss_free import LossFreeRouter
 from .routing import LinearRouter
 from .spec import ModelSpec
@@ -13,6 +14,7 @@ from .switch import SwitchRouter
 ROUTERS: Mapping[str, type[LinearRouter]] = MappingProxyType(
     {
         "switch": SwitchRouter,
+        "expert_choice": ExpertChoiceRouter,
         "loss_free": LossFreeRouter,
     }
 )

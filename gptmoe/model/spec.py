@@ -90,6 +90,16 @@ class RouterSpec:
         """Experts that each token chooses: 2 with top2."""
         return 2 if self.kind == "top2" else 1
 
+    @property
+    def rows_per_token(self) -> float:
+        """Experts that work on a token, in the mean over many; what is dropped counts as done."""
+        return self.capacity_factor if self.kind == "expert_choice" else self.choices
+
+    @property
+    def residual_layers(self) -> int:
+        """Layers of the Expert Residual behind the experts of a layer."""
+        return self.residual_depth if self.kind == "expert_choice" else 0
+
 
 _FROM_ZERO = (
     "min_capacity", "aux_loss_coef", "z_loss_coef", "sinkhorn_tolerance", "bias_rate",

@@ -8,7 +8,7 @@ from torch import nn
 
 from gptmoe.model.experts import Experts
 from gptmoe.model.initialize import initial_values
-from gptmoe.model.layers import Embedding, Linear
+from gptmoe.model.layers import Embedding, FeedForward, Linear
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.state import begin_state
@@ -83,9 +83,10 @@ def slice_layers(model: GPT, mesh: Mesh) -> None:
         _become(block.attention.out, RowLinear).slices = slices
         if isinstance(block.ffn, MoE):
             _slice_experts(block.ffn, slices, cut=layout.expert_tp)
-        else:
-            _become(block.ffn.up, ColumnLinear).slices = slices
-            _become(block.ffn.down, RowLinear).slices = slices
+        for dense in block.ffn.modules():
+            if isinstance(dense, FeedForward):
+                _become(dense.up, ColumnLinear).slices = slices
+                _become(dense.down, RowLinear).slices = slices
 
 
 def _slice_experts(moe: MoE, slices: Slices, *, cut: bool) -> None:

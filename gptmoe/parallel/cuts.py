@@ -14,6 +14,8 @@ from .layout import Layout
 
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 _EXPERTS = "ffn.experts."
+_SHARED = re.compile(r"ffn\.(residual\.\d+|shared)\.")
+"""Feed-forward layers beside or behind experts; cut as a dense layer's own."""
 
 _ALONG = {
     "embed.tokens.weight": 0,
@@ -104,7 +106,7 @@ def _along(part: str, layout: Layout) -> int | None:
         return None
     if part.startswith(_EXPERTS):
         return _EXPERTS_ALONG.get(part.removeprefix(_EXPERTS)) if layout.expert_tp else None
-    return _ALONG.get(part)
+    return _ALONG.get(_SHARED.sub("ffn.", part))
 
 
 def _is_partial(part: str, layout: Layout) -> bool:

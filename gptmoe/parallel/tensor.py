@@ -54,6 +54,20 @@ class Slices:
             return take_slice(own_BTD, self.index, self.count)
         return sum_forward(own_BTD, self.group)
 
+    def own_tokens(self, x_BT: Tensor) -> Tensor:
+        """Numbers of whole sequences' tokens, that every rank has, as hidden states are held.
+
+        That is of this rank's part of the sequence; or of all of it, with gradients for that part
+        only: the ranks' gradients add up.
+        """
+        first, stop = self.span(x_BT.shape[1])
+        if self.sequence_parallel:
+            return x_BT[:, first:stop]
+        if not x_BT.requires_grad:
+            return x_BT
+        parts = [x_BT[:, :first].detach(), x_BT[:, first:stop], x_BT[:, stop:].detach()]
+        return torch.cat(parts, 1)
+
     def span(self, length: int) -> tuple[int, int]:
         """First and last + 1 position of this rank's part of a sequence."""
         return length * self.index // self.count, length * (self.index + 1) // self.count
@@ -109,13 +123,16 @@ class SpreadMoE(MoE):
 
     slices: Slices
 
-    def steps(self, h_BTD: Tensor, groups: Groups) -> Pausing[tuple[Tensor, Routing]]:
+    def ask(self, h_BTD: Tensor, groups: Groups) -> Pausing[tuple[Tensor, Routing]]:
         h_BTD = self.slices.enter(h_BTD)
         h_TD = h_BTD.flatten(0, -2)
         routing = self.router.route(h_TD, groups)
         mine = self._own_rows(routing, h_BTD.shape[1])
         own_TD = yield from self.answer(h_TD, mine)
         return self.slices.leave_own(own_TD.view_as(h_BTD)), routing
+
+    def own(self, x_T: Tensor, h_BTD: Tensor) -> Tensor:
+        return self.slices.own_tokens(x_T.view(len(h_BTD), -1))
 
     def _own_rows(self, routing: Routing, length: int) -> Routing:
         first, stop = self.slices.span(length)
@@ -134,9 +151,12 @@ class SlicedMoE(MoE):
 
     slices: Slices
 
-    def steps(self, h_BTD: Tensor, groups: Groups) -> Pausing[tuple[Tensor, Routing]]:
-        partial_BTD, routing = yield from super().steps(self.slices.enter(h_BTD), groups)
+    def ask(self, h_BTD: Tensor, groups: Groups) -> Pausing[tuple[Tensor, Routing]]:
+        partial_BTD, routing = yield from super().ask(self.slices.enter(h_BTD), groups)
         return self.slices.leave(partial_BTD), routing
+
+    def own(self, x_T: Tensor, h_BTD: Tensor) -> Tensor:
+        return self.slices.own_tokens(x_T.view(len(h_BTD), -1))
 
 
 class SlicedExperts(Experts):
