@@ -62,12 +62,8 @@ def ffns_used(spec: ModelSpec, experts: int) -> float:
     """Feed-forward networks of width d_ff that a token goes through in a layer, in the mean."""
     if not experts:
         return 1.0
-    router, used = spec.router, 1.0
-    if router.kind == "top2":
-        used = min(2.0, experts)
-    elif router.kind == "expert_choice":
-        used = min(router.capacity_factor, experts) + router.residual_depth
-    return used + spec.residual_moe
+    router = spec.router
+    return min(router.rows_per_token, experts) + router.residual_layers + spec.residual_moe
 
 
 def fit_d_ff(spec: ModelSpec, seq_len: int, target: float, multiple: int, name: str) -> ModelSpec:

@@ -17,6 +17,7 @@ from gptmoe import checkpoint, data
 from gptmoe.data import Samples
 from gptmoe.evaluate import Evaluation, evaluate
 from gptmoe.metrics import JsonlRecorder, cut_after
+from gptmoe.model.expert_choice import acausal_routing
 from gptmoe.parallel.mesh import single
 from gptmoe.parallel.ownership import owned_parameters, state_pieces, weight_pieces
 from gptmoe.parallel.pipeline import Pipeline
@@ -86,15 +87,22 @@ class ArmTraining:
         if stop and not last:
             raise Paused(f"after step {step} of {self.plan.max_steps}")
 
-    def judge(self, limit: int, *, acausal: bool = False) -> Evaluation:
-        """Loss of so many validation samples (0 = all); unless `acausal`, as the model serves."""
+    def judge(self, limit: int) -> Evaluation:
+        """Loss of so many validation samples (0 = all), routed as the model serves: causally."""
+        return self._evaluate(limit, self.plan.config.train.microbatch_size)
+
+    def judge_acausally(self, limit: int) -> Evaluation:
+        """The same weights, experts choosing among all tokens of a group as in training."""
+        with acausal_routing(self.trainer.model):
+            return self._evaluate(limit, self.plan.config.router.group_sequences)
+
+    def _evaluate(self, limit: int, batch_size: int) -> Evaluation:
         return evaluate(
             self.trainer.model,
             self.validation,
             self.characters_per_token,
-            self.plan.config.train.microbatch_size,
+            batch_size,
             limit=limit or None,
-            acausal=acausal,
         )
 
     def save(self, step: int) -> None:
@@ -184,7 +192,7 @@ def _verdict(arm: ArmTraining, samples: int) -> dict[str, Any]:
     }
     spec = arm.trainer.model.spec
     if spec.num_experts and spec.router.kind == "expert_choice":
-        result["acausal_loss"] = arm.judge(samples, acausal=True).loss
+        result["acausal_loss"] = arm.judge_acausally(samples).loss
     if spec.num_experts:
         size = arm.plan.config.train.microbatch_size
         load = judge_load(arm.trainer.model, arm.validation, size, samples)
