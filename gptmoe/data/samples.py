@@ -64,9 +64,7 @@ class Samples(ABC):
                 "least two different documents, or name validation files"
             )
         self.num_samples = self._open(folder)
-        self._order = Order(
-            self.num_samples, seed if split == "train" or shuffled else None
-        )
+        self._order = Order(self.num_samples, seed if split == "train" or shuffled else None)
 
     def batch(self, first: int, count: int) -> Batch:
         """Global samples first .. first + count - 1, as arrays of shape [count, seq_len]."""

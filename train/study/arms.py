@@ -113,7 +113,5 @@ def variants(names: Sequence[str], experts: Sequence[int]) -> tuple[Variant, ...
     """The arms in the page's order, those with experts once for each number of them."""
     chosen = [arm for arm in ARMS.values() if arm.name in names]
     return tuple(
-        Variant(arm.name, number)
-        for arm in chosen
-        for number in (experts if arm.experts else (0,))
+        Variant(arm.name, number) for arm in chosen for number in (experts if arm.experts else (0,))
     )

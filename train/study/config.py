@@ -1,7 +1,7 @@
 """What a study of routers is: the tables of a file in configs/study/, checked.
 
-The tables `model`, `router`, `train`, `optimizer`, `schedule` and `checkpoint` are those of a training
-run and hold for every arm. What an arm does differently is in arms.py, and in `overrides`.
+The tables `model`, `router`, `train`, `optimizer`, `schedule` and `checkpoint` are those of a
+training run and hold for every arm. What an arm does differently is in arms.py and `overrides`.
 """
 
 from dataclasses import dataclass, field

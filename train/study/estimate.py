@@ -40,7 +40,7 @@ def equivalent_tokens(config: TrainConfig, final_samples: int) -> float:
 
 
 def flops_per_s(config: StudyConfig) -> float:
-    """What training on this machine is likely to reach, from plain products of the model's width."""
+    """What training is likely to reach on this machine, from products of the model's width."""
     torch.set_num_threads(config.study.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     width, dtype = config.model.d_model or 1, getattr(torch, config.train.dtype)

@@ -15,7 +15,12 @@ from matplotlib.axes import Axes
 
 from .figure_files import CURVES, FIGURE
 
-_COLOURS = ("#000000", "#7f7f7f", "#d62728", "#ff7f0e", "#2ca02c", "#1f77b4", "#17becf", "#9467bd")
+_COLOURS = {
+    "dense": "#000000", "dense_2x": "#7f7f7f", "switch": "#1f77b4", "top2": "#17becf",
+    "s_base": "#2ca02c", "expert_choice": "#d62728", "expert_choice_bare": "#ff7f0e",
+    "loss_free": "#9467bd",
+}  # fmt: skip
+"""An arm looks alike in every figure."""
 _STYLES = ("-", "--", ":")
 
 
@@ -23,10 +28,9 @@ def draw(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Four panels: validation loss by steps and by FLOPs, training loss, load of experts."""
     figure = matplotlib.figure.Figure(figsize=(12, 8.5), layout="constrained")
     (by_steps, by_flops), (training, load) = figure.subplots(2, 2)
-    arms = list(dict.fromkeys(str(curve["arm"]) for curve in curves))
     seen: dict[str, int] = {}
     for curve in curves:
-        colour = _COLOURS[arms.index(curve["arm"]) % len(_COLOURS)]
+        colour = _COLOURS[curve["arm"]]
         style = _STYLES[seen.setdefault(curve["arm"], 0) % len(_STYLES)]
         seen[curve["arm"]] += 1
         look = {"color": colour, "linestyle": style, "label": curve["name"], "linewidth": 1.3}

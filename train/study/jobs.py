@@ -42,7 +42,7 @@ class Job:
 
 
 class Jobs:
-    """Ray jobs on a cluster: each asks for its threads as CPUs, and for a GPU where there are any."""
+    """Ray jobs: each asks for its threads as CPUs, and for a GPU where there are any."""
 
     def __init__(self, dashboard: Dashboard) -> None:
         self._dashboard = dashboard

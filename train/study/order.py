@@ -66,7 +66,9 @@ def read_done(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); remove it, and the arm is judged anew")
+        raise DataError(
+            f"{path} cannot be read ({error}); remove it, and the arm is judged anew"
+        ) from None
     return found
 
 

@@ -1,15 +1,14 @@
 """A study's page in Markdown: sizes, losses, steps, speed, load, and what of it holds."""
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
-from .arms import ARMS, CHOICE, REFERENCE, Variant
+from .arms import ARMS, REFERENCE, Variant
 from .corpus import MANY_PASSES
 from .figure_files import FIGURE
 from .plan import SINKHORN, Row
 from .results import Results, RunResult
-from .statistics import interval
-from .targets import findings, median, show
+from .targets import findings, median, show, show_steps
 
 _REFERENCES = (REFERENCE, "dense_2x", "s_base", "switch")
 _QUARTERS = (0.25, 0.5, 0.75, 1.0)
@@ -98,8 +97,8 @@ def _conditions(results: Results) -> Iterator[str]:
     seeds = f"{len(study.seeds)} seeds" if len(study.seeds) > 1 else "1 seed"
     yield (
         f"{seeds}, {train.max_steps:,} steps of {train.batch_tokens:,} tokens, products in "
-        f"{train.dtype}. Losses are nats a token on validation data **with causal routing**: as the "
-        "model generates, later tokens decide nothing. In brackets 95 % intervals (Student's t) of "
+        f"{train.dtype}. Losses are nats a token on validation data **with causal routing**: as "
+        "when the model generates, later tokens decide nothing. In brackets 95 % intervals (Student's t) of "
         "differences that are paired by seed: arms of one seed see the same samples in one order."
     )
     if len(study.seeds) == 1:
@@ -118,7 +117,7 @@ def _targets(results: Results) -> str:
         [str(finding.target), finding.claim, finding.found, finding.verdict.text]
         for finding in findings(results)
     ]
-    return _table(["target", "claim", "found", "verdict"], rows)
+    return _table(["target", "claim", "found", "verdict"], rows, "---")
 
 
 def _by_steps(results: Results) -> str:
@@ -192,7 +191,8 @@ def _throughput(results: Results) -> str:
     study = results.config.study
     threads = "1 thread" if study.threads == 1 else f"{study.threads} threads"
     return table + (
-        f"\n\nTraining steps, one arm at a time on {threads}, {study.speed_rounds} rounds in turns."
+        f"\n\nTraining steps, one arm at a time on {threads}, {study.speed_rounds} "
+        f"{'round' if study.speed_rounds == 1 else 'rounds'} in turns."
     )
 
 
@@ -260,12 +260,10 @@ def _paired(results: Results, variant: Variant, other: Variant) -> str:
 def _speedup(results: Results, variant: Variant, reference: Variant) -> str:
     if variant == reference:
         return ""
-    speedup, reached, seeds = results.speedup(variant, reference)
-    if speedup is not None:
-        return show(speedup, 2)
-    return f"reached with {reached} of {seeds} seeds" if seeds else ""
+    speedup = results.speedup(variant, reference)
+    return show_steps(speedup).replace(" times fewer", "") if speedup else ""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "---:") -> str:
+    lines = [head, ["---"] + [align] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -11,7 +11,7 @@ from gptmoe.model.counts import parameters
 from gptmoe.model.spec import ModelSpec
 from train.config import DataConfig, RunConfig, TrainConfig
 
-from .arms import ARMS, CHOICE, REFERENCE, Variant, variants
+from .arms import ARMS, Variant, variants
 from .config import StudyConfig
 from .flops import Flops, check_equal, fit_d_ff, flops
 
@@ -99,25 +99,23 @@ def speed_runs(config: StudyConfig, models: tuple[Sized, ...]) -> tuple[SpeedRun
     found = []
     for number in range(1, config.study.speed_rounds + 1):
         for it in models:
-            for name, router in _timed(it):
+            for name, iterations in _timed(it):
                 place = folder / f"{name.replace(', ', '-').replace(' ', '-')}-round-{number}"
                 run = _train_config(config, it, config.study.seeds[0], place)
                 run = dataclasses.replace(
                     run,
-                    router=dataclasses.replace(run.router, **router),
+                    router=dataclasses.replace(run.router, sinkhorn_iterations=iterations),
                     train=dataclasses.replace(run.train, max_steps=config.study.speed_steps),
                 )
                 found.append(SpeedRun(name=name, round=number, folder=place, config=run))
     return tuple(found)
 
 
-def _timed(it: Sized) -> list[tuple[str, Mapping[str, int]]]:
+def _timed(it: Sized) -> list[tuple[str, int]]:
+    """What is measured of a variant: a name, and iterations of Sinkhorn."""
     if it.spec.num_experts and it.spec.router.kind == "s_base":
-        return [
-            (f"{it.variant.name}, {count} iterations", {"sinkhorn_iterations": count})
-            for count in SINKHORN
-        ]
-    return [(it.variant.name, {})]
+        return [(f"{it.variant.name}, {count} iterations", count) for count in SINKHORN]
+    return [(it.variant.name, it.spec.router.sinkhorn_iterations)]
 
 
 def _size(config: StudyConfig, variant: Variant, vocab_size: int) -> Sized:
@@ -227,10 +225,3 @@ def table(
         )
         for it in models
     )
-
-
-def reference_of(variant: Variant) -> tuple[Variant, ...]:
-    """The variants that this one is compared with: those of its number of experts, and dense."""
-    arms = ("switch", "s_base", CHOICE)
-    same = [Variant(arm, variant.experts) for arm in arms if variant.experts]
-    return (Variant(REFERENCE), *(other for other in same if other != variant))

@@ -11,7 +11,7 @@ from .arms import Variant
 from .config import StudyConfig
 from .order import read_done
 from .plan import ArmRun, Sized, SpeedRun, arm_runs, sized, speed_runs
-from .statistics import Interval, interval, ratio_interval, smoothed, step_to
+from .intervals import Interval, interval, ratio_interval, smoothed, step_to
 
 _LATE = 0.1
 """Training's load is that of the last tenth of the steps."""
@@ -37,6 +37,16 @@ class RunResult:
     """In training, means over the last steps: load_max_over_mean, dropped_ratio, ..."""
     seconds: float
     """Of all its steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speedup:
+    """Of the steps to a fixed loss. A run that never came down to it counts as if it had at its
+    end: then `times` is more than the truth."""
+
+    times: Interval
+    reached: int
+    seeds: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,19 +89,16 @@ class Results:
         half = max(found, default=0) / 2
         return [(step, interval(values)) for step, values in found.items() if step >= half]
 
-    def speedup(self, variant: Variant, reference: Variant) -> tuple[Interval | None, int, int]:
-        """How many times fewer steps `variant` takes to the reference's last validation loss.
-
-        With it: how many seeds reached that loss, of how many. No interval unless all did.
-        """
-        seeds, ratios = self.seeds_of(variant, reference), []
+    def speedup(self, variant: Variant, reference: Variant) -> "Speedup | None":
+        """How many times fewer steps `variant` takes to the reference's last validation loss."""
+        seeds, ratios, reached = self.seeds_of(variant, reference), [], 0
         for seed in seeds:
             last_step, goal = self.runs[reference, seed].validation[-1]
             curve = smoothed(self.runs[variant, seed].validation, self.config.study.smooth)
-            if (step := step_to(curve, goal)) is not None:
-                ratios.append(last_step / step)
-        complete = bool(ratios) and len(ratios) == len(seeds)
-        return ratio_interval(ratios) if complete else None, len(ratios), len(seeds)
+            step = step_to(curve, goal)
+            ratios.append(last_step / (step or curve[-1][0]))
+            reached += step is not None
+        return Speedup(ratio_interval(ratios), reached, len(seeds)) if seeds else None
 
     def acausal_cost(self, variant: Variant) -> Interval | None:
         """Causal minus acausal loss of the same weights, by seed."""

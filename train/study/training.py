@@ -1,7 +1,7 @@
 """One arm of a study in this process: plain PyTorch, without Ray and DeepSpeed.
 
-It is the training run of `gptmoe pretrain`: the same plan, step, checkpoint and files. Its validation
-samples are drawn from all files, and after the last step its weights are judged once more.
+It is the training run of `gptmoe pretrain`: the same plan, step, checkpoint and files. Its
+validation samples are drawn from all files, and its last weights are judged once more.
 """
 
 import contextlib

@@ -60,9 +60,7 @@ def main(words: Sequence[str]) -> int:
 
 def stopper(until_s: float, signalled: "_Signalled", parent: int) -> Callable[[], bool]:
     """Asked after each step: time is up, a signal came, or whoever started this is gone."""
-    return lambda: (
-        signalled.told or 0 < until_s <= time.time() or os.getppid() != parent
-    )
+    return lambda: signalled.told or 0 < until_s <= time.time() or os.getppid() != parent
 
 
 if __name__ == "__main__":
