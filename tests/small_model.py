@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import torch
+
 from gptmoe.checkpoint import save, whole
 from gptmoe.config import to_dict
 from gptmoe.model.initialize import initialize
-from gptmoe.model.spec import ModelSpec
+from gptmoe.model.moe import MoE
+from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer, load_tokenizer
 
@@ -13,7 +16,13 @@ CORPUS = Path(__file__).parents[1] / "configs" / "corpus"
 
 
 def write(
-    run_dir: Path, *, seed: int = 3, step: int = 7, num_layers: int = 4, d_model: int = 96
+    run_dir: Path,
+    *,
+    seed: int = 3,
+    step: int = 7,
+    num_layers: int = 4,
+    d_model: int = 96,
+    router: RouterSpec | None = None,
 ) -> Path:
     """An untrained model's checkpoint in a run's folder."""
     words = tokenizer()
@@ -26,21 +35,41 @@ def write(
         max_seq_len=320,
         num_experts=(8,) * (num_layers // 2),
         init_std=0.25,
+        router=router or RouterSpec(),
     )
     network = GPT(spec)
     initialize(network, seed=seed)
+    settle(network)
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     save(
         folder,
         rank=0,
         world=1,
         barrier=lambda: None,
-        groups={"weights": [whole(n, p.detach()) for n, p in network.named_parameters()]},
+        groups={"weights": [whole(n, p.detach()) for n, p in network.state_dict().items()]},
         config={"model": to_dict(spec)},
         progress={"step": step, "samples": 0, "tokens": 0},
         copy_files=words.save,
     )
     return folder
+
+
+@torch.no_grad()
+def settle(network: GPT, steps: int = 3) -> None:
+    """Let the routers learn from a few steps, so that their state is not that of the beginning."""
+    spec, was_training = network.spec, network.training
+    if not dict(network.named_buffers()):
+        return
+    generator = torch.Generator().manual_seed(11)
+    shape = (2 * spec.router.group_sequences, min(32, spec.max_seq_len))
+    network.train()
+    for _ in range(steps):
+        routings = network(torch.randint(spec.vocab_size, shape, generator=generator)).routings
+        for layer, routing in zip(spec.moe_layers, routings, strict=True):
+            moe = network.get_submodule(f"layers.{layer}.ffn")
+            assert isinstance(moe, MoE)
+            moe.router.update(routing.statistics)
+    network.train(was_training)
 
 
 def tokenizer() -> Tokenizer:

@@ -260,5 +260,6 @@ def _table(checkpoint: Checkpoint | None, *names: str) -> Mapping[str, Any]:
 def _differing(value: Any, other: Any) -> Any:
     """Of two differing tables only the differing keys."""
     if isinstance(value, dict) and isinstance(other, dict):
-        return {key: item for key, item in value.items() if other.get(key) != item}
+        changed = [key for key, item in value.items() if other.get(key) != item]
+        return {key: _differing(value[key], other.get(key)) for key in changed}
     return value

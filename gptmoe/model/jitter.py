@@ -15,8 +15,8 @@ from .dropout import seeded
 class Jitter:
     """The noise is a function of (seed, step, layer, sample, position, channel).
 
-    So microbatches, layouts and recompute see the same (Fedus et al. 2021, arXiv 2101.03961,
-    section 2.4: input jitter).
+    So microbatches, layouts and recompute see the same (input jitter: Fedus et al. 2021,
+    arXiv 2101.03961, appendix C).
     """
 
     seed: int

@@ -36,7 +36,7 @@ class RouterSpec:
     """Consecutive sequences of the global batch (not of a rank) that share capacity and loss."""
     jitter: float = 0.0
     """switch, top2, training only: what the router sees is multiplied by noise, uniform between
-    1 - jitter and 1 + jitter (2101.03961, section 2.4)."""
+    1 - jitter and 1 + jitter (2101.03961, appendix C)."""
     sinkhorn_iterations: int = 8
     """s_base: at most so many, each over tokens and over experts."""
     sinkhorn_tolerance: float = 0.0

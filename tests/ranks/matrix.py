@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from gptmoe.checkpoint.boxes import Box, gaps, overlap
 from gptmoe.errors import ConfigError, LayoutError
+from gptmoe.model.routers import ROUTERS
 from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.parallel.layout import Layout
 from gptmoe.parallel.recompute import Recompute
@@ -79,9 +81,29 @@ DIMENSIONS = {
     "schedule": ["1f1b", "gpipe", "interleaved"],
     "copies": [1, 2],
 }
+ROUTER_DIMENSIONS = {
+    "kind": [kind for kind in ROUTERS if kind != "switch"],
+    "layout": [
+        Layout(dp=2),
+        Layout(dp=2, ep=2),
+        Layout(tp=2),
+        Layout(tp=2, ep=2, sequence_parallel=False),
+        Layout(dp=2, tp=2, ep=2, expert_tp=True),
+        Layout(pp=2),
+        Layout(tp=2, pp=2, ep=2),
+    ],
+    "case": ["plain", "ranks with only padding"],
+    "recompute": ["none", "full"],
+    "schedule": ["1f1b"],
+    "copies": [1, 2],
+    "jitter": [0.0, 0.2],
+}
+"""The other routers; jitter matters to some of them."""
 
 
-def is_valid(layout: Layout, case: str, recompute: Recompute, schedule: Kind, copies: int) -> bool:
+def is_valid(
+    layout: Layout, case: str, recompute: Recompute, schedule: Kind, copies: int, **router: Any
+) -> bool:
     """Whether a cell of the matrix can be trained, and is not the same as another one."""
     if layout.sharded and (case == "all tokens to one expert" or copies > 1):
         return False
@@ -104,6 +126,9 @@ def case_of(cell: Cell) -> Case:
     case = CASES[cell["case"]]
     if cell["layout"].sharded:
         case = replace(case, spec=replace(case.spec, num_experts=()))
+    if "kind" in cell:
+        router = replace(ROUTER, kind=cell["kind"], jitter=cell["jitter"], bias_rate=0.05)
+        case = replace(case, spec=replace(case.spec, router=router))
     return replace(
         case,
         recompute=cell["recompute"],
@@ -123,7 +148,10 @@ def describe(layout: Layout) -> str:
 def name_of(cell: Cell) -> str:
     """A cell as a test's name."""
     parts = [describe(cell["layout"]), cell["case"], cell["recompute"], cell["schedule"]]
-    return ", ".join([*parts, f"{cell['copies']} copies"])
+    parts.append(f"{cell['copies']} copies")
+    if "kind" in cell:
+        parts += [cell["kind"], f"jitter {cell['jitter']}"]
+    return ", ".join(parts)
 
 
 def one_process(case: Case) -> Trained:
@@ -169,6 +197,8 @@ def assert_six_steps_equal(pool: RankPool, cell: Cell) -> None:
         assert rank.losses == pytest.approx(expected.losses, rel=1e-8)
         assert rank.norms == pytest.approx(expected.norms, rel=1e-8)
         assert rank.dropped == expected.dropped
+        for name, buffer in rank.state.items():
+            torch.testing.assert_close(buffer, expected.state[name], rtol=0, atol=1e-8)
     torch.testing.assert_close(assemble(found), assemble([expected]), rtol=0, atol=1e-8)
 
 

@@ -3,7 +3,7 @@
 Letters: B sequences, T tokens, E experts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from gptmoe.model.switch import SwitchRouter
 from gptmoe.model.transformer import GPT, Block
 from gptmoe.parallel.apply import build
 from gptmoe.parallel.layout import Layout
-from gptmoe.parallel.mesh import join
+from gptmoe.parallel.mesh import Mesh, join
 from gptmoe.parallel.optimizer import OptimizerSpec
 from gptmoe.parallel.ownership import Owned, owned_parameters
 from gptmoe.parallel.pipeline import Pipeline
@@ -26,6 +26,7 @@ from gptmoe.parallel.schedules import Kind, schedule
 from gptmoe.parallel.updater import PlainUpdater
 from gptmoe.tensors import TensorBatch
 from train.passes import StepSettings, TrainingPasses
+from train.report import reduce
 from train.schedule import ScheduleSpec
 
 NUM_SEQUENCES, LENGTH = 8, 8
@@ -62,7 +63,9 @@ class Trained:
     """Tokens of this rank that chose each expert of the first MoE layer, over all steps; zeros
     where another stage holds it."""
     dropped: int
-    """Tokens of all ranks."""
+    """Rows of all ranks."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """What this rank's routers have learned at the end."""
 
 
 class Batch(NamedTuple):
@@ -98,10 +101,24 @@ def train(rank: int, layout: Layout, case: Case) -> Trained:
         seen.losses.append(lm_sum / float(passes.label_count) + sum(balance))
         seen.norms.append(updater.step(case.learning_rate))
         seen.dropped += int(mesh.sum(dropped(passes.totals.statistics)))
+        teach_routers(model, mesh, passes.totals.statistics)
         first = passes.totals.statistics.get(1)
         if first is not None:
             seen.load_E += first.load_E
+    seen.state = dict(model.named_buffers())
     return seen
+
+
+def teach_routers(model: GPT, mesh: Mesh, mine: dict[int, Statistics]) -> None:
+    """What a training step does with the statistics of its routers. Collective."""
+    for layer in model.spec.moe_layers:
+        none = Statistics.zero(model.spec.experts_in_layer(layer))
+        total = reduce(mine.get(layer, none), mesh.sum)
+        if layer in mine:
+            block = model.layers[layer]
+            assert isinstance(block, Block)
+            assert isinstance(block.ffn, MoE)
+            block.ffn.router.update(total)
 
 
 def make_passes(pipeline: Pipeline, case: Case, step: int) -> TrainingPasses:

@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+import gptmoe
+from gptmoe.checkpoint import open_checkpoint
 from gptmoe.config import load
 from gptmoe.metrics import read
+from gptmoe.model.routers import ROUTERS
 from tests.ranks.pool import RankPool
 from tests.train.alone import run_alone, run_rank
 from tests.train.conftest import SMALL, TINY
@@ -66,3 +70,27 @@ def test_a_run_may_go_on_with_another_layout(pool: RankPool, folder: Path, alone
     for words in parts:
         do(pool, plan(folder / "changing", *words))
     assert numbers(folder / "changing", "loss") == pytest.approx(numbers(alone, "loss"), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROUTERS if kind != "switch"])
+def test_what_a_router_learned_changes_hands(pool: RankPool, folder: Path, kind: str) -> None:
+    """Saved, read and cut anew between layouts, and served at the end."""
+    router = [f"router.kind={kind}", "router.bias_rate=0.05", "model.num_layers=4"]
+    one, many = folder / f"{kind}-one", folder / f"{kind}-many"
+    run_alone(plan(one, *router, "train.max_steps=6"))
+    parts = (
+        ("train.max_steps=2", "parallel.tp=2", "parallel.ep=2"),
+        ("train.max_steps=3", "parallel.pp=2", "parallel.schedule=gpipe"),
+        ("train.max_steps=4", "parallel.dp=4", "parallel.ep=2", "parallel.zero=1"),
+        ("train.max_steps=6",),
+    )
+    for words in parts:
+        do(pool, plan(many, *router, *words))
+    assert numbers(many, "loss") == pytest.approx(numbers(one, "loss"), rel=1e-5)
+    assert numbers(many, "val_loss")[-1] == pytest.approx(numbers(one, "val_loss")[-1], rel=1e-5)
+    served, stored = gptmoe.load(many, packed=False), open_checkpoint(one)
+    learned = dict(served.network.named_buffers())
+    assert bool(learned) == (kind in ("loss_free", "expert_choice"))
+    for name, values in learned.items():
+        torch.testing.assert_close(values, stored.read(name), rtol=1e-4, atol=1e-5)
+        assert values.any()

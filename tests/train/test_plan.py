@@ -82,6 +82,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(configure: Configure, traine
     ("override", "message"),
     [
         ("model.d_ff=48", "another model: it began with {'d_ff': 96}, now it is {'d_ff': 48}"),
+        (
+            "router.kind=s_base",
+            "another model: it began with {'router': {'kind': 'switch'}}, "
+            "now it is {'router': {'kind': 's_base'}}",
+        ),
         ("run.seed=5", "another run.seed: it began with 0, now it is 5"),
         ("data.seq_len=32", "another data.seq_len: it began with 16, now it is 32"),
         ("train.batch_tokens=512", "another train.batch_tokens: it began with 256, now it is 512"),

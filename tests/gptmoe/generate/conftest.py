@@ -10,12 +10,13 @@ import torch
 from gptmoe.generate.packed import pack
 from gptmoe.loaded import KEPT_WIDE, LoadedModel
 from gptmoe.model.initialize import initialize
-from gptmoe.model.spec import ModelSpec
+from gptmoe.model.spec import ModelSpec, RouterKind, RouterSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer, load_tokenizer
+from tests.small_model import settle
 
 ROOT = Path(__file__).parents[3]
-Make = Callable[[torch.dtype, bool, bool], LoadedModel]
+Make = Callable[..., LoadedModel]
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +26,12 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer: Tokenizer) -> Make:
-    """A model by dtype, with experts or dense, packed or plain; its texts differ much."""
+    """A model by dtype, with experts or dense, packed or plain, and router; its texts differ."""
 
     @cache
-    def make(dtype: torch.dtype, has_experts: bool, packed: bool) -> LoadedModel:
+    def make(
+        dtype: torch.dtype, has_experts: bool, packed: bool, kind: RouterKind = "switch"
+    ) -> LoadedModel:
         spec = ModelSpec(
             num_layers=3,
             d_model=96,
@@ -38,9 +41,11 @@ def make_model(tokenizer: Tokenizer) -> Make:
             max_seq_len=320,
             num_experts=(8,) if has_experts else (),
             init_std=0.25,
+            router=RouterSpec(kind=kind),
         )
         network = GPT(spec, compute_dtype=dtype)
         initialize(network, seed=3)
+        settle(network)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(False)
             if not any(part in name for part in KEPT_WIDE):

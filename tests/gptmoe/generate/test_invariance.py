@@ -5,6 +5,7 @@ Equal means equal bits, on the CPU, for a given number of threads (packed: for a
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from gptmoe.generate.plan import Span
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.loaded import LoadedModel
+from gptmoe.model.routers import ROUTERS
 
 from .conftest import Make
 
@@ -28,7 +30,7 @@ GROWING = SamplingParams(max_new_tokens=40, ignore_end=True, logprobs=True, seed
 LENGTHS = (1, 2, 5, 37, 63, 64, 65, 128, 129, 255, 257)
 """Prompts around the borders of what attention reads at once."""
 NEW_TOKENS = 6
-CASES = {  # dtype, has experts, packed, threads
+CASES: dict[str, tuple[Any, ...]] = {  # dtype, has experts, packed, threads, router
     "float32-dense": (torch.float32, False, False, 1),
     "float32-moe": (torch.float32, True, False, 1),
     "float32-moe-2threads": (torch.float32, True, False, 2),
@@ -38,15 +40,18 @@ CASES = {  # dtype, has experts, packed, threads
     "bfloat16-moe-packed": (torch.bfloat16, True, True, 1),
     "bfloat16-moe-packed-2threads": (torch.bfloat16, True, True, 2),
 }
+OTHERS = [kind for kind in ROUTERS if kind != "switch"]
+CASES |= {f"float32-{kind}": (torch.float32, True, False, 1, kind) for kind in OTHERS}
+CASES |= {f"bfloat16-{kind}-packed": (torch.bfloat16, True, True, 2, kind) for kind in OTHERS}
 each_case = pytest.mark.parametrize("model", CASES.values(), indirect=True, ids=CASES.keys())
 
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest, make_model: Make) -> Iterator[LoadedModel]:
-    dtype, experts, packed, threads = request.param
+    dtype, experts, packed, threads, *kind = request.param
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    yield make_model(dtype, experts, packed)
+    yield make_model(dtype, experts, packed, *kind)
     torch.set_num_threads(before)
 
 

@@ -78,6 +78,11 @@ def test_plain_data_and_back() -> None:
             "3 MoE layers; give one number for all or 3",
         ),
         ({"num_experts": (4, 0, 4)}, "model.num_experts=0 must be at least 1"),
+        (
+            {"num_experts": (4, 1, 4), "router": RouterSpec(kind="top2")},
+            "router.kind=top2 sends a token to 2 experts, but a layer has model.num_experts=1; "
+            "give more, or use router.kind=switch",
+        ),
     ],
 )
 def test_a_model_that_cannot_be(change: dict[str, Any], message: str) -> None:
@@ -94,6 +99,21 @@ def test_a_model_that_cannot_be(change: dict[str, Any], message: str) -> None:
         ({"aux_loss_coef": -1.0}, "router.aux_loss_coef=-1.0 must be at least 0"),
         ({"z_loss_coef": -1.0}, "router.z_loss_coef=-1.0 must be at least 0"),
         ({"group_sequences": 0}, "router.group_sequences=0 must be at least 1"),
+        ({"sinkhorn_iterations": 0}, "router.sinkhorn_iterations=0 must be at least 1"),
+        ({"sinkhorn_tolerance": -1.0}, "router.sinkhorn_tolerance=-1.0 must be at least 0"),
+        ({"bias_rate": -0.1}, "router.bias_rate=-0.1 must be at least 0"),
+        ({"threshold_warmup": -1}, "router.threshold_warmup=-1 must be at least 0"),
+        ({"residual_depth": -1}, "router.residual_depth=-1 must be at least 0"),
+        ({"margin_coef": -0.5}, "router.margin_coef=-0.5 must be at least 0"),
+        ({"margin_anneal_start": -1.0}, "router.margin_anneal_start=-1.0 must be at least 0"),
+        ({"margin_anneal_floor": math.nan}, "router.margin_anneal_floor=nan must be at least 0"),
+        ({"margin": 5}, "router.margin=5 must be 1, 2, 3 or 4"),
+        ({"jitter": 1.0}, "router.jitter=1.0 must be at least 0 and below 1"),
+        ({"threshold_decay": 1.0}, "router.threshold_decay=1.0 must be at least 0 and below 1"),
+        (
+            {"margin_anneal_decay": -0.1},
+            "router.margin_anneal_decay=-0.1 must be at least 0 and below 1",
+        ),
     ],
 )
 def test_a_router_that_cannot_be(change: dict[str, Any], message: str) -> None:
