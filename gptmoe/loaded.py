@@ -23,7 +23,7 @@ from gptmoe.generate.request import Request, make_request
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.memory import available_bytes
 from gptmoe.model.spec import ModelSpec
-from gptmoe.model.state import read_state
+from gptmoe.model.state import begin_state, read_state
 from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer, load_tokenizer
 
@@ -33,7 +33,7 @@ BATCH = 16
 LOGITS_TOKENS = 1024
 """`LoadedModel.logits` runs about as many tokens at once."""
 EXPERT_WEIGHTS = ("experts.up_weight", "experts.down_weight")
-KEPT_WIDE = ("norm", "router")
+KEPT_WIDE = ("norm", "router", "ffn.mix")
 """Parts of parameter names that keep float32 in a narrower model: they compute in it."""
 
 
@@ -116,10 +116,12 @@ def read_network(
     device: torch.device,
     *,
     as_stored: bool = False,
+    calibrated: bool = True,
 ) -> GPT:
     """The whole model in this process, each weight read straight from the file.
 
-    `as_stored` leaves weights in the type of the file, for somebody who rounds them himself.
+    `as_stored` leaves weights in the type of the file, for somebody who rounds them himself. Unless
+    it is `calibrated` the routers' state is not read but begins anew.
     """
     with torch.device("meta"):
         network = GPT(spec, compute_dtype=dtype)
@@ -131,7 +133,10 @@ def read_network(
         setattr(
             network.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False)
         )
-    read_state(checkpoint, network, device, dtype)
+    if calibrated:
+        read_state(checkpoint, network, device, dtype)
+    else:
+        begin_state(network, device, dtype)
     return network.eval()
 
 

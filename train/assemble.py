@@ -52,7 +52,7 @@ def load_weights(model: GPT, stored: Checkpoint, mesh: Mesh) -> None:
         for box, part in owned.parts(owned.parameter):
             part.copy_(stored.read(owned.name, box))
     device = next(model.parameters()).device
-    read_state(stored, model, device, torch.float32)
+    read_state(stored, model, device, torch.float32, learned=False)
 
 
 def samples_of(plan: RunPlan, split: Split) -> Samples:

@@ -7,6 +7,8 @@ come out slow by themselves: products shrink with the square of the width, the r
 Operations of products: Narayanan et al. 2021 (arXiv 2104.04473, appendix), for any d_ff.
 """
 
+from gptmoe.model.spec import ModelSpec
+
 from .assumptions import Assumptions
 from .devices import Device
 from .job import Choice, Job
@@ -26,8 +28,17 @@ OPTIMIZER_BYTES = 36
 def layer_flops(job: Job, num_experts: int) -> float:
     """Operations of the products of one layer for one token, forward, attention's core apart."""
     spec = job.spec
-    attention = 8 * spec.d_model**2
-    return attention + 4 * spec.d_model * spec.d_ff + 2 * spec.d_model * num_experts
+    ffn = 4 * spec.d_model * spec.d_ff
+    layer = 8 * spec.d_model**2 + expert_rows(spec, num_experts) * ffn
+    if not num_experts:
+        return layer
+    mix = 4 * spec.d_model if spec.residual_moe else 0
+    return layer + 2 * spec.d_model * num_experts + spec.shared_layers * ffn + mix
+
+
+def expert_rows(spec: ModelSpec, num_experts: int) -> float:
+    """Passes of a token through a feed-forward layer that experts share; 1 in a dense layer."""
+    return min(spec.router.rows_per_token, num_experts) if num_experts else 1.0
 
 
 def core_flops(job: Job) -> float:
@@ -96,9 +107,12 @@ def _layer_s(
         read = job.width_bytes * weights / memory_rate
         return times * max(tokens * flops_per_token / rate, read)
 
-    ffn_flops, ffn_weights = 4.0 * spec.d_model * spec.d_ff, 2.0 * spec.d_model * spec.d_ff
-    attention_weights = 4.0 * spec.d_model**2 / layout.tp
-    seconds = products_s(layer_flops(job, num_experts) - ffn_flops, attention_weights)
+    ffn_weights = 2.0 * spec.d_model * spec.d_ff
+    ffn_flops = 2 * ffn_weights * expert_rows(spec, num_experts)
+    common_weights = 4.0 * spec.d_model**2 / layout.tp
+    if num_experts:
+        common_weights += spec.shared_layers * ffn_weights / layout.tp
+    seconds = products_s(layer_flops(job, num_experts) - ffn_flops, common_weights)
     if num_experts:
         uneven = assumptions.expert_imbalance if layout.ep > 1 else 1.0
         ffn_weights *= num_experts / layout.ep
@@ -108,7 +122,7 @@ def _layer_s(
         seconds += products_s(ffn_flops, ffn_weights)
     seconds += core_times * tokens * core_flops(job) / rate
     moved = _moved_bytes(job, choice, num_experts, assumptions)
-    moved += (attention_weights + ffn_weights) * _cast_bytes(job, choice, assumptions)
+    moved += (common_weights + ffn_weights) * _cast_bytes(job, choice, assumptions)
     kernels = assumptions.layer_kernels + (assumptions.moe_kernels if num_experts else 0)
     return max(seconds + moved / memory_rate, kernels * device.kernel_s)
 

@@ -72,7 +72,7 @@ def tensor_s(
         assumptions,
     )
     each = 2 + 3 + (2 if choice.recompute == "full" else 0)
-    pairs = stage.layers + stage.dense_layers
+    pairs = stage.layers + stage.dense_layers + len(stage.experts) * job.spec.shared_layers
     return once * (each * pairs + (3 if stage.last else 0) + (2 if stage.first else 0))
 
 
@@ -84,6 +84,7 @@ def expert_s(
     if layout.ep == 1 or not stage.experts:
         return 0.0
     rows = choice.microbatch_size * job.seq_len / layout.tp * assumptions.expert_imbalance
+    rows *= job.spec.router.rows_per_token
     group = group_of(layout.ep, 1, cluster)
     once = exchange_s(rows * job.spec.d_model * job.width_bytes, group, cluster, assumptions)
     sizes = ROW_SIZE_MESSAGES * exchange_s(0.0, group, cluster, assumptions)

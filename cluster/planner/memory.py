@@ -126,6 +126,8 @@ def layer_bytes(job: Job, choice: Choice, num_experts: int) -> float:
         rows = tokens * row_bound(spec, choice.layout.ep, num_experts, job.seq_len)
         kept += rows * width * (2 * spec.d_model + 2 * spec.d_ff)
         kept += 4 * tokens * (spec.d_model + 2 * num_experts)  # the router works in float32
+        each = 4 * spec.d_model + width * (2 * spec.d_model + 2 * spec.d_ff)
+        kept += spec.shared_layers * tokens * each  # what goes in, its norm, what comes out
     else:
         kept += tokens * width * 2 * spec.d_ff
     return kept
@@ -142,12 +144,18 @@ def core_bytes(job: Job, choice: Choice) -> float:
 
 
 def row_bound(spec: ModelSpec, ep: int, num_experts: int, seq_len: int) -> float:
-    """Rows that an expert rank can get, over its tokens: the capacity bounds it."""
+    """Rows that an expert rank can get, over its tokens: the capacity bounds it.
+
+    Experts that choose get what they choose; once thresholds decide in their place, about as many.
+    """
+    router = spec.router
+    if router.kind == "expert_choice":
+        return min(router.capacity_factor, float(num_experts))
     if ep == 1:
-        return 1.0
-    group_tokens = spec.router.group_sequences * seq_len
-    least = spec.router.min_capacity * num_experts / group_tokens
-    return min(float(ep), max(spec.router.capacity_factor, least))
+        return float(router.choices)
+    group_tokens = router.group_sequences * seq_len
+    least = router.min_capacity * num_experts / group_tokens
+    return min(float(ep * router.choices), max(router.choices * router.capacity_factor, least))
 
 
 def _kept(job: Job, choice: Choice, stage: Stage) -> float:

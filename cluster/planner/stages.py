@@ -65,8 +65,13 @@ def _stage(spec: ModelSpec, index: int, layers: tuple[int, ...], last: bool) -> 
     attention_sliced = 4 * d_model * d_model + 3 * d_model
     ffn_sliced = 2 * d_model * d_ff + d_ff
     one_expert = ffn_sliced + d_model
-    sliced = len(layers) * attention_sliced + dense * ffn_sliced
+    shared_sliced = spec.shared_layers * ffn_sliced
+    shared_whole = spec.router.residual_layers * 3 * d_model  # norms and the biases of down
+    if spec.residual_moe:
+        shared_whole += d_model + 2 * d_model + 2  # the bias of down, and the mix
+    sliced = len(layers) * attention_sliced + dense * ffn_sliced + len(experts) * shared_sliced
     whole = len(layers) * (4 + 1) * d_model + dense * d_model + sum(experts) * d_model
+    whole += len(experts) * shared_whole
     if first:
         sliced += spec.vocab_size * d_model
         whole += spec.max_seq_len * d_model
@@ -83,7 +88,7 @@ def _stage(spec: ModelSpec, index: int, layers: tuple[int, ...], last: bool) -> 
         whole=whole,
         expert=sum(experts) * one_expert,
         largest_layer=(
-            attention_sliced + (ffn_sliced if dense else 0),
+            attention_sliced + max(ffn_sliced if dense else 0, shared_sliced if experts else 0),
             max(experts, default=0) * one_expert,
         ),
     )

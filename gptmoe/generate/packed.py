@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gptmoe.model.experts import MIN_ROWS, Experts, expert_spans
 from gptmoe.model.layers import Linear, linear
 from gptmoe.model.moe import MoE
+from gptmoe.model.residual_moe import Mix
 from gptmoe.model.routing import LinearRouter
 from gptmoe.model.transformer import GPT
 
@@ -36,15 +37,15 @@ def pack(network: GPT, *, head: bool = True, experts: bool = True) -> bool:
     for module in list(network.modules()):
         if isinstance(module, Linear):
             module.weight = nn.Parameter(packed(module.weight, dtype), requires_grad=False)
-        elif isinstance(module, LinearRouter):
+        elif isinstance(module, (LinearRouter, Mix)):
             pack_router(module)
         elif isinstance(module, MoE) and experts:
             module.experts = PackedExperts(module.experts, dtype)
     return True
 
 
-def pack_router(router: LinearRouter) -> None:
-    """A router computes in float32 whatever the type of the model."""
+def pack_router(router: LinearRouter | Mix) -> None:
+    """What decides computes in float32 whatever the type of the model."""
     weight = packed(router.weight, torch.float32)
     router.weight = nn.Parameter(weight, requires_grad=False)
 

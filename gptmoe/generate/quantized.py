@@ -7,8 +7,8 @@ Symmetric, without calibration, from the stored weights:
         puts the largest weight of the group, with its sign, on -8: then all 16 values are used (as
         in llama.cpp's Q4_0).
 
-Embeddings, norms, routers and biases stay as they are. torch's kernels for these products give a
-row the same bits among any number of rows and on any number of threads: rows need no padding.
+Embeddings, norms, routers, mixes and biases stay as they are. torch's kernels for these products
+give a row the same bits among any number of rows and on any number of threads: no padding.
 
 Letters: R rows, I in, O out, G groups of inputs.
 """
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from gptmoe.errors import ConfigError
 from gptmoe.model.layers import Linear
 from gptmoe.model.moe import MoE
+from gptmoe.model.residual_moe import Mix
 from gptmoe.model.routing import LinearRouter
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
@@ -86,7 +87,7 @@ def quantize(network: GPT, weights: Weights) -> None:
     for name, module in list(network.named_modules()):
         if isinstance(module, Linear):
             network.set_submodule(name, QuantizedLinear(make(module.weight), module.bias))
-        elif isinstance(module, LinearRouter):
+        elif isinstance(module, (LinearRouter, Mix)):
             pack_router(module)
         elif isinstance(module, MoE):
             module.experts = QuantizedExperts(module.experts, make)

@@ -12,7 +12,8 @@ class Count:
     total: int
     """All of them: what a checkpoint stores."""
     active: int
-    """Those that one token uses: of each MoE layer the router and one expert."""
+    """Those that one token uses: of each MoE layer the router, one expert (or as many as work on a
+    token in the mean) and the layers that all tokens go through."""
 
 
 def parameters(spec: ModelSpec) -> Count:
@@ -25,9 +26,14 @@ def parameters(spec: ModelSpec) -> Count:
     total = active = embeddings + spec.num_layers * (2 * norm + attention) + norm
     for layer in range(spec.num_layers):
         num_experts = spec.experts_in_layer(layer)
-        router = num_experts * spec.d_model
-        total += router + max(num_experts, 1) * ffn
-        active += router + ffn
+        if not num_experts:
+            total, active = total + ffn, active + ffn
+            continue
+        every = num_experts * spec.d_model + spec.router.residual_layers * (norm + ffn)
+        if spec.residual_moe:
+            every += ffn + _linear(spec.d_model, 2)
+        total += every + num_experts * ffn
+        active += every + round(spec.router.rows_per_token * ffn)
     return Count(total, active)
 
 

@@ -168,6 +168,11 @@ class ModelSpec:
             return ()
         return tuple(range(self.expert_interval - 1, self.num_layers, self.expert_interval))
 
+    @property
+    def shared_layers(self) -> int:
+        """Feed-forward layers beside and behind the experts of each MoE layer."""
+        return self.router.residual_layers + self.residual_moe
+
     def experts_in_layer(self, layer: int) -> int:
         """How many experts layer `layer` holds; 0 for a dense one."""
         layers = self.moe_layers

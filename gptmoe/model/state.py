@@ -21,11 +21,17 @@ def begin_state(model: nn.Module, device: torch.device, dtype: torch.dtype) -> N
 
 
 def read_state(
-    checkpoint: Checkpoint, model: GPT, device: torch.device, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    model: GPT,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    learned: bool = True,
 ) -> None:
     """Fill the routers' state of a model, or of a stage of it, from a checkpoint of any layout.
 
-    Raises CheckpointError for a state that is not there, or of another number of experts.
+    Raises CheckpointError for a state that is not there, or of another number of experts; and, as
+    long as the state must be `learned`, for thresholds that no optimizer step has moved.
     """
     stored = set(checkpoint.names())
     for name, buffer in list(model.named_buffers()):
@@ -38,13 +44,22 @@ def read_state(
                 f"{list(buffer.shape)}; the folder mixes two models"
             )
         values = checkpoint.read(name).to(device=device, dtype=_kept(buffer, dtype), copy=True)
+        if learned and name.endswith(".updates") and not values:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} is 0, no thresholds were learned; "
+                f"{_calibrate(checkpoint)}"
+            )
         _set(model, name, values)
+
+
+def _calibrate(checkpoint: Checkpoint) -> str:
+    return f"make them from data: gptmoe calibrate {checkpoint.path} --data FILE --output FOLDER"
 
 
 def _missing(checkpoint: Checkpoint, name: str, kind: str) -> str:
     wanted = f"{checkpoint.path} has no {name}, without which a router of kind {kind} cannot choose"
     if kind == "expert_choice":
-        return f"{wanted}; make it from data: gptmoe calibrate {checkpoint.path} --data FILE"
+        return f"{wanted}; {_calibrate(checkpoint)}"
     return f"{wanted}; use a checkpoint that training with router.kind={kind} has written"
 
 

@@ -50,6 +50,8 @@ class _RouteBack:
     received_P: list[int]
     by_expert_R: Tensor
     """Order that sorted the arrived rows by local expert."""
+    by_all_S: Tensor
+    """Order that sorts the rows at home by expert: sums are then the same wherever experts lie."""
     place_S: Tensor | None = None
     """Where each row lies in the messages of one size."""
 
@@ -90,6 +92,7 @@ class PlacedDispatcher:
         cells = len(self._held) * self._most_held
         counts_PL = torch.bincount(key_S, minlength=cells).view(len(self._held), -1)
         token_S = routing.token_R[order_S]
+        by_all_S = torch.argsort(routing.expert_R[order_S], stable=True)
         if self._exchange.most_rows:
             arrived = self._send_fixed(h_TD[token_S], counts_PL)
         else:
@@ -100,10 +103,12 @@ class PlacedDispatcher:
         return Sent(
             rows_RD=rows_RD[by_expert_R],
             rows_per_expert=per_expert,
-            token_S=token_S,
-            weight_S=routing.weight_R[order_S],
+            token_S=token_S[by_all_S],
+            weight_S=routing.weight_R[order_S][by_all_S],
             num_tokens=len(h_TD),
-            route_back=_RouteBack(sent_P, counts_in_PL.sum(1).tolist(), by_expert_R, place_S),
+            route_back=_RouteBack(
+                sent_P, counts_in_PL.sum(1).tolist(), by_expert_R, by_all_S, place_S
+            ),
         )
 
     def combine(self, rows_RD: Tensor, sent: Sent) -> Pausing[Tensor]:
@@ -116,7 +121,7 @@ class PlacedDispatcher:
             home_SD = self._exchange.uneven(unsorted_RD, route.sent_P, route.received_P)
         else:
             home_SD = self._return_fixed(unsorted_RD, route)
-        return weighted_sum(home_SD, sent)
+        return weighted_sum(home_SD[route.by_all_S], sent)
 
     def _destinations(self, expert_S: Tensor) -> tuple[Tensor, Tensor]:
         """The place that each row goes to, and its expert's number there."""

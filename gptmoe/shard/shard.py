@@ -29,6 +29,9 @@ from .dispatch import Exchange, PlacedDispatcher
 from .load import Progress, Weights, load_part
 from .parts import Part, held, layout_of, stage_ranks, travels
 
+FIXED_ROWS = 64
+"""With room for more rows than that a message of one size is slower than counts and then rows."""
+
 
 class Work(Protocol):
     """What one step runs on one data rank."""
@@ -83,6 +86,7 @@ class Shard:
             if spec.experts_in_layer(layer)
         }
         """Rows that each expert held here has answered, by layer."""
+        self._rows_of_token = most_rows_of_token(spec, parts)
         self._exchange = Exchange()
         self._versions: dict[int, Weights] = {}
         self._dispatchers: dict[int, Dispatcher] = {}
@@ -161,7 +165,8 @@ class Shard:
         of this slice's part of the vocabulary. Collective over the stage.
         """
         began_s = time.perf_counter()
-        self._exchange.most_rows = work.most_rows if work.fixed else 0
+        rows = work.most_rows * self._rows_of_token
+        self._exchange.most_rows = rows if work.fixed and rows <= FIXED_ROWS else 0
         self._exchange.watch.take()
         out = self._run(work, x_TD)
         took_s, exchange_s = time.perf_counter() - began_s, self._exchange.watch.take()
@@ -214,6 +219,13 @@ class Shard:
             for module in model.modules():
                 if hasattr(module, "slices"):
                     setattr(module, "slices", self._slices)  # noqa: B010  no parameter
+
+
+def most_rows_of_token(spec: ModelSpec, parts: Sequence[Part]) -> int:
+    """Rows that one token can send to one rank."""
+    held = max((len(part.experts_in(layer)) for part in parts for layer in part.layers), default=1)
+    most = held if spec.router.kind == "expert_choice" else spec.router.choices
+    return max(1, min(held, most))
 
 
 def _no_rows(device: torch.device) -> Routing:

@@ -138,6 +138,7 @@ def test_the_mix_is_a_softmax_over_the_two_of_each_token() -> None:
         mix.bias.copy_(torch.tensor([0.5, -1.0]))
     x_TD = make_tokens()
     experts_TD, dense_TD = 2 * x_TD, x_TD - 1
+    mix.requires_grad_(False)
     mixed_TD = mix(
         x_TD.view(2, -1, D_MODEL), experts_TD.view(2, -1, D_MODEL), dense_TD.view(2, -1, D_MODEL)
     )
