@@ -98,8 +98,9 @@ def _conditions(results: Results) -> Iterator[str]:
     yield (
         f"{seeds}, {train.max_steps:,} steps of {train.batch_tokens:,} tokens, products in "
         f"{train.dtype}. Losses are nats a token on validation data **with causal routing**: as "
-        "when the model generates, later tokens decide nothing. In brackets 95 % intervals (Student's t) of "
-        "differences that are paired by seed: arms of one seed see the same samples in one order."
+        "when the model generates, later tokens decide nothing. In brackets 95 % intervals "
+        "(Student's t) of differences that are paired by seed: arms of one seed see the same "
+        "samples in one order."
     )
     if len(study.seeds) == 1:
         yield "**With one seed there are no intervals: no difference on this page is carried.**"

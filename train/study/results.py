@@ -9,9 +9,9 @@ from gptmoe import metrics
 
 from .arms import Variant
 from .config import StudyConfig
+from .intervals import Interval, interval, ratio_interval, smoothed, step_to
 from .order import read_done
 from .plan import ArmRun, Sized, SpeedRun, arm_runs, sized, speed_runs
-from .intervals import Interval, interval, ratio_interval, smoothed, step_to
 
 _LATE = 0.1
 """Training's load is that of the last tenth of the steps."""

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .arms import ARMS, CHOICE, REFERENCE, Variant
-from .results import Results, Speedup
 from .intervals import Interval, Verdict, judge
+from .results import Results, Speedup
 
 STEPS_AGAINST_DENSE = 1.3
 STEPS_AGAINST_TWICE_DENSE = 1.17
