@@ -24,11 +24,15 @@ PAGE, SUMMARY, RESULTS = "page.md", "summary.md", "results.json"
 
 
 def publish(results: Results, sizes: Sequence[Row], folder: Path, command: str) -> None:
-    """Write the page of what is finished, and draw its curves if matplotlib is here."""
+    """Write the page of what is finished, and the numbers of its curves."""
     replace_json(folder / CURVES, {"curves": curves(results)})
     replace_json(folder / RESULTS, as_plain(results))
     (folder / SUMMARY).write_text(summary(results) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(page(results, sizes, command), encoding="utf-8")
+
+
+def draw(folder: Path) -> None:
+    """Draw the curves in a process of its own; a warning where matplotlib is not installed."""
     done = subprocess.run(
         [sys.executable, "-m", "train.study.figure", str(folder)],
         env=env.child_environment(starts_cluster=False),

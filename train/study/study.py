@@ -3,8 +3,9 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 from gptmoe import config as configs
@@ -17,7 +18,7 @@ from .estimate import seconds
 from .launch import Launcher, Outcome, carry_out, last_step
 from .order import Order, is_done
 from .plan import Sized, arm_runs, sized, speed_runs, table
-from .publish import PAGE, publish
+from .publish import PAGE, draw, publish
 from .results import collect
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class Study:
     vocab_size: int
     state: StateFile
     command: str
+    draw: Callable[[Path], None] = draw
+    """Draws the curves of a study's folder."""
 
     @classmethod
     def prepare(cls, config: StudyConfig, state: StateFile, command: str) -> Self:
@@ -108,6 +111,7 @@ class Study:
             return
         sizes = table(self.config, self.models, seconds(self.config, self.models))
         publish(results, sizes, self.config.study.dir, self.command)
+        self.draw(self.config.study.dir)
         log.info("wrote %s", self.config.study.dir / PAGE)
 
 

@@ -128,6 +128,7 @@ def train_arm(order: Order, device: torch.device, must_stop: Callable[[], bool])
 
 def measure(order: Order, device: torch.device) -> None:
     """Take a few steps and write their tokens/s: the median of all but the first few."""
+    order.folder.mkdir(parents=True, exist_ok=True)
     plan = make_plan("pretrain", order.config)
     trainer = _trainer(plan, device)
     trainer.model.train()

@@ -66,9 +66,7 @@ class InProcess:
             if order.kind == "speed":
                 measure(order, torch.device("cpu"))
             else:
-                train_arm(
-                    order, torch.device("cpu"), lambda: next(asked) >= self.stop_after_steps
-                )
+                train_arm(order, torch.device("cpu"), lambda: next(asked) >= self.stop_after_steps)
         except Paused:
             return Ended(PAUSED)
         except GptMoeError as error:
@@ -77,7 +75,7 @@ class InProcess:
 
 
 def run_study(config: StudyConfig, launcher: InProcess) -> bool:
-    """Prepare and run a study; whether it is done."""
+    """Prepare and run a study without a figure; whether it is done."""
     config.study.dir.mkdir(parents=True, exist_ok=True)
     study = Study.prepare(config, StateFile(config.study.dir), "gptmoe study routers tiny.toml")
-    return study.run(launcher, until_s=0.0)
+    return dataclasses.replace(study, draw=lambda folder: None).run(launcher, until_s=0.0)

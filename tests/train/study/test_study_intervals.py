@@ -18,9 +18,7 @@ from train.study.intervals import (
 @pytest.mark.parametrize("freedom", range(1, 31))
 def test_students_quantiles(freedom: int) -> None:
     """Half of the mass, 0.5, plus that from 0 to t by Simpson's rule, is 0.975."""
-    scale = math.gamma((freedom + 1) / 2) / (
-        math.gamma(freedom / 2) * math.sqrt(freedom * math.pi)
-    )
+    scale = math.gamma((freedom + 1) / 2) / (math.gamma(freedom / 2) * math.sqrt(freedom * math.pi))
     count, end = 4000, _T_975[freedom - 1]
     ys = [
         scale * (1 + (end * i / count) ** 2 / freedom) ** (-(freedom + 1) / 2)
