@@ -83,6 +83,11 @@ def routers(
     module = "train.study.jobs" if address else "train.study"
     words += ["--address", address] if address else []
     folder = Path(resolved.config["study"]["dir"])
+    if address and not folder.is_absolute():
+        raise ConfigError(
+            f"study.dir={folder} is relative, but the jobs run elsewhere; name a folder that all "
+            f"nodes share, such as study.dir={folder.absolute()}"
+        )
     code = _run([module, *words], folder)
     if code in (0, _PAUSED):
         _print_end(folder, done=code == 0, as_json=json)
