@@ -1,5 +1,6 @@
 """Processes of a study: so many at a time, until all are done or the time is up."""
 
+import logging
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from typing import IO, Protocol
 from cluster import env
 
 from .order import PAUSED, Order
+
+log = logging.getLogger(__name__)
 
 _POLL_S = 0.1
 _ENDS_WITHIN_S = 60.0
@@ -119,6 +122,7 @@ def carry_out(
             late = 0 < until_s <= time.time()
             while waiting and len(running) < parallel and not late:
                 order = waiting.pop(0)
+                log.info("%s starts, %d wait", order.folder.name, len(waiting))
                 running.append((order, launcher.start(order)))
             if late and waiting:
                 outcome.paused, waiting = True, []
@@ -143,10 +147,14 @@ def _settle(
         return
     running.remove(pair)
     if code == PAUSED:
+        log.info("%s has paused", order.folder.name)
         outcome.paused = True
     elif code:
         reason = handle.last_words().removeprefix("failed: ") or f"exit code {code}"
+        log.warning("%s failed: %s", order.folder.name, reason)
         outcome.failures.append(Failure(order, reason))
+    else:
+        log.info("%s is done", order.folder.name)
 
 
 def _last_line(file: IO[bytes]) -> str:

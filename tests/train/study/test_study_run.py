@@ -16,6 +16,7 @@ from train.study.__main__ import dry_run, main
 from train.study.config import StudyConfig
 from train.study.corpus import evenly
 from train.study.order import read_done
+from train.study.publish import draw
 
 
 def finals(folder: Path) -> dict[str, float]:
@@ -144,3 +145,22 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(configure: Configure) -> None
 def test_a_wrong_config_is_one_sentence(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([str(tmp_path / "none.toml")]) == 2
     assert "failed: config file" in capfd.readouterr().err
+
+
+def test_damaged_files_are_named(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "done.json").write_text("{")
+    with pytest.raises(DataError, match=r"done.json cannot be read .*the arm is judged anew"):
+        read_done(tmp_path)
+    config = configure()
+    config.study.dir.mkdir()
+    (config.study.dir / "corpus.json").write_text("{")
+    with pytest.raises(DataError, match=r"corpus.json cannot be read .*remove the study's folder"):
+        run_study(config, InProcess())
+
+
+def test_a_figure_that_cannot_be_drawn_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(tmp_path)  # where there are no curves
+    assert "curves.png was not drawn (FileNotFoundError" in caplog.text
+    assert f"python -m train.study.figure {tmp_path}" in caplog.text
