@@ -255,7 +255,10 @@ def _arms(results: Results) -> Iterator[str]:
 
 def _paired(results: Results, variant: Variant, other: Variant) -> str:
     found = results.difference(variant, other) if variant != other else None
-    return f"{found.mean:+.3f} ({found.low:+.3f} to {found.high:+.3f})" if found else ""
+    if found is None:
+        return ""
+    band = f" ({found.low:+.3f} to {found.high:+.3f})" if found.count > 1 else ""
+    return f"{found.mean:+.3f}{band}"
 
 
 def _speedup(results: Results, variant: Variant, reference: Variant) -> str:

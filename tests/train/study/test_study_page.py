@@ -168,6 +168,7 @@ def test_the_page_says_what_it_cannot_know(results: Results, configure: Configur
     assert "Each training sample was seen 90 times" in text
     assert "Not finished, and not on this page:** switch-4, seed 1." in text
     assert "Not measured yet." in text
+    assert "| switch-4 | 3.900 | -0.100 | +0.100 | 1.33 |  |" in text
     assert "not carried: one seed has no interval" in text
 
 
