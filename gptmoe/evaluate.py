@@ -5,12 +5,14 @@ Letters: B sequences, T tokens, V vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gptmoe.data import Samples
+from gptmoe.model.expert_choice import acausal_routing
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel.mesh import Mesh, single
 from gptmoe.parallel.pipeline import Pipeline
@@ -55,6 +57,7 @@ def evaluate(
     share: tuple[int, int] = (0, 1),
     progress: Callable[[int], None] | None = None,
     mesh: Mesh | None = None,
+    acausal: bool = False,
 ) -> Evaluation:
     """Evaluate the first `limit` samples (default: all) with drop-free routing.
 
@@ -62,7 +65,13 @@ def evaluate(
     the same number of calls of the model, as shared experts demand. `progress(samples done)` is
     called after each batch. On a pipeline of several stages (`mesh`) the last one has the sums, the
     others zeros.
+
+    `acausal` is for comparison only: experts that choose (router.kind=expert_choice) do so among a
+    whole batch, which is then a routing group as in training, whatever `batch_size`. They see later
+    tokens, so that loss is one that the model cannot have when it writes.
     """
+    if acausal:
+        batch_size = model.spec.router.group_sequences
     end = samples.num_samples if limit is None else min(limit, samples.num_samples)
     index, of = share
     starts = [first + index * batch_size for first in range(0, end, batch_size * of)]
@@ -71,7 +80,7 @@ def evaluate(
     model.eval()
     mesh = mesh or single()
     pipeline = Pipeline(model, mesh)
-    with torch.no_grad():
+    with torch.no_grad(), acausal_routing(model) if acausal else nullcontext():
         for number, start in enumerate(starts):
             actions = [Action(True, chunk, number) for chunk in range(mesh.layout.chunks)]
             pipeline.run(actions, passes)

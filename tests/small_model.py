@@ -23,6 +23,7 @@ def write(
     num_layers: int = 4,
     d_model: int = 96,
     router: RouterSpec | None = None,
+    residual_moe: bool = False,
 ) -> Path:
     """An untrained model's checkpoint in a run's folder."""
     words = tokenizer()
@@ -36,6 +37,7 @@ def write(
         num_experts=(8,) * (num_layers // 2),
         init_std=0.25,
         router=router or RouterSpec(),
+        residual_moe=residual_moe,
     )
     network = GPT(spec)
     initialize(network, seed=seed)

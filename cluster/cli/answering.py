@@ -1,7 +1,7 @@
-"""gptmoe generate, evaluate, import: what a checkpoint can do."""
+"""gptmoe generate, evaluate, calibrate, import: what a checkpoint can do."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -106,7 +106,7 @@ def evaluate(
         samples = lazy.gptmoe_data().open_samples(
             folder,
             "validation" if folder != data else split,
-            seq_len or _trained_seq_len(model),
+            seq_len or _trained_seq_len(model.config, model.spec),
             0,
             expect_tokenizer=model.tokenizer.digest,
         )
@@ -134,6 +134,55 @@ def evaluate(
         f"loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
         f"{result.bits_per_char:.4f} bits per character  ({result.tokens:,} tokens)"
     )
+    print_facts(facts, text, as_json=json)
+
+
+@app.command(
+    epilog=examples(
+        "gptmoe calibrate runs/ec --data runs/ec/data --output checkpoints/ec",
+        "gptmoe calibrate checkpoints/old --data poems.tsv --output checkpoints/new --groups 16",
+    )
+)
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder, or a run's.")],
+    data: Annotated[Path, typer.Option(help="A prepared folder, or a file, folder or glob.")],
+    output: Annotated[Path, typer.Option(help="Folder for the new checkpoint.")],
+    kind: Annotated[
+        Literal["pretrain", "finetune"], typer.Option(help="How raw files are read.")
+    ] = "pretrain",
+    split: Annotated[
+        Literal["train", "validation"], typer.Option(help="Which part of a prepared folder.")
+    ] = "train",
+    seq_len: Annotated[int, typer.Option(help="Tokens of one sample; 0: as in training.")] = 0,
+    groups: Annotated[int, typer.Option(min=1, help="Routing groups to look at, at most.")] = 64,
+    json: Json = False,
+) -> None:
+    """Give a checkpoint of experts that choose (router.kind=expert_choice) its thresholds anew.
+
+    Training learns them as it goes. Without, the checkpoint can be neither evaluated nor served:
+    this makes them from data, and writes a new checkpoint with them.
+    """
+    stored = lazy.gptmoe_checkpoint().open_checkpoint(checkpoint)
+    tokenizer = lazy.gptmoe_text().load_tokenizer(stored.path)
+    spec = lazy.gptmoe_loaded().spec_of(stored)
+    with _prepared(data, tokenizer, kind) as folder, bar("calibrating") as progress:
+        samples = lazy.gptmoe_data().open_samples(
+            folder,
+            "validation" if folder != data else split,
+            seq_len or _trained_seq_len(stored.config, spec),
+            0,
+            expect_tokenizer=tokenizer.digest,
+        )
+        done = lazy.gptmoe_calibrate().calibrate(
+            stored,
+            samples,
+            output,
+            groups=groups,
+            progress=lambda share: progress.update(progress.task_ids[0], completed=share),
+        )
+    thresholds = {str(layer): t.tolist() for layer, t in done.thresholds.items()}
+    facts = {"checkpoint": str(output), "groups": done.groups, "thresholds": thresholds}
+    text = f"{output}: thresholds of {len(thresholds)} layers from {done.groups} routing groups"
     print_facts(facts, text, as_json=json)
 
 
@@ -192,6 +241,6 @@ def _prepared(data: Path, tokenizer: Any, kind: str) -> Iterator[Path]:
         yield Path(scratch) / "data"
 
 
-def _trained_seq_len(model: Any) -> int:
-    trained = model.config.get("train", {}).get("data", {}).get("seq_len")
-    return int(trained or model.spec.max_seq_len)
+def _trained_seq_len(config: Mapping[str, Any], spec: Any) -> int:
+    trained = config.get("train", {}).get("data", {}).get("seq_len")
+    return int(trained or spec.max_seq_len)

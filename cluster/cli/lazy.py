@@ -19,6 +19,11 @@ def gptmoe_evaluate() -> Any:
     return importlib.import_module("gptmoe.evaluate")
 
 
+def gptmoe_calibrate() -> Any:
+    """gptmoe.calibrate: thresholds from data (torch)."""
+    return importlib.import_module("gptmoe.calibrate")
+
+
 def gptmoe_checkpoint() -> Any:
     """gptmoe.checkpoint: import of foreign checkpoints (torch)."""
     return importlib.import_module("gptmoe.checkpoint")

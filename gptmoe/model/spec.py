@@ -35,7 +35,7 @@ class RouterSpec:
     group_sequences: int = 8
     """Consecutive sequences of the global batch (not of a rank) that share capacity and loss."""
     jitter: float = 0.0
-    """switch, top2, training only: what the router sees is multiplied by noise, uniform between
+    """Training only: what the router sees is multiplied by noise, uniform between
     1 - jitter and 1 + jitter (2101.03961, appendix C)."""
     sinkhorn_iterations: int = 8
     """s_base: at most so many, each over tokens and over experts."""

@@ -1,4 +1,4 @@
-"""gptmoe generate, evaluate and import on a real, tiny checkpoint, in this process."""
+"""gptmoe generate, evaluate, calibrate and import on a real, tiny checkpoint, in this process."""
 
 import json
 import shutil
@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 import gptmoe
-from gptmoe.checkpoint import save, whole
+from gptmoe.checkpoint import open_checkpoint, save, whole
 from gptmoe.config import to_dict
 from gptmoe.model.initialize import initialize
-from gptmoe.model.spec import ModelSpec
+from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.text import train_jiebabpe
+from tests import small_model
 
 from .conftest import Run
 
@@ -159,3 +160,39 @@ def test_rows_with_targets_are_measured_on_their_targets(
     _, out, _ = run("evaluate", *words)
     target = gptmoe.load(checkpoint).tokenizer.encode("又绿")
     assert json.loads(out)["tokens"] == 3 * (len(target) + 1)
+
+
+def test_calibrate_gives_thresholds_to_a_checkpoint_without(run: Run, tmp_path: Path) -> None:
+    router = RouterSpec(kind="expert_choice", group_sequences=1)
+    stored = open_checkpoint(
+        small_model.write(tmp_path / "run", num_layers=2, d_model=32, router=router)
+    )
+    names = [name for name in stored.names() if ".router." not in name or "weight" in name]
+    save(
+        tmp_path / "bare",
+        rank=0,
+        world=1,
+        barrier=lambda: None,
+        groups={"weights": [whole(name, stored.read(name)) for name in names]},
+        config=stored.config,
+        progress={"step": 1},
+        copy_files=small_model.tokenizer().save,
+    )
+    data, new = tmp_path / "poems.tsv", tmp_path / "new"
+    data.write_text(f"{POEM}\n" * 40, encoding="utf-8")
+    code, _, err = run("evaluate", "--checkpoint", str(tmp_path / "bare"), "--data", str(data))
+    assert code == 2
+    assert f"gptmoe calibrate {tmp_path / 'bare'} --data FILE --output FOLDER" in err
+
+    words = (str(tmp_path / "bare"), "--data", str(data), "--output", str(new), "--seq-len", "16")
+    code, out, _ = run("calibrate", *words, "--groups", "3", "--json")
+    facts = json.loads(out)
+    assert (code, facts["checkpoint"], facts["groups"]) == (0, str(new), 3)
+    assert len(facts["thresholds"]["1"]) == 8
+    code, out, _ = run("evaluate", "--checkpoint", str(new), "--data", str(data), "--json")
+    assert (code, json.loads(out)["checkpoint"]) == (0, str(new))
+    code, _, err = run("calibrate", *words)
+    assert (code, err) == (
+        2,
+        f"error: {new} exists already; name a new folder for the checkpoint\n",
+    )

@@ -1,10 +1,11 @@
-"""All cells of the matrix of which tests/ranks/test_layouts.py has a pairwise cover."""
+"""All cells of the matrices of which tests/ranks has pairwise covers: layouts, and routers."""
 
 import pytest
 
 from tests.ranks.cover import Cell, every
 from tests.ranks.matrix import (
     DIMENSIONS,
+    ROUTER_DIMENSIONS,
     assert_first_gradients_equal,
     assert_six_steps_equal,
     is_valid,
@@ -12,7 +13,8 @@ from tests.ranks.matrix import (
 )
 from tests.ranks.pool import RankPool
 
-each_cell = pytest.mark.parametrize("cell", every(DIMENSIONS, is_valid), ids=name_of)
+CELLS = [*every(DIMENSIONS, is_valid), *every(ROUTER_DIMENSIONS, is_valid)]
+each_cell = pytest.mark.parametrize("cell", CELLS, ids=name_of)
 
 
 @each_cell

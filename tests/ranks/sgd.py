@@ -25,8 +25,8 @@ from gptmoe.parallel.recompute import Recompute
 from gptmoe.parallel.schedules import Kind, schedule
 from gptmoe.parallel.updater import PlainUpdater
 from gptmoe.tensors import TensorBatch
-from train import report
 from train.passes import StepSettings, TrainingPasses
+from train.report import reduce
 from train.schedule import ScheduleSpec
 
 NUM_SEQUENCES, LENGTH = 8, 8
@@ -64,8 +64,6 @@ class Trained:
     where another stage holds it."""
     dropped: int
     """Rows of all ranks."""
-    states: list[dict[str, Tensor]] = field(default_factory=list)
-    """The state of this rank's routers after each step."""
     state: dict[str, Tensor] = field(default_factory=dict)
     """What this rank's routers have learned at the end."""
 
@@ -103,7 +101,7 @@ def train(rank: int, layout: Layout, case: Case) -> Trained:
         seen.losses.append(lm_sum / float(passes.label_count) + sum(balance))
         seen.norms.append(updater.step(case.learning_rate))
         seen.dropped += int(mesh.sum(dropped(passes.totals.statistics)))
-        seen.states.append(update_routers(model, mesh, passes.totals.statistics))
+        teach_routers(model, mesh, passes.totals.statistics)
         first = passes.totals.statistics.get(1)
         if first is not None:
             seen.load_E += first.load_E
@@ -111,16 +109,16 @@ def train(rank: int, layout: Layout, case: Case) -> Trained:
     return seen
 
 
-def update_routers(model: GPT, mesh: Mesh, mine: dict[int, Statistics]) -> dict[str, Tensor]:
-    """Let them learn from the whole batch, as train/loop.py does; their state."""
+def teach_routers(model: GPT, mesh: Mesh, mine: dict[int, Statistics]) -> None:
+    """What a training step does with the statistics of its routers. Collective."""
     for layer in model.spec.moe_layers:
         none = Statistics.zero(model.spec.experts_in_layer(layer))
-        total = report.reduce(mine.get(layer, none), mesh.sum)
-        block = model.layers[layer]
-        if isinstance(block, Block):
+        total = reduce(mine.get(layer, none), mesh.sum)
+        if layer in mine:
+            block = model.layers[layer]
+            assert isinstance(block, Block)
             assert isinstance(block.ffn, MoE)
             block.ffn.router.update(total)
-    return {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def make_passes(pipeline: Pipeline, case: Case, step: int) -> TrainingPasses:

@@ -22,6 +22,8 @@ from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.plan import StepPlan
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
+from gptmoe.model.routers import ROUTERS
+from gptmoe.model.spec import RouterKind, RouterSpec
 from gptmoe.shard.parts import ExpertSpan, Part, arrange, layout_of
 from gptmoe.shard.shard import Shard
 from gptmoe.text import Tokenizer
@@ -170,6 +172,21 @@ def test_products_that_keep_their_shape_have_the_bits_of_one_process(
     assert all(map(torch.equal, served_scores, scores))
 
 
+@pytest.mark.parametrize("name", ["ep", "pp, ep", "hot"])
+@pytest.mark.parametrize("kind", [kind for kind in ROUTERS if kind != "switch"])
+def test_every_router_is_served_with_the_bits_of_one_process(
+    pool: RankPool, tmp_path: Path, tokenizer: Tokenizer, name: str, kind: RouterKind
+) -> None:
+    checkpoint = small_model.write(tmp_path, router=RouterSpec(kind=kind))
+    model = gptmoe.load(checkpoint)
+    parts = arrange(model.spec, **LAYOUTS[name])
+    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer, layout_of(parts).dp)
+    arguments = parts, checkpoint, torch.float32
+    *_, (served_tokens, served_scores) = pool.run(len(parts) + 1, serve, *arguments)
+    assert served_tokens == tokens
+    assert all(map(torch.equal, served_scores, scores))
+
+
 @pytest.mark.parametrize("name", sorted(set(LAYOUTS) - set(EXACT)))
 def test_split_sums_differ_by_rounding_and_the_text_is_the_same(
     pool: RankPool, checkpoint: Path, tokenizer: Tokenizer, name: str
@@ -184,6 +201,44 @@ def test_split_sums_differ_by_rounding_and_the_text_is_the_same(
     whole_scores, whole_served = torch.cat(scores), torch.cat(served_scores)
     assert (whole_served - whole_scores).abs().max() < 1e-5 * whole_scores.abs().max()
     assert not torch.equal(whole_served, whole_scores)  # else no sum was split
+
+
+CHOOSING = RouterSpec(kind="expert_choice", capacity_factor=2.0)
+
+
+@pytest.fixture(scope="module")
+def choosing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Experts that choose, several for some tokens and none for others, and shared layers."""
+    return small_model.write(tmp_path_factory.mktemp("run"), router=CHOOSING, residual_moe=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["ep", "pp, ep", "two copies", "pp, expert ranks", "hot"])
+def test_several_experts_a_token_and_shared_layers_have_the_bits_of_one_process(
+    pool: RankPool, choosing: Path, tokenizer: Tokenizer, name: str, dtype: str
+) -> None:
+    model = gptmoe.load(choosing, dtype=dtype)
+    parts = arrange(model.spec, **LAYOUTS[name])
+    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer, layout_of(parts).dp)
+    arguments = parts, choosing, getattr(torch, dtype)
+    *_, (served_tokens, served_scores) = pool.run(len(parts) + 1, serve, *arguments)
+    assert served_tokens == tokens
+    assert all(map(torch.equal, served_scores, scores))
+
+
+@pytest.mark.parametrize("name", ["tp", "tp, ep"])
+def test_split_shared_layers_give_the_same_text(
+    pool: RankPool, choosing: Path, tokenizer: Tokenizer, name: str
+) -> None:
+    model = gptmoe.load(choosing)
+    parts = arrange(model.spec, **LAYOUTS[name])
+    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer, layout_of(parts).dp)
+    *_, (served_tokens, served_scores) = pool.run(
+        len(parts) + 1, serve, parts, choosing, torch.float32
+    )
+    assert served_tokens == tokens
+    whole_scores, whole_served = torch.cat(scores), torch.cat(served_scores)
+    assert (whole_served - whole_scores).abs().max() < 1e-5 * whole_scores.abs().max()
 
 
 def test_each_expert_counts_its_rows_and_hot_ones_share_them(

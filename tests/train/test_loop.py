@@ -24,7 +24,6 @@ from gptmoe.parallel.loss_scale import LossScale
 from gptmoe.parallel.mesh import Mesh, single
 from gptmoe.parallel.optimizer import OptimizerSpec
 from gptmoe.parallel.pipeline import Pipeline
-from gptmoe.parallel.recompute import Recompute, recompute
 from gptmoe.parallel.updater import PlainUpdater
 from gptmoe.text import load_tokenizer
 from tests.train.conftest import TOKENIZER
@@ -199,7 +198,7 @@ def test_dropout_differs_between_steps_slices_and_seeds(prepared: Path) -> None:
         learner = trainer(prepared, DROPPING)
         fixed = dataclasses.replace(learner.settings, **settings)
         order = data.open_samples(prepared, "validation", 24, seed=0)  # the same in each epoch
-        same = dataclasses.replace(learner, settings=fixed, samples=_Repeated(order))
+        same = dataclasses.replace(learner, settings=fixed, samples=Repeated(order))
         return same.step(step)["lm_loss"]
 
     losses = [loss(), loss(step=2), loss(first_sequence=16), loss(seed=1)]
@@ -207,7 +206,7 @@ def test_dropout_differs_between_steps_slices_and_seeds(prepared: Path) -> None:
     assert loss() == losses[0]
 
 
-class _Repeated(data.LineSamples):
+class Repeated(data.LineSamples):
     """The same samples whatever is asked for."""
 
     def __init__(self, samples: data.Samples) -> None:
@@ -240,63 +239,6 @@ def test_routers_learn_from_the_whole_batch_once_a_step(
     monkeypatch.setattr(moe.router, "update", seen.append)
     learner.step(1)
     assert [int(statistics.tokens) for statistics in seen] == [16 * 24]
-
-
-LEARNING = dataclasses.replace(
-    MIXTURE, router=dataclasses.replace(MIXTURE.router, kind="loss_free", bias_rate=0.01)
-)
-
-
-def state(learner: Trainer) -> dict[str, torch.Tensor]:
-    """What the routers have learned."""
-    return {name: buffer.clone() for name, buffer in learner.model.named_buffers()}
-
-
-@pytest.mark.parametrize("microbatch_size", [4, 16])
-@pytest.mark.parametrize("what", ["none", "full"])
-def test_a_router_s_state_moves_once_a_step(
-    prepared: Path, microbatch_size: int, what: Recompute
-) -> None:
-    learner = trainer(prepared, LEARNING, microbatch_size=microbatch_size)
-    recompute(learner.model, what)
-    values = learner.step(1)
-    load_E = torch.tensor(values["expert_load"]).double()
-    assert len(set(load_E.tolist())) > 1
-    (bias,) = state(learner).values()
-    torch.testing.assert_close(bias, 0.01 * (load_E.mean() - load_E).sign())
-    plain = trainer(prepared, LEARNING)
-    plain.step(1)
-    for step in (2, 3):
-        assert learner.step(step)["loss"] == pytest.approx(plain.step(step)["loss"], rel=1e-9)
-
-
-def test_a_step_that_is_left_out_teaches_the_router_nothing(prepared: Path) -> None:
-    learner = trainer(prepared, LEARNING, dtype=torch.float32)
-    learner = dataclasses.replace(learner, scaler=Scaler(LossScale(value=4.0)))
-    handle = learner.model.norm.weight.register_hook(lambda grad: grad * math.inf)
-    assert learner.step(1)["overflow"] == 1.0
-    handle.remove()
-    assert not state(learner)["layers.1.ffn.router.bias"].any()
-    learner.step(2)
-    assert state(learner)["layers.1.ffn.router.bias"].any()
-
-
-def test_jitter_is_the_same_in_every_microbatch_and_another_in_every_step(prepared: Path) -> None:
-    shaking = dataclasses.replace(
-        MIXTURE, router=dataclasses.replace(MIXTURE.router, jitter=0.2, capacity_factor=4.0)
-    )
-
-    whole, parts = (trainer(prepared, shaking, microbatch_size=size).step(1) for size in (16, 4))
-    for name in ("lm_loss", "router_entropy", "grad_norm"):
-        assert parts[name] == pytest.approx(whole[name], rel=1e-9), name
-
-    def loss(spec: ModelSpec, step: int = 1) -> object:
-        learner = trainer(prepared, spec)
-        order = data.open_samples(prepared, "validation", 24, seed=0)
-        return dataclasses.replace(learner, samples=_Repeated(order)).step(step)["lm_loss"]
-
-    assert len({loss(MIXTURE), loss(shaking), loss(shaking, step=2)}) == 3
-    assert loss(shaking) == loss(shaking)
 
 
 def test_a_diverged_run_stops_before_it_is_saved(prepared: Path) -> None:

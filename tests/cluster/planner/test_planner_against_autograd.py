@@ -1,5 +1,7 @@
 """What the planner says a layer keeps, against what autograd keeps of the real model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,19 +33,25 @@ def kept_bytes(model: GPT) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("num_experts", [(), (8, 8)], ids=["dense", "experts"])
+DENSE = ModelSpec(
+    num_layers=4, d_model=128, num_heads=4, d_ff=512, vocab_size=100, max_seq_len=TOKENS
+)
+SWITCH = replace(DENSE, num_experts=(8, 8), router=RouterSpec(group_sequences=2))
+CHOOSING = replace(SWITCH.router, kind="expert_choice", capacity_factor=1.0, margin_coef=0.0)
+SPECS = {
+    "dense": DENSE,
+    "switch": SWITCH,
+    "top2": replace(SWITCH, router=replace(SWITCH.router, kind="top2", capacity_factor=8.0)),
+    "residual MoE": replace(SWITCH, residual_moe=True),
+    "expert choice": replace(SWITCH, router=CHOOSING),
+    "expert choice, no residual": replace(SWITCH, router=replace(CHOOSING, residual_depth=0)),
+    "expert choice, 3 layers": replace(SWITCH, router=replace(CHOOSING, residual_depth=3)),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_activations_are_those_of_the_model(num_experts: tuple[int, ...], dtype: str) -> None:
-    spec = ModelSpec(
-        num_layers=4,
-        d_model=128,
-        num_heads=4,
-        d_ff=512,
-        vocab_size=100,
-        max_seq_len=TOKENS,
-        num_experts=num_experts,
-        router=RouterSpec(group_sequences=2),
-    )
+def test_activations_are_those_of_the_model(spec: ModelSpec, dtype: str) -> None:
     narrow = dtype == "bfloat16"
     model = GPT(spec, torch.bfloat16 if narrow else torch.float32)
     initialize(model, seed=0)
@@ -57,4 +65,4 @@ def test_activations_are_those_of_the_model(num_experts: tuple[int, ...], dtype:
     )
     memory = fullest(job, Choice(layout=Layout(), microbatch_size=SEQUENCES))
     planned = memory.activations + memory.cast_weights
-    assert kept_bytes(model) == pytest.approx(planned, rel=0.03)
+    assert kept_bytes(model) == pytest.approx(planned, rel=0.04)

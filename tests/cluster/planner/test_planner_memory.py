@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.planner.job import RECOMPUTES, Choice, Job
-from cluster.planner.memory import Memory, fullest, in_flight, stage_memory
+from cluster.planner.memory import Memory, fullest, in_flight, row_bound, stage_memory
 from cluster.planner.stages import stages, unlike_stages
 from gptmoe.model.counts import parameters
 from gptmoe.model.presets import preset
@@ -84,6 +84,25 @@ def test_stages_hold_every_parameter_once_and_the_head_again(name: str, pp: int)
     assert held == parameters(spec).total + again
     assert sum(stage.layers for stage in found) == spec.num_layers
     assert unlike_stages(spec, pp)[0] == found[0]
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_stages_hold_shared_layers(pp: int) -> None:
+    router = RouterSpec(kind="expert_choice", residual_depth=2)
+    plain = replace(SMALL, num_layers=4, num_experts=(4, 8))
+    for changes in ({"router": router}, {"residual_moe": True}):
+        spec = replace(plain, **changes)
+        found = stages(spec, pp)
+        held = sum(stage.sliced + stage.whole + stage.expert for stage in found)
+        assert held == parameters(spec).total + (40 if pp > 1 else 0)
+        assert sum(stage.expert for stage in found) == sum(s.expert for s in stages(plain, pp))
+
+
+def test_experts_that_choose_get_their_capacity_on_every_layout() -> None:
+    spec = replace(MIXTURE, router=RouterSpec(kind="expert_choice", capacity_factor=1.5))
+    assert [row_bound(spec, ep, 64, 2048) for ep in (1, 8)] == [1.5, 1.5]
+    top2 = replace(MIXTURE, router=RouterSpec(kind="top2", capacity_factor=1.25))
+    assert [row_bound(top2, ep, 64, 2048) for ep in (1, 2, 8)] == [2.0, 2.5, 2.5]
 
 
 def test_chunks_deal_layers_out_in_rounds() -> None:

@@ -14,6 +14,7 @@ from cluster.planner.search import make_plan
 from cluster.planner.stages import stages
 from cluster.planner.step_time import bubble_fraction, sent_bytes, step_time
 from gptmoe.model.presets import preset
+from gptmoe.model.spec import RouterSpec
 from gptmoe.parallel.layout import Layout
 from gptmoe.parallel.schedules import Kind
 
@@ -32,6 +33,19 @@ def test_operations_are_those_of_the_paper() -> None:
     layers, width = 24, 2048
     paper = 72 * layers * width**2 * (1 + 2048 / (6 * width) + 51200 / (12 * layers * width))
     assert compute.model_flops_per_token(DENSE) == pytest.approx(paper)
+
+
+def test_shared_layers_and_several_experts_a_token_are_counted() -> None:
+    spec = MIXTURE.spec
+    ffn = 4 * spec.d_model * spec.d_ff
+    plain = compute.layer_flops(MIXTURE, 64)
+    choosing = RouterSpec(kind="expert_choice", capacity_factor=2.0, residual_depth=3)
+    more = compute.layer_flops(replace(MIXTURE, spec=replace(spec, router=choosing)), 64)
+    assert more == pytest.approx(plain + (2 - 1 + 3) * ffn)
+    mixed = compute.layer_flops(replace(MIXTURE, spec=replace(spec, residual_moe=True)), 64)
+    assert mixed == pytest.approx(plain + ffn + 4 * spec.d_model)
+    dense = replace(MIXTURE, spec=replace(DENSE.spec, router=choosing))
+    assert compute.model_flops_per_token(dense) == compute.model_flops_per_token(DENSE)
 
 
 @pytest.mark.parametrize(

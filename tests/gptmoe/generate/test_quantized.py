@@ -20,6 +20,7 @@ from gptmoe.generate.quantized import (
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.loaded import LoadedModel
 from gptmoe.model.moe import MoE
+from gptmoe.model.routers import ROUTERS
 
 from .conftest import Make
 from .test_invariance import make_tokens, requests, run
@@ -105,11 +106,15 @@ def test_rows_and_threads_change_no_bit(kind: Weights, dtype: torch.dtype) -> No
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=[(k, d) for k in KINDS for d in (torch.float32, torch.bfloat16)], ids=str)
+WAYS = [(kind, dtype, "switch") for kind in KINDS for dtype in (torch.float32, torch.bfloat16)]
+WAYS += [("int8", torch.bfloat16, router) for router in ROUTERS if router != "switch"]
+
+
+@pytest.fixture(params=WAYS, ids=str)
 def model(request: pytest.FixtureRequest, make_model: Make) -> Iterator[LoadedModel]:
     """With experts."""
-    kind, dtype = request.param
-    plain = make_model(dtype, True, False)
+    kind, dtype, router = request.param
+    plain = make_model(dtype, True, False, router)
     network = copy.deepcopy(plain.network)
     quantize(network, kind)
     before = torch.get_num_threads()

@@ -7,7 +7,7 @@ import torch
 
 from gptmoe.model.counts import Count, parameters
 from gptmoe.model.presets import PRESETS, preset
-from gptmoe.model.spec import ModelSpec
+from gptmoe.model.spec import ModelSpec, RouterSpec
 from gptmoe.model.transformer import GPT
 
 TINY = ModelSpec(num_layers=2, d_model=4, num_heads=2, d_ff=8, vocab_size=10, max_seq_len=6)
@@ -50,6 +50,28 @@ def test_arithmetic_equals_the_model(name: str) -> None:
         if ".experts." in name
     )
     assert parameters(spec).active == sum(shapes.values()) - idle
+
+
+CHOOSING = RouterSpec(kind="expert_choice", capacity_factor=2.0, residual_depth=3)
+VARIANTS = {
+    "expert choice": dataclasses.replace(TINY, num_experts=(3,), router=CHOOSING),
+    "residual MoE": dataclasses.replace(TINY, num_experts=(3,), residual_moe=True),
+    "both, a pyramid": dataclasses.replace(
+        TINY, num_layers=4, num_experts=(3, 6), residual_moe=True, router=CHOOSING
+    ),
+    "dense": dataclasses.replace(TINY, residual_moe=True, router=CHOOSING),
+}
+
+
+@pytest.mark.parametrize("spec", VARIANTS.values(), ids=VARIANTS)
+def test_shared_layers_count_for_every_token(spec: ModelSpec) -> None:
+    with torch.device("meta"):
+        shapes = {name: p.numel() for name, p in GPT(spec).named_parameters()}
+    expert = (4 * 8 + 8) + (8 * 4 + 4)
+    assert parameters(spec).total == sum(shapes.values())
+    others = sum(size for name, size in shapes.items() if ".experts." not in name)
+    rows = spec.router.rows_per_token * len(spec.num_experts)
+    assert parameters(spec).active == others + round(rows * expert)
 
 
 @pytest.mark.parametrize(

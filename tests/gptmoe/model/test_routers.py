@@ -161,6 +161,10 @@ def test_statistics_count_each_token_and_row(kind: RouterKind) -> None:
         assert seen.cutoff_E.dtype == torch.float64
 
 
+def test_every_kind_has_a_router() -> None:
+    assert set(ROUTERS) == set(KINDS)
+
+
 @each_kind
 def test_an_untrained_router_has_zeros_for_state(kind: RouterKind) -> None:
     for _, buffer in make_router(spec_of(kind), 4).named_buffers():

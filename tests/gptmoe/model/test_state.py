@@ -1,4 +1,4 @@
-"""The routers' state in checkpoints: as it was, on every layout, and every sentence if it is not."""
+"""Router state in checkpoints: as it was, on every layout, and every sentence if it is not."""
 
 import dataclasses
 from pathlib import Path
