@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .layers import linear
 from .lsoftmax import annealed, margin_losses
 from .routing import Groups, LinearRouter, Routing, Statistics
 from .spec import RouterSpec
@@ -42,13 +43,14 @@ class ExpertChoiceRouter(LinearRouter):
 
     def route(self, h_TD: Tensor, groups: Groups) -> Routing:
         """Let experts take tokens; see Router.route."""
-        logits_TE = self.logits(h_TD, groups)
+        seen_TD = self.seen(h_TD, groups)
+        logits_TE = linear(seen_TD, self.weight)
         score_TE = logits_TE.softmax(-1)
         take_TE, cutoff_GE = self._take(score_TE.detach(), groups)
         token_R, expert_R = take_TE.nonzero(as_tuple=True)
         losses = {}
         if self.training:
-            losses["margin_loss"] = self._margin_loss(logits_TE, score_TE, h_TD, take_TE, groups)
+            losses["margin_loss"] = self._margin_loss(logits_TE, score_TE, seen_TD, take_TE, groups)
             valid_T = groups.mask(h_TD)
             losses["z_loss"] = z_loss(logits_TE, valid_T, groups.tokens_per_group)
         return Routing(
@@ -76,18 +78,19 @@ class ExpertChoiceRouter(LinearRouter):
         Once training routes by thresholds these still learn from the scores that it would have
         taken.
         """
-        best_TE, cutoff_GE = None, None
-        if self.training or self.acausal:
-            best_TE, cutoff_GE = choose(score_TE, groups, self.spec.capacity_factor)
-        is_warm = int(self.updates) >= self.spec.threshold_warmup
-        if best_TE is not None and not (self.training and is_warm):
-            return best_TE, cutoff_GE
+        if not (self.training or self.acausal):
+            return self._passing(score_TE, groups), None
+        best_TE, cutoff_GE = choose(score_TE, groups, self.spec.capacity_factor)
+        is_warm = self.training and int(self.updates) >= self.spec.threshold_warmup
+        return self._passing(score_TE, groups) if is_warm else best_TE, cutoff_GE
+
+    def _passing(self, score_TE: Tensor, groups: Groups) -> Tensor:
         # Before anything was learned an expert takes what it likes more than the mean.
         threshold_E = self.threshold.where(self.updates > 0, 1 / self.num_experts)
-        return passing(score_TE, threshold_E, groups.valid_T), cutoff_GE
+        return passing(score_TE, threshold_E, groups.valid_T)
 
     def _margin_loss(
-        self, logits_TE: Tensor, score_TE: Tensor, h_TD: Tensor, take_TE: Tensor, groups: Groups
+        self, logits_TE: Tensor, score_TE: Tensor, seen_TD: Tensor, take_TE: Tensor, groups: Groups
     ) -> Tensor:
         """Sum over groups of the mean over taken tokens of the L-Softmax loss.
 
@@ -99,7 +102,7 @@ class ExpertChoiceRouter(LinearRouter):
             return logits_TE.new_zeros(())
         mine_TE = torch.where(take_TE, score_TE.detach(), -1.0)
         loss_T = margin_losses(
-            logits_TE, h_TD, self.weight, mine_TE.argmax(-1), margin=spec.margin, ease=self._ease
+            logits_TE, seen_TD, self.weight, mine_TE.argmax(-1), margin=spec.margin, ease=self._ease
         )
         taken_GN = take_TE.any(-1).view(-1, groups.tokens_per_group)
         loss_GN = torch.where(taken_GN, loss_T.view_as(taken_GN), 0.0)

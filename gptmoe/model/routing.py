@@ -122,12 +122,16 @@ class LinearRouter(nn.Module):
         """E."""
         return len(self.weight)
 
-    def logits(self, h_TD: Tensor, groups: Groups) -> Tensor:
-        """The scores, [T, E], in at least float32; in training with `spec.jitter` on h."""
+    def seen(self, h_TD: Tensor, groups: Groups) -> Tensor:
+        """What the router sees of h: in at least float32; in training with `spec.jitter`."""
         h_TD = h_TD.to(wide(h_TD.dtype))
         if self.training and self.spec.jitter and groups.jitter is not None:
             h_TD = groups.jitter(h_TD, self.spec.jitter)
-        return linear(h_TD, self.weight)
+        return h_TD
+
+    def logits(self, h_TD: Tensor, groups: Groups) -> Tensor:
+        """The scores, [T, E]."""
+        return linear(self.seen(h_TD, groups), self.weight)
 
     def route(self, h_TD: Tensor, groups: Groups) -> Routing:
         """See Router.route."""

@@ -30,7 +30,11 @@ def make_model(tokenizer: Tokenizer) -> Make:
 
     @cache
     def make(
-        dtype: torch.dtype, has_experts: bool, packed: bool, kind: RouterKind = "switch"
+        dtype: torch.dtype,
+        has_experts: bool,
+        packed: bool,
+        kind: RouterKind = "switch",
+        residual_moe: bool = False,
     ) -> LoadedModel:
         spec = ModelSpec(
             num_layers=3,
@@ -42,6 +46,7 @@ def make_model(tokenizer: Tokenizer) -> Make:
             num_experts=(8,) if has_experts else (),
             init_std=0.25,
             router=RouterSpec(kind=kind),
+            residual_moe=residual_moe,
         )
         network = GPT(spec, compute_dtype=dtype)
         initialize(network, seed=3)

@@ -30,7 +30,7 @@ GROWING = SamplingParams(max_new_tokens=40, ignore_end=True, logprobs=True, seed
 LENGTHS = (1, 2, 5, 37, 63, 64, 65, 128, 129, 255, 257)
 """Prompts around the borders of what attention reads at once."""
 NEW_TOKENS = 6
-CASES: dict[str, tuple[Any, ...]] = {  # dtype, has experts, packed, threads, router
+CASES: dict[str, tuple[Any, ...]] = {  # dtype, has experts, packed, threads, router, residual MoE
     "float32-dense": (torch.float32, False, False, 1),
     "float32-moe": (torch.float32, True, False, 1),
     "float32-moe-2threads": (torch.float32, True, False, 2),
@@ -43,15 +43,16 @@ CASES: dict[str, tuple[Any, ...]] = {  # dtype, has experts, packed, threads, ro
 OTHERS = [kind for kind in ROUTERS if kind != "switch"]
 CASES |= {f"float32-{kind}": (torch.float32, True, False, 1, kind) for kind in OTHERS}
 CASES |= {f"bfloat16-{kind}-packed": (torch.bfloat16, True, True, 2, kind) for kind in OTHERS}
+CASES["bfloat16-residual-moe-packed"] = (torch.bfloat16, True, True, 2, "switch", True)
 each_case = pytest.mark.parametrize("model", CASES.values(), indirect=True, ids=CASES.keys())
 
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest, make_model: Make) -> Iterator[LoadedModel]:
-    dtype, experts, packed, threads, *kind = request.param
+    dtype, experts, packed, threads, *rest = request.param
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    yield make_model(dtype, experts, packed, *kind)
+    yield make_model(dtype, experts, packed, *rest)
     torch.set_num_threads(before)
 
 
