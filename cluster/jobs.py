@@ -72,7 +72,7 @@ def make_job(kind: str, config: Path | None, overrides: Sequence[str]) -> Job:
         job_id=f"{kind}-{name}-{secrets.token_hex(3)}",
         kind=kind,
         run_dir=run_dir,
-        entrypoint=_entrypoint([*module, *words]),
+        entrypoint=entrypoint([*module, *words]),
         workers=resolved.workers,
     )
 
@@ -85,13 +85,15 @@ def submit(dashboard: Dashboard, job: Job, *, wait_s: float = 60.0) -> str:
             "clone the repository and submit from there"
         )
     dashboard.require(room(job, dashboard.resources()), wait_s)
-    dashboard.submit(
-        job.entrypoint,
-        job_id=job.job_id,
-        runtime_env={"working_dir": str(env.ROOT), "excludes": list(EXCLUDED)},
-        metadata={KIND: job.kind, RUN_DIR: job.run_dir},
-    )
+    metadata = {KIND: job.kind, RUN_DIR: job.run_dir}
+    send(dashboard, job.entrypoint, job_id=job.job_id, metadata=metadata)
     return job.job_id
+
+
+def send(dashboard: Dashboard, entrypoint: str, **options: Any) -> None:
+    """Submit an entry point with the code of this checkout; `options` as in Dashboard.submit."""
+    working_dir = {"working_dir": str(env.ROOT), "excludes": list(EXCLUDED)}
+    dashboard.submit(entrypoint, runtime_env=working_dir, **options)
 
 
 def room(job: Job, cluster: Mapping[str, float]) -> dict[str, float]:
@@ -167,7 +169,7 @@ def _shared_folder(value: str) -> str:
     return value
 
 
-def _entrypoint(words: Sequence[str]) -> str:
+def entrypoint(words: Sequence[str]) -> str:
     """The command, by this Python if the cluster's head has it too, else by its own."""
     command = shlex.join(["-m", *words])
     python = shlex.quote(sys.executable)

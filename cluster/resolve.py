@@ -25,6 +25,7 @@ _CONFIGS = {
     "pretrain": ("train.config", "TrainConfig"),
     "finetune": ("train.config", "TrainConfig"),
     "serve": ("serve.config", "ServeConfig"),
+    "study": ("train.study.config", "StudyConfig"),
 }
 
 
@@ -67,13 +68,19 @@ def main(words: Sequence[str]) -> int:
     module, name = _CONFIGS[kind]
     try:
         config = load(getattr(importlib.import_module(module), name), *split_words(rest))
-        workers = config.replicas.max if kind == "serve" else config.parallel.fewest_workers
+        workers = _workers(kind, config)
     except GptMoeError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     resolved = {"kind": kind, "config": to_dict(config), "workers": workers}
     sys.stdout.write(json.dumps(resolved, ensure_ascii=False))
     return 0
+
+
+def _workers(kind: str, config: Any) -> int:
+    if kind == "study":
+        return int(config.study.parallel)
+    return int(config.replicas.max if kind == "serve" else config.parallel.fewest_workers)
 
 
 if __name__ == "__main__":

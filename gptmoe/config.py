@@ -54,6 +54,14 @@ def load(cls: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
     return build(cls, raw)
 
 
+def override(config: C, overrides: Sequence[str]) -> C:
+    """`config` with `key.sub=value` lines applied; later ones win. Raises ConfigError as `load`."""
+    raw = to_dict(config)
+    for line in overrides:
+        raw = _merge(raw, parse_override(line))
+    return build(type(config), raw)
+
+
 def parse_override(line: str) -> dict[str, Any]:
     """Parse `key.sub=value` as TOML; a value that is not TOML is taken as a string."""
     key, equals, value = line.partition("=")
@@ -140,16 +148,19 @@ def _anchor_paths(cls: Any, raw: dict[str, Any], folder: Path) -> dict[str, Any]
     result = dict(raw)
     for field in dataclasses.fields(cls):
         value = raw.get(field.name)
-        if (
-            field.metadata.get("input_path")
-            and isinstance(value, str)
-            and value
-            and not _scheme(value)
-        ):
-            result[field.name] = str(folder / value)
+        if field.metadata.get("input_path") and isinstance(value, str | list):
+            result[field.name] = _anchored(value, folder)
         elif dataclasses.is_dataclass(hints[field.name]) and isinstance(value, dict):
             result[field.name] = _anchor_paths(hints[field.name], value, folder)
     return result
+
+
+def _anchored(value: Any, folder: Path) -> Any:
+    """A path, or each of a list of them, from `folder` on; URIs and other things stay."""
+    if isinstance(value, list):
+        return [_anchored(item, folder) for item in value]
+    is_path = isinstance(value, str) and value and not _scheme(value)
+    return str(folder / value) if is_path else value
 
 
 def _merge(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

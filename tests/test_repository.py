@@ -142,6 +142,7 @@ def test_public_names_of_gptmoe_are_exact() -> None:
         (path.relative_to(ROOT), module, name, overrides)
         for folder, module, name, overrides in (
             ("train", "train.config", "TrainConfig", []),
+            ("study", "train.study.config", "StudyConfig", []),
             ("serve", "serve.config", "ServeConfig", ["checkpoint=runs/tiny"]),
         )
         if find_spec(module)

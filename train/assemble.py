@@ -1,5 +1,7 @@
 """A rank's part of a run: model and updater with their state, samples, the numbers of a step."""
 
+from collections.abc import Callable
+
 import torch
 
 from gptmoe import checkpoint
@@ -10,15 +12,18 @@ from gptmoe.model.transformer import GPT
 from gptmoe.parallel.apply import build
 from gptmoe.parallel.mesh import Mesh
 from gptmoe.parallel.ownership import owned_parameters
-from gptmoe.parallel.updater import PlainUpdater, Updater
+from gptmoe.parallel.updater import Updater
 
 from .config import TrainConfig
 from .passes import StepSettings
 from .plan import RunPlan
-from .zero import ZeroUpdater
+
+MakeUpdater = Callable[[GPT, Mesh, TrainConfig], Updater]
 
 
-def build_or_load(plan: RunPlan, mesh: Mesh, device: torch.device) -> tuple[GPT, Updater]:
+def build_or_load(
+    plan: RunPlan, mesh: Mesh, device: torch.device, make_updater: MakeUpdater
+) -> tuple[GPT, Updater]:
     """This rank's model and updater, with the state that they begin from."""
     start = plan.resume_from or plan.weights_from
     config = plan.config
@@ -38,13 +43,6 @@ def build_or_load(plan: RunPlan, mesh: Mesh, device: torch.device) -> tuple[GPT,
     if stored is not None and plan.resume_from is not None:
         updater.load_state(lambda name, box: stored.read(name, box, "optimizer"))
     return model, updater
-
-
-def make_updater(model: GPT, mesh: Mesh, config: TrainConfig) -> Updater:
-    """The updater that parallel.zero names."""
-    if config.parallel.zero in (1, 2):
-        return ZeroUpdater(model, mesh, config.optimizer, config.parallel.zero)
-    return PlainUpdater(model, mesh, config.optimizer)
 
 
 @torch.no_grad()

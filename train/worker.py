@@ -40,6 +40,7 @@ from .refresh import Refresher, refresher
 from .register import register
 from .saving import Saver
 from .state import writing
+from .updaters import make_updater
 from .watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ class Worker:
         asked after each step, by all ranks, and tells all the same reason to start again, or none.
         `warn(reason)` is for failures that training survives.
         """
-        model, updater = build_or_load(plan, mesh, device)
+        model, updater = build_or_load(plan, mesh, device, make_updater)
         trainer = Trainer(
             pipeline=Pipeline(model, mesh),
             updater=updater,

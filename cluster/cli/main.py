@@ -11,7 +11,18 @@ from cluster import env
 from cluster.patience import left_behind
 from gptmoe.errors import GptMoeError
 
-from . import answering, asking, corpora, demo, models, operating, planning, serving, training
+from . import (
+    answering,
+    asking,
+    corpora,
+    demo,
+    models,
+    operating,
+    planning,
+    serving,
+    studying,
+    training,
+)
 from .output import examples
 
 BAD_INPUT = 2
@@ -41,6 +52,7 @@ def gptmoe() -> None:
 app.add_typer(models.app)
 app.add_typer(corpora.tokenizer_app, name="tokenizer")
 app.add_typer(corpora.data_app, name="data")
+app.add_typer(studying.app, name="study")
 for part in (training, planning, answering, asking, serving, operating, demo):
     app.add_typer(part.app)
 

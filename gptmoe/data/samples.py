@@ -37,10 +37,13 @@ class Samples(ABC):
 
     Global sample index i means row `order(i % num_samples)` of epoch `i // num_samples`. In
     training every epoch has its own permutation, a function of (seed, epoch); validation comes in
-    order. A rank asks for its slice of a batch and reads nothing else.
+    order unless it is `shuffled`, so that its first samples are of all files. A rank asks for its
+    slice of a batch and reads nothing else.
     """
 
-    def __init__(self, folder: Path, split: Split, seq_len: int, seed: int) -> None:
+    def __init__(
+        self, folder: Path, split: Split, seq_len: int, seed: int, *, shuffled: bool = False
+    ) -> None:
         """Map the files of `split`.
 
         Raises DataError if the folder is no sound prepared folder or holds too little for one
@@ -61,7 +64,7 @@ class Samples(ABC):
                 "least two different documents, or name validation files"
             )
         self.num_samples = self._open(folder)
-        self._order = Order(self.num_samples, seed if split == "train" else None)
+        self._order = Order(self.num_samples, seed if split == "train" or shuffled else None)
 
     def batch(self, first: int, count: int) -> Batch:
         """Global samples first .. first + count - 1, as arrays of shape [count, seq_len]."""
@@ -148,7 +151,13 @@ class LineSamples(Samples):
 
 
 def open_samples(
-    folder: Path, split: Split, seq_len: int, seed: int, expect_tokenizer: str | None = None
+    folder: Path,
+    split: Split,
+    seq_len: int,
+    seed: int,
+    expect_tokenizer: str | None = None,
+    *,
+    shuffled: bool = False,
 ) -> Samples:
     """The samples of a prepared folder, of the class that its manifest asks for.
 
@@ -162,4 +171,4 @@ def open_samples(
             f"the model uses {expect_tokenizer}; prepare again with the model's tokenizer"
         )
     kind = TokenSamples if recipe.kind == "pretrain" else LineSamples
-    return kind(folder, split, seq_len, seed)
+    return kind(folder, split, seq_len, seed, shuffled=shuffled)

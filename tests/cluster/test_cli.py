@@ -24,6 +24,7 @@ COMMANDS = (
     ["plan"],
     ["pretrain"],
     ["finetune"],
+    ["study", "routers"],
     ["generate"],
     ["evaluate"],
     ["import"],

@@ -6,7 +6,17 @@ from typing import Any, Literal
 
 import pytest
 
-from gptmoe.config import INPUT_PATH, Location, Uri, build, digest, load, parse_override, to_dict
+from gptmoe.config import (
+    INPUT_PATH,
+    Location,
+    Uri,
+    build,
+    digest,
+    load,
+    override,
+    parse_override,
+    to_dict,
+)
 from gptmoe.errors import ConfigError
 
 
@@ -31,6 +41,7 @@ class Config:
     data: Location | None = field(default=None, metadata=INPUT_PATH)
     output: Path = Path("runs")
     columns: dict[str, str] = field(default_factory=dict)
+    others: tuple[Path, ...] = field(default=(), metadata=INPUT_PATH)
 
 
 TOML = """
@@ -73,6 +84,22 @@ def test_input_paths_are_relative_to_the_file_they_stand_in(path: Path) -> None:
     assert load(Config, path).data == path.parent / "poems.tsv"
     assert load(Config, path, ["data=poems.tsv"]).data == Path("poems.tsv")
     assert load(Config, path).output == Path("runs")
+
+
+def test_a_list_of_input_paths_is_relative_to_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('others = ["a.txt", "/b.txt"]\n[model]\nnum_layers = 1\n', encoding="utf-8")
+    assert load(Config, file).others == (tmp_path / "a.txt", Path("/b.txt"))
+    assert load(Config, file, ['others=["c.txt"]']).others == (Path("c.txt"),)
+
+
+def test_a_config_is_overridden_as_a_file_is(path: Path) -> None:
+    config = load(Config, path)
+    changed = override(config, ["model.num_layers=3", "model.num_layers=5", "steps=7"])
+    assert (changed.model, changed.steps) == (Model(num_layers=5, num_experts=(4, 8)), 7)
+    assert (changed.kind, changed.data, changed.columns) == ("large", config.data, {"text": "poem"})
+    with pytest.raises(ConfigError, match=r"unknown config key model.layers"):
+        override(config, ["model.layers=3"])
 
 
 def test_a_uri_stays_as_it_is_and_that_of_a_file_is_its_path(path: Path) -> None:

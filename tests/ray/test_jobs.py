@@ -90,6 +90,20 @@ def test_a_command_with_an_address_is_a_job_that_is_followed(head: Head, tmp_pat
     assert "Running entrypoint" in head.gptmoe("logs", job["job_id"]).stdout
 
 
+def test_the_runs_of_a_study_are_jobs(head: Head, tmp_path: Path) -> None:
+    few = ('study.arms=["dense","switch"]', "study.seeds=[0]", "study.speed_steps=0")
+    words = ["study", "routers", "configs/study/tiny.toml", *few]
+    refused = head.gptmoe(*words, "study.dir=here")
+    assert "study.dir=here is relative, but the jobs run elsewhere" in refused.stderr
+    done = head.gptmoe(*words, f"study.dir={tmp_path / 'study'}", "--json", timeout_s=240)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["done"], facts["finished"], facts["missing"]) == (True, 2, [])
+    assert (tmp_path / "study" / "page.md").is_file()
+    listed = json.loads(head.gptmoe("status", "--json").stdout)["jobs"]
+    assert [job["status"] for job in listed if job["kind"] == "study"] == ["SUCCEEDED"] * 2
+
+
 def test_a_submitted_job_is_stopped(head: Head, tmp_path: Path) -> None:
     run_dir = tmp_path / "long"
     words = ["pretrain", TINY, "train.max_steps=100000", f"run.dir={run_dir}"]

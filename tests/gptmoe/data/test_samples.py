@@ -134,6 +134,20 @@ def test_validation_comes_in_order_and_starts_again(folders: dict[str, Path]) ->
     assert np.array_equal(reseeded.batch(0, n).labels_BT, twice[:n])
 
 
+def test_shuffled_validation_is_the_same_samples_by_seed(folders: dict[str, Path]) -> None:
+    folder = folders["pretrain"]
+    plain = open_samples(folder, "validation", 4, 0)
+    count = plain.num_samples
+    shuffled, other = (
+        open_samples(folder, "validation", 4, seed, shuffled=True).batch(0, count).labels_BT
+        for seed in (1, 2)
+    )
+    in_order = plain.batch(0, count).labels_BT
+    assert sorted(shuffled.tolist()) == sorted(in_order.tolist())
+    assert shuffled.tolist() != in_order.tolist()
+    assert shuffled.tolist() != other.tolist()
+
+
 def test_a_line_bears_loss_on_text_and_separator(make: Make) -> None:
     folder = make("a.tsv", "abc", kind="finetune")
     batch = open_samples(folder, "train", 5, 0).batch(0, 1)

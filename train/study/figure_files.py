@@ -1,0 +1,3 @@
+"""The names of the files between a study and its figure."""
+
+CURVES, FIGURE = "curves.json", "curves.png"
