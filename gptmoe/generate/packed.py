@@ -18,6 +18,8 @@ from gptmoe.model.residual_moe import Mix
 from gptmoe.model.routing import LinearRouter
 from gptmoe.model.transformer import GPT
 
+from .packed_weight import PackedWeight
+
 W = TypeVar("W")
 
 
@@ -33,21 +35,22 @@ def pack(network: GPT, *, head: bool = True, experts: bool = True) -> bool:
     if not can_pack(dtype, next(network.parameters()).device):
         return False
     if head:
-        network.head = partial(linear, weight=packed(network.embed.tokens.weight, dtype))
+        network.head = partial(linear, weight=PackedWeight(network.embed.tokens.weight, dtype))
     for module in list(network.modules()):
         if isinstance(module, Linear):
-            module.weight = nn.Parameter(packed(module.weight, dtype), requires_grad=False)
+            module.weight = PackedWeight(module.weight, dtype)
         elif isinstance(module, (LinearRouter, Mix)):
             pack_router(module)
         elif isinstance(module, MoE) and experts:
             module.experts = PackedExperts(module.experts, dtype)
+    # Packed products see to their rows; in float32 it is cheaper to have enough from the start.
+    network.fixed_rows = dtype != torch.bfloat16
     return True
 
 
 def pack_router(router: LinearRouter | Mix) -> None:
     """What decides computes in float32 whatever the type of the model."""
-    weight = packed(router.weight, torch.float32)
-    router.weight = nn.Parameter(weight, requires_grad=False)
+    router.weight = PackedWeight(router.weight, torch.float32)
 
 
 class SeparateExperts(Experts, Generic[W]):
@@ -84,13 +87,15 @@ class SeparateExperts(Experts, Generic[W]):
         raise NotImplementedError
 
 
-class PackedExperts(SeparateExperts[Tensor]):
+class PackedExperts(SeparateExperts[PackedWeight]):
     """Experts with packed weights."""
 
     def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
-        super().__init__(experts, partial(packed, dtype=dtype))
+        super().__init__(experts, partial(PackedWeight, dtype=dtype))
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Tensor:
+    def _product(
+        self, x: Tensor, weight: PackedWeight, bias: Tensor, *, gelu: bool = False
+    ) -> Tensor:
         return linear(x, weight, bias, gelu=gelu)
 
 
@@ -99,8 +104,3 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     if device.type != "cpu" or dtype not in MIN_ROWS or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """One weight [out, in] in the kernels' layout."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), None)

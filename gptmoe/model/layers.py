@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .experts import MIN_ROWS
-
 SPAN = 128
 """Queries that meet the keys in one product where no fused kernel is used."""
 
@@ -28,25 +26,21 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+class ServedWeight(nn.Parameter):
+    """A weight in another form than [out, in], for inference: it computes its own products."""
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b in the type of x; x has any leading dimensions."""
+        raise NotImplementedError
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
-    """x W^T + b in the type of x, W [out, in]; `gelu` applies GELU (tanh form, as in GPT-2).
-
-    A weight packed for serving (gptmoe/generate/packed.py) goes to the kernel of its layout, with
-    at least MIN_ROWS rows: then a row's bits do not depend on their number.
-    """
-    if weight.is_mkldnn:
-        return _packed_linear(x, weight, bias, ("gelu", "tanh") if gelu else ("none", ""))
-    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    """x W^T + b in the type of x, W [out, in]; `gelu` applies GELU (tanh form, as in GPT-2)."""
+    if isinstance(weight, ServedWeight):
+        y = weight.product(x, bias)
+    else:
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return F.gelu(y, approximate="tanh") if gelu else y
-
-
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: tuple[str, str]) -> Tensor:
-    rows = x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
-    if rows >= MIN_ROWS[x.dtype]:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then[0], [], then[1])
-    x_RI = F.pad(x.flatten(0, -2), (0, 0, 0, MIN_ROWS[x.dtype] - rows))
-    y_RO = torch.ops.mkldnn._linear_pointwise(x_RI, weight, bias, then[0], [], then[1])
-    return y_RO[:rows].unflatten(0, x.shape[:-1])
 
 
 class Linear(nn.Module):

@@ -1,0 +1,49 @@
+"""One weight in the layout that the CPU's matrix kernels read.
+
+Letters: R rows, I inputs, O outputs.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptmoe.model.experts import MIN_ROWS
+from gptmoe.model.layers import ServedWeight
+
+from .few_rows import MOST_ROWS, FewRows, few_rows
+
+
+class PackedWeight(ServedWeight):
+    """A weight [O, I] in the layout of oneDNN, whose products add the bias before they round.
+
+    Products have at least MIN_ROWS rows: then a row's bits do not depend on their number.
+    """
+
+    few_rows: FewRows | None
+
+    def __new__(cls, weight_OI: Tensor, dtype: torch.dtype) -> "PackedWeight":
+        values = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach().to(dtype), None)
+        self: PackedWeight = super().__new__(cls, values, requires_grad=False)
+        return self
+
+    def __init__(self, weight_OI: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.few_rows = few_rows(self.data, weight_OI.shape, self._of_many)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See ServedWeight.product."""
+        rows = x.shape[:-1].numel()
+        if self.few_rows is not None and 0 < rows <= MOST_ROWS:
+            y_RO = self.few_rows.product(x.reshape(-1, x.shape[-1]).contiguous(), bias)
+        elif rows >= MIN_ROWS[x.dtype]:
+            return self._of_many(x, bias)
+        else:
+            y_RO = self._of_many(_filled_up(x.flatten(0, -2)), bias)[:rows]
+        return y_RO.view(*x.shape[:-1], -1)
+
+    def _of_many(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self, bias, "none", [], "")
+
+
+def _filled_up(x_RI: Tensor) -> Tensor:
+    return F.pad(x_RI, (0, 0, 0, MIN_ROWS[x_RI.dtype] - len(x_RI)))

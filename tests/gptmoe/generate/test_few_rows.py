@@ -1,0 +1,118 @@
+"""The kernel for few rows: oneDNN's bits, or it is not used."""
+
+import importlib
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from gptmoe.generate import few_rows
+from gptmoe.generate.packed_weight import PackedWeight
+
+SHAPES = [  # outputs, inputs: sums in one, two and three chunks, blocks that are not full
+    (768, 768),
+    (2304, 768),
+    (3072, 768),
+    (768, 3072),
+    (1024, 2048),
+    (5001, 128),
+    (96, 32),
+]
+
+
+def weight_of(outputs: int, inputs: int) -> PackedWeight:
+    """A packed weight; skips where the CPU has no such instruction."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this CPU does not multiply pairs of bfloat16 numbers")
+    numbers = torch.Generator().manual_seed(outputs)
+    return PackedWeight(torch.randn(outputs, inputs, generator=numbers), torch.bfloat16)
+
+
+def rows_of(count: int, inputs: int) -> torch.Tensor:
+    numbers = torch.Generator().manual_seed(count)
+    return torch.randn(count, inputs, generator=numbers).bfloat16()
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_bits_are_those_of_many_rows(outputs: int, inputs: int, has_bias: bool) -> None:
+    weight = weight_of(outputs, inputs)
+    assert weight.few_rows is not None
+    x_RI = rows_of(8, inputs)
+    # Results near 0 show the last bits of the sums.
+    bias_O = -weight.product(x_RI, None)[0] if has_bias else None
+    expected_RO = weight.product(x_RI, bias_O)
+    for rows in (1, 2):
+        for first in range(8 - rows + 1):
+            found_RO = weight.few_rows.product(x_RI[first : first + rows], bias_O)
+            assert torch.equal(found_RO, expected_RO[first : first + rows])
+
+
+def test_one_row_of_any_shape_is_answered_in_that_shape() -> None:
+    weight = weight_of(768, 768)
+    x_RI = rows_of(3, 768)
+    expected_RO = weight.product(x_RI, None)
+    assert torch.equal(weight.product(x_RI[1], None), expected_RO[1])
+    assert torch.equal(weight.product(x_RI[None, None, 2:], None), expected_RO[None, None, 2:])
+    assert torch.equal(
+        weight.product(rows_of(6, 768)[::6], None), weight.product(rows_of(6, 768), None)[:1]
+    )
+
+
+def test_threads_and_several_callers_give_the_same_bits() -> None:
+    weight = weight_of(3072, 768)
+    x_RI = rows_of(1, 768)
+    expected_RO = weight.product(x_RI, None)
+    found: list[torch.Tensor] = []
+
+    def ask() -> None:
+        found.extend(weight.product(x_RI, None) for _ in range(20))
+
+    callers = [threading.Thread(target=ask) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(found) == 60
+    assert all(torch.equal(one_RO, expected_RO) for one_RO in found)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(weight.product(x_RI, None), expected_RO)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_chunk_with_other_bits_is_found_out() -> None:
+    weight = weight_of(768, 3072)
+    assert weight.few_rows is not None
+    assert weight.few_rows.chunk == 1024
+    other = replace(weight.few_rows, chunk=512)
+    x_RI = rows_of(2, 3072)
+    bias_O = -weight._of_many(x_RI, None)[0]
+    assert not torch.equal(other.product(x_RI, bias_O), weight._of_many(x_RI, bias_O))
+
+
+def test_float32_and_odd_widths_are_left_to_onednn() -> None:
+    assert PackedWeight(torch.randn(64, 64), torch.float32).few_rows is None
+    assert PackedWeight(torch.randn(64, 33), torch.bfloat16).few_rows is None
+
+
+def test_without_numba_onednn_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_kernel = weight_of(768, 768)
+
+    def missing(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    few_rows._kernel.cache_clear()
+    try:
+        plain = weight_of(768, 768)
+        assert plain.few_rows is None
+        assert torch.equal(
+            plain.product(rows_of(1, 768), None),
+            with_kernel._of_many(rows_of(1, 768).expand(2, -1), None)[:1],
+        )
+    finally:
+        few_rows._kernel.cache_clear()
