@@ -31,7 +31,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 
 CORE_NEEDS = {"torch", "numpy", "safetensors", "tokenizers", "jieba", "pyarrow"}
 """All that gptmoe/ may import from outside the standard library..."""
-KERNELS = {"gptmoe/generate/few_rows_kernel.py": {"numba", "llvmlite"}}
+KERNELS = {f"gptmoe/generate/{name}.py": {"numba", "llvmlite"} for name in ("kernels", "vectors")}
 """... but for compiled kernels, which nothing needs."""
 
 LIGHT = ("errors", "config", "metrics", "model.spec", "model.presets", "model.counts")

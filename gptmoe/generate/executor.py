@@ -15,6 +15,7 @@ from gptmoe.model.transformer import GPT
 from .attention import CachedAttend
 from .cache import KVCache
 from .plan import SlotSpan, Span, StepPlan
+from .row_attention import RowAttend, row_kernels
 
 ROW_MULTIPLE = 4
 """Products run over multiples of this many rows, so that a row's bits do not depend on the others
@@ -126,7 +127,10 @@ def hidden_states(
     ids = [*token_ids, *[token_ids[-1]] * padding]
     token_1T = torch.tensor([ids], device=cache.device)
     position_1T = torch.tensor([positions + positions[-1:] * padding], device=cache.device)
-    attend = CachedAttend(cache, spans, num_decoding)
+    compiled = row_kernels(cache)
+    attend = (
+        RowAttend(cache, spans, compiled) if compiled else CachedAttend(cache, spans, num_decoding)
+    )
     x_1TD = None if x_TD is None else _padded(x_TD, padding).unsqueeze(0)
     output = model(token_1T, position_1T, attend=attend, layers=cache.layers, x_BTD=x_1TD)
     return output.hidden_BTD[0, :count]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gptmoe.generate import few_rows
+from gptmoe.generate.on_threads import kernels
 from gptmoe.generate.packed_weight import PackedWeight
 
 SHAPES = [  # outputs, inputs: sums in one, two and three chunks, blocks that are not full
@@ -106,7 +106,7 @@ def test_without_numba_onednn_computes_the_same(monkeypatch: pytest.MonkeyPatch)
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    few_rows._kernel.cache_clear()
+    kernels.cache_clear()
     try:
         plain = weight_of(768, 768)
         assert plain.few_rows is None
@@ -115,4 +115,4 @@ def test_without_numba_onednn_computes_the_same(monkeypatch: pytest.MonkeyPatch)
             with_kernel._of_many(rows_of(1, 768).expand(2, -1), None)[:1],
         )
     finally:
-        few_rows._kernel.cache_clear()
+        kernels.cache_clear()

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptmoe.generate import executor
 from gptmoe.generate.beams import Beams
 from gptmoe.generate.delta import Delta
 from gptmoe.generate.engine import Engine
@@ -44,12 +45,18 @@ OTHERS = [kind for kind in ROUTERS if kind != "switch"]
 CASES |= {f"float32-{kind}": (torch.float32, True, False, 1, kind) for kind in OTHERS}
 CASES |= {f"bfloat16-{kind}-packed": (torch.bfloat16, True, True, 2, kind) for kind in OTHERS}
 CASES["bfloat16-residual-moe-packed"] = (torch.bfloat16, True, True, 2, "switch", True)
+TORCH_ATTENDS = (CASES["bfloat16-dense"], CASES["bfloat16-moe-packed"])
+"""Cases that attend as they would without compiled kernels."""
 each_case = pytest.mark.parametrize("model", CASES.values(), indirect=True, ids=CASES.keys())
 
 
 @pytest.fixture
-def model(request: pytest.FixtureRequest, make_model: Make) -> Iterator[LoadedModel]:
+def model(
+    request: pytest.FixtureRequest, make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LoadedModel]:
     dtype, experts, packed, threads, *rest = request.param
+    if request.param in TORCH_ATTENDS:
+        monkeypatch.setattr(executor, "row_kernels", lambda cache: None)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     yield make_model(dtype, experts, packed, *rest)
