@@ -26,7 +26,7 @@ from gptmoe.generate.executor import CacheLost
 from gptmoe.generate.plan import StepPlan
 from gptmoe.shard.parts import layout_of
 
-from . import links, supervisor
+from . import supervisor
 from .actors import Actors
 from .executor import ShardsExecutor
 from .muster import GroupJob, Muster
@@ -70,7 +70,7 @@ class ShardGroup:
         try:
             coordinator = self._stack.enter_context(coordinating(self.job.run, None))
             self._muster = Muster(self.job, self._actors, coordinator)
-            self._stack.callback(links.leave)
+            self._stack.callback(self._muster.leave)
             self._stack.callback(self._actors.stop)
             self._actors.make_room(self.job.start_s)
             self._bring_up()
