@@ -7,7 +7,7 @@ thread, in turns. A step of the engine on shards is
 
     compute    in the parts of the model, added up over the stages
     exchange   with rows on their way to experts and back, waiting for the other ranks included
-    control    the sign of life's way through all stages: the same messages, without tensors
+    control    the same messages on their way through all stages and back, without tensors
     transfer   what is left: hidden states, scores, and waiting for the slowest rank
 
 Goal: control at most 1 ms a step on the critical path. The texts must be those of one process.
@@ -18,7 +18,9 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -26,10 +28,13 @@ import torch
 
 import gptmoe
 from cluster import env
+from cluster.shards.executor import ShardsExecutor
 from cluster.shards.group import ShardGroup
+from cluster.shards.split import share
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import Executor
 from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.plan import Span, StepPlan
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.loaded import LoadedModel
@@ -85,7 +90,7 @@ def on_shards(group: ShardGroup, model: LoadedModel) -> tuple[Costs, list[list[i
     live = group._live
     assert live is not None
     with group._in_use:
-        beats = [1000 * _timed(live.beat) for _ in range(50)]
+        trips = [1000 * _timed(partial(control_only, live)) for _ in range(50)]
     before = (live.costs.steps, live.costs.compute_s, live.costs.exchange_s)
     times, tokens = decode(group, model)
     steps = live.costs.steps - before[0]
@@ -93,11 +98,26 @@ def on_shards(group: ShardGroup, model: LoadedModel) -> tuple[Costs, list[list[i
         statistics.median(times),
         1000 * (live.costs.compute_s - before[1]) / steps,
         1000 * (live.costs.exchange_s - before[2]) / steps,
-        statistics.median(beats),
+        statistics.median(trips),
     ), tokens
 
 
-def _timed(call: object) -> float:
+def control_only(live: ShardsExecutor) -> None:
+    """A decode step cut up, its messages there and back; as a sign of life, which is not run."""
+    live._sequence += 1
+    spans = tuple(Span(str(slot), slot, PROMPT, 1, 1) for slot in range(SEQUENCES))
+    tokens = {span.key: range(PROMPT + 1) for span in spans}
+    plan = StepPlan(spans, SEQUENCES)
+    shares = share(plan, tokens, live.banks, epoch=live.epoch, sequence=live._sequence)
+    steps = [replace(step, most_rows=0) for step in shares.steps]
+    alone = [rank for rank, part in enumerate(live.parts) if part.experts_only]
+    for rank in live._entries:
+        live._line.send(steps[0 if rank in alone else live.parts[rank].data], rank)
+    for rank in [*live._exits, *alone]:
+        live._done(rank, live._sequence)
+
+
+def _timed(call: Callable[[], object]) -> float:
     began_s = time.perf_counter()
     call()
     return time.perf_counter() - began_s

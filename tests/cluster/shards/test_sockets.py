@@ -159,7 +159,7 @@ def test_a_peer_that_closes_is_a_lost_rank_after_what_it_has_said(
 def test_closing_frees_a_call_that_waits_in_another_thread(
     pool: ThreadPoolExecutor, pair: tuple[Sockets, Sockets]
 ) -> None:
-    first, second = pair
+    _, second = pair
     call = waiting(pool, lambda: second.receive(0))
     second.close()
     with pytest.raises(ClusterError, match=r"^rank 0 is lost: it has closed the connection$"):
