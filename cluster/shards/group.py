@@ -40,6 +40,8 @@ FRESH_S = 1.5
 """Only shards heard of so lately get one: with a frozen one it would hang."""
 BLIND_S = 10.0
 """A supervisor that fails for longer is given up."""
+DEATH_KNOWN_S = 0.5
+"""A socket says at once that its other end is gone, Ray within so long that a process has died."""
 LOOK_AGAIN_S = 0.1
 """The engine's thread waits so long for shards that are away before it hears its callers again."""
 
@@ -190,7 +192,7 @@ class ShardGroup:
         if self._state.phase == "resting":
             self._state, todo = supervisor.tick(self._state, now_s)
             return todo
-        dead = tuple(self._actors.dead())
+        dead = tuple(self._actors.dead(DEATH_KNOWN_S if self._failure else 0.0))
         if dead or self._failure:
             reason = f"rank {', '.join(map(str, dead))} died" if dead else self._failure
             self._state, todo = supervisor.failed(self._state, reason, now_s, limits, dead)
