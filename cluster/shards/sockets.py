@@ -165,18 +165,27 @@ def _accept(
     except TimeoutError:
         late = ", ".join(map(str, sorted(missing)))
         raise TimeoutError(f"rank {late} did not connect") from None
-    with ExitStack() as refused:
-        refused.enter_context(sock)
-        sock.settimeout(min(HELLO_WITHIN_S, _left_s(deadline_s)))
-        with suppress(OSError):
-            said = sock.recv(_HELLO.size, socket.MSG_WAITALL)
-            if len(said) == _HELLO.size:
-                told, caller = _HELLO.unpack(said)
-                if hmac.compare_digest(told, nonce) and caller in missing:
-                    refused.pop_all()
-                    return caller, sock
-        log.warning("a stranger at %s wanted to send control messages", where)
+    said = _hello(sock, min(deadline_s, time.monotonic() + HELLO_WITHIN_S))
+    if len(said) == _HELLO.size:
+        told, caller = _HELLO.unpack(said)
+        if hmac.compare_digest(told, nonce) and caller in missing:
+            return caller, sock
+    sock.close()
+    log.warning("a stranger at %s wanted to send control messages", where)
     return -1, None
+
+
+def _hello(sock: socket.socket, deadline_s: float) -> bytes:
+    """The first words of a caller, or what there is of them. Not a byte of what follows."""
+    said = b""
+    with suppress(OSError):
+        while len(said) < _HELLO.size:
+            sock.settimeout(_left_s(deadline_s))
+            more = sock.recv(_HELLO.size - len(said))
+            if not more:
+                break
+            said += more
+    return said
 
 
 def _left_s(deadline_s: float) -> float:

@@ -262,6 +262,19 @@ def test_a_second_caller_with_the_same_rank_is_a_stranger(
     assert second.result().receive(2) == b"from rank 2"
 
 
+def test_a_caller_may_say_who_it_is_in_pieces(pool: ThreadPoolExecutor, stack: ExitStack) -> None:
+    store = Store()
+    second = start(pool, store, 1, FROM_0)
+    where, nonce = store.where(1)
+    caller = stack.enter_context(socket.create_connection(where))
+    said = nonce + (0).to_bytes(4, "little") + (2).to_bytes(4, "little") + b"ok"
+    for piece in (said[:5], said[5:18], said[18:]):
+        caller.sendall(piece)
+        time.sleep(0.05)
+    stack.callback(second.result(SOON_S).close)
+    assert second.result().receive(0) == b"ok"
+
+
 def test_a_rank_that_does_not_come_is_named(pool: ThreadPoolExecutor) -> None:
     second = start(pool, Store(), 1, Neighbours((0, 2), ()), within_s=0.2)
     with pytest.raises(TimeoutError, match="rank 0, 2 did not connect"):
