@@ -93,9 +93,12 @@ class Actors:
                     os.kill(owner.pid, signal.SIGKILL)
             ray.kill(actor)
 
-    def dead(self) -> list[int]:
-        """Ranks whose process has ended."""
-        ended = _ended(list(self._lives.values()), 0)
+    def dead(self, within_s: float = 0.0) -> list[int]:
+        """Ranks whose process has ended; waits up to `within_s` for the first."""
+        lives = list(self._lives.values())
+        if lives and within_s:
+            ray.wait(lives, num_returns=1, timeout=within_s)
+        ended = _ended(lives, 0)
         return [rank for rank, life in self._lives.items() if life in ended]
 
     def known(self) -> list[int]:
@@ -138,7 +141,7 @@ class Actors:
 
 
 def _ended(calls: Sequence[Any], within_s: float) -> Sequence[Any]:
-    """Those of the calls that have ended, after so long at most."""
+    """Those of the calls that have ended, once all have or after so long."""
     if not calls:
         return []
     done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=within_s)

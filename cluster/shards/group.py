@@ -26,7 +26,7 @@ from gptmoe.generate.executor import CacheLost
 from gptmoe.generate.plan import StepPlan
 from gptmoe.shard.parts import layout_of
 
-from . import links, supervisor
+from . import supervisor
 from .actors import Actors
 from .executor import ShardsExecutor
 from .muster import GroupJob, Muster
@@ -40,6 +40,8 @@ FRESH_S = 1.5
 """Only shards heard of so lately get one: with a frozen one it would hang."""
 BLIND_S = 10.0
 """A supervisor that fails for longer is given up."""
+DEATH_KNOWN_S = 0.5
+"""A socket says at once that its other end is gone, Ray within so long that a process has died."""
 LOOK_AGAIN_S = 0.1
 """The engine's thread waits so long for shards that are away before it hears its callers again."""
 
@@ -70,7 +72,7 @@ class ShardGroup:
         try:
             coordinator = self._stack.enter_context(coordinating(self.job.run, None))
             self._muster = Muster(self.job, self._actors, coordinator)
-            self._stack.callback(links.leave)
+            self._stack.callback(self._muster.leave)
             self._stack.callback(self._actors.stop)
             self._actors.make_room(self.job.start_s)
             self._bring_up()
@@ -190,7 +192,7 @@ class ShardGroup:
         if self._state.phase == "resting":
             self._state, todo = supervisor.tick(self._state, now_s)
             return todo
-        dead = tuple(self._actors.dead())
+        dead = tuple(self._actors.dead(DEATH_KNOWN_S if self._failure else 0.0))
         if dead or self._failure:
             reason = f"rank {', '.join(map(str, dead))} died" if dead else self._failure
             self._state, todo = supervisor.failed(self._state, reason, now_s, limits, dead)

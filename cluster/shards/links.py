@@ -1,7 +1,8 @@
 """The data plane of one epoch: control messages as headers, tensors behind them, between ranks.
 
-Everything travels by torch.distributed: the ranks of the shards, and as the last one the engine's.
-A group lives as long as its epoch. Sends never wait; receives do, up to the group's timeout.
+Headers travel by sockets (sockets.py), tensors by torch.distributed, among the ranks of the shards
+and as the last one the engine's. Both live as long as their epoch. Sends never wait; receives do,
+up to the group's timeout.
 """
 
 import sys
@@ -19,9 +20,8 @@ from cluster.messages import Message
 from gptmoe.errors import ClusterError
 from gptmoe.shard.parts import Part, stage_ranks
 
-HEADER_BYTES = 1024
-"""Size of a header; what does not fit follows in a second message."""
-_LENGTH_BYTES = 4
+from .routes import neighbours
+from .sockets import Sockets, connect
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,14 @@ class Groups:
 
 def meet(
     host: str, port: int, parts: Sequence[Part], rank: int, timeout_s: float, *, within_s: float
-) -> Groups:
+) -> tuple[Groups, "Links"]:
     """Join the others at a store; rank len(parts) is the engine's, which runs the store there.
 
     Collective: all shards and the engine call it. Raises ClusterError if they do not meet in time.
     """
     world = len(parts) + 1
     timeout = timedelta(seconds=timeout_s)
+    line: Links | None = None
     hook = sys.excepthook  # torch puts one more in front of it in each epoch
     try:
         store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -53,15 +54,18 @@ def meet(
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         groups = groups_of(parts, rank, timeout)
+        ways = neighbours(parts, rank)
+        sockets = connect(store, rank, host, ways, timeout_s=timeout_s, within_s=within_s)
+        line = Links(groups.everyone, sockets)
         dist.barrier()
-    except (RuntimeError, ValueError) as error:
-        leave()
+    except (RuntimeError, ValueError, OSError) as error:
+        leave(line)
         raise ClusterError(
             f"rank {rank} did not meet the others at {host}:{port}: {error}"
         ) from None
     finally:
         sys.excepthook = hook
-    return groups
+    return groups, line
 
 
 def groups_of(parts: Sequence[Part], rank: int, timeout: timedelta) -> Groups:
@@ -70,9 +74,14 @@ def groups_of(parts: Sequence[Part], rank: int, timeout: timedelta) -> Groups:
     return Groups(dist.group.WORLD, rows, _my_group(_slice_ranks(parts), rank, timeout))
 
 
-def leave() -> None:
-    """Destroy all groups of this process, if there are any; a call that waits in one fails once its
-    peers have left too."""
+def leave(line: "Links | None" = None) -> None:
+    """Close the line and destroy all groups of this process, if there are any.
+
+    Who waits for a message fails at once, here and at the other end; a call that waits in a group
+    fails once its peers have left too.
+    """
+    if line is not None:
+        line.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -87,30 +96,25 @@ def is_loss(error: Exception) -> bool:
 class Links:
     """Messages and tensors to and from the ranks of one epoch. One thread uses it."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, sockets: Sockets) -> None:
         self._group = group  # named at each call: the default one may be another epoch's by then
+        self._sockets = sockets
         self._sent: list[tuple[Any, Tensor]] = []
-        self._framed: tuple[Message | None, Tensor] = None, torch.empty(0)
+        self._encoded: tuple[Message | None, bytes] = None, b""
 
     def send(self, message: Message, to: int) -> None:
-        """Start sending a control message; the same one to the next rank costs no encoding."""
-        if message is not self._framed[0]:
-            self._framed = message, _frame(message)
-        frame = self._framed[1]
-        self.send_tensor(frame[:HEADER_BYTES], to)
-        if len(frame) > HEADER_BYTES:
-            self.send_tensor(frame[HEADER_BYTES:], to)
+        """Send a control message; the same one to the next rank costs no encoding."""
+        if message is not self._encoded[0]:
+            self._encoded = message, wire.encode(message)
+        self._sockets.send(self._encoded[1], to)
 
     def receive(self, source: int) -> Message:
         """Wait for a control message. Raises ClusterError for a lost peer or malformed bytes."""
-        first = self.receive_tensor(torch.empty(HEADER_BYTES, dtype=torch.uint8), source)
-        framed = first.numpy().tobytes()
-        length = int.from_bytes(framed[:_LENGTH_BYTES], "little")
-        missing = _LENGTH_BYTES + length - HEADER_BYTES
-        if missing > 0:
-            rest = self.receive_tensor(torch.empty(missing, dtype=torch.uint8), source)
-            framed += rest.numpy().tobytes()
-        return wire.decode(framed[_LENGTH_BYTES : _LENGTH_BYTES + length])
+        return wire.decode(self._sockets.receive(source))
+
+    def close(self) -> None:
+        """No more messages: who waits for one fails at once. Any thread may call it."""
+        self._sockets.close()
 
     def send_tensor(self, tensor: Tensor, to: int) -> None:
         """Start sending a tensor, which must not change until it has left."""
@@ -135,13 +139,6 @@ class Links:
         except (RuntimeError, ValueError) as error:
             reason = str(error).partition("] ")[2].partition(".")[0] or str(error)
             raise ClusterError(f"rank {peer} is lost: {reason}") from None
-
-
-def _frame(message: Message) -> Tensor:
-    """A message's length and bytes, at least HEADER_BYTES in all."""
-    data = wire.encode(message)
-    framed = len(data).to_bytes(_LENGTH_BYTES, "little") + data
-    return torch.frombuffer(bytearray(framed.ljust(HEADER_BYTES, b"\0")), dtype=torch.uint8)
 
 
 def _slice_ranks(parts: Sequence[Part]) -> list[list[int]]:

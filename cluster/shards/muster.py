@@ -75,6 +75,7 @@ class Muster:
         self.job, self.coordinator = job, coordinator
         self._actors = actors
         self._store: Any = None  # lives as long as its epoch
+        self._line: links.Links | None = None  # and so does this
         self._epoch = 0
         self._sent: dict[int, int] = {}  # commands of this epoch that each rank has carried out
 
@@ -96,7 +97,7 @@ class Muster:
         owners = {owner.rank: owner for owner in self.topology().owners}
         for rank in suspects:
             self._actors.kill(rank, owners.get(rank))
-        links.leave()  # before the shards are asked to: some wait for a word from here
+        self.leave()  # before the shards are asked to: some wait for a word from here
         for rank in self._silent():
             self._actors.kill(rank, owners.get(rank))
         clock.end("leave_s")
@@ -152,8 +153,13 @@ class Muster:
         def command(rank: int) -> Drain:
             return Drain(epoch=self._epoch, sequence=self._sent[rank] + 1)
 
-        links.leave()
+        self.leave()
         order(self._actors, list(self._sent), command, PLAN_S, self._somebody_lost)
+
+    def leave(self) -> None:
+        """Leave the shards, if they are met: steps that wait for them fail at once."""
+        links.leave(self._line)
+        self._line = None
 
     def _count(self, answers: Answers) -> None:
         """Ranks that failed at a command count for themselves."""
@@ -213,20 +219,19 @@ class Muster:
         )
         port, timeout_s = self._store.port, job.group_timeout_s
         join = Join(epoch=epoch, sequence=3, host=host, port=port, timeout_s=timeout_s)
-        mine: list[links.Groups] = []
 
         def meet() -> None:
             world = len(job.parts)
-            mine.append(links.meet(host, port, job.parts, world, timeout_s, within_s=MEET_S))
+            _, self._line = links.meet(host, port, job.parts, world, timeout_s, within_s=MEET_S)
 
         me = threading.Thread(target=meet, daemon=True)
         me.start()
         self._order(lambda _: join, 2 * MEET_S, "meeting")
         me.join(MEET_S)
-        if not mine:
+        if self._line is None:
             raise ClusterError("the engine did not meet its shards")
-        line = links.Links(mine[0].everyone)
-        return ShardsExecutor(job.parts, line, epoch, job.vocab_size, getattr(torch, job.dtype))
+        dtype = getattr(torch, job.dtype)
+        return ShardsExecutor(job.parts, self._line, epoch, job.vocab_size, dtype)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

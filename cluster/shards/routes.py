@@ -43,6 +43,25 @@ def exits(parts: Sequence[Part]) -> list[int]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """Ranks that one rank has messages from and for; the engine's is len(parts)."""
+
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+def neighbours(parts: Sequence[Part], rank: int) -> Neighbours:
+    """The neighbours of a rank, or of the engine, on all routes."""
+    routes = [route_of(parts, other) for other in range(len(parts))]
+    ways = {(route.source, other) for other, route in enumerate(routes)}
+    ways |= {(other, route.target) for other, route in enumerate(routes)}
+    return Neighbours(
+        tuple(sorted(source for source, target in ways if target == rank)),
+        tuple(sorted(target for source, target in ways if source == rank)),
+    )
+
+
 def _find(parts: Sequence[Part], like: Part, stage: int) -> int | None:
     """The rank on another stage of the same samples and slice."""
     for rank, part in enumerate(parts):

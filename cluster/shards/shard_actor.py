@@ -69,6 +69,7 @@ class ShardActor:
         self._lock = threading.Lock()
         self._busy = threading.Lock()  # one command at a time
         self._shard: Shard | None = None
+        self._line: links.Links | None = None
         self._thread: threading.Thread | None = None
         self._read_bytes = self._total_bytes = 0
 
@@ -101,7 +102,7 @@ class ShardActor:
 
     def _obey(self, command: Command) -> Message:
         if isinstance(command, Plan) and command.epoch > self._state.epoch:
-            links.leave()  # at once: another command may be waiting for peers that are gone
+            links.leave(self._line)  # at once: another command may wait for peers that are gone
         with self._busy:
             verdict = member.decide(self._state, command)
             if verdict.answer is not None:
@@ -140,7 +141,6 @@ class ShardActor:
                 assert self._shard is not None
                 self._shard.keep(command.versions)
             case Drain():
-                links.leave()
                 self._stop_steps()
 
     def _register(self, plan: Plan, channel: Channel) -> None:
@@ -195,7 +195,7 @@ class ShardActor:
         plan, shard = self._state.plan, self._shard
         assert plan is not None
         assert shard is not None
-        groups = links.meet(
+        groups, line = links.meet(
             command.host,
             command.port,
             shard.parts,
@@ -204,7 +204,7 @@ class ShardActor:
             within_s=MEET_WITHIN_S,
         )
         shard.connect(groups.rows, groups.slices)
-        line = links.Links(groups.everyone)
+        self._line = line
         self._thread = threading.Thread(
             target=self._run_steps, args=(shard, line, plan), name="steps", daemon=True
         )
@@ -221,7 +221,7 @@ class ShardActor:
                 log.info("steps end rank=%s epoch=%s: a peer is lost", plan.rank, plan.epoch)
             else:
                 log.exception("steps fail rank=%s epoch=%s", plan.rank, plan.epoch)
-                links.leave()  # the others must not wait for this rank
+                links.leave(line)  # the others must not wait for this rank
 
     def _accept(self, step: Step) -> bool:
         with self._lock:
@@ -229,6 +229,8 @@ class ShardActor:
         return run
 
     def _stop_steps(self) -> None:
+        links.leave(self._line)
+        self._line = None
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join(STOP_WITHIN_S)

@@ -7,8 +7,8 @@ thread, in turns. A step of the engine on shards is
 
     compute    in the parts of the model, added up over the stages
     exchange   with rows on their way to experts and back, waiting for the other ranks included
-    control    the sign of life's way through all stages: the same messages, without tensors
-    transfer   what is left: hidden states, scores, and waiting for the slowest rank
+    control    the same messages on their way through all stages and back, without tensors
+    transfer   what is left: hidden states, scores, sampling, and waiting for the slowest rank
 
 Goal: control at most 1 ms a step on the critical path. The texts must be those of one process.
 """
@@ -18,7 +18,9 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -26,10 +28,13 @@ import torch
 
 import gptmoe
 from cluster import env
+from cluster.shards.executor import ShardsExecutor
 from cluster.shards.group import ShardGroup
+from cluster.shards.split import share
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import Executor
 from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.plan import Span, StepPlan
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.loaded import LoadedModel
@@ -54,29 +59,31 @@ class Costs:
     """Milliseconds a decode step, medians of the steps of one round."""
 
     total: float
-    compute: float = 0.0
-    exchange: float = 0.0
-    control: float = 0.0
-
-    @property
-    def transfer(self) -> float:
-        return self.total - self.compute - self.exchange - self.control
+    compute: float
+    exchange: float
+    control: float
+    transfer: float
 
 
-def decode(executor: Executor, model: LoadedModel) -> tuple[list[float], list[list[int]]]:
-    """Milliseconds of each decode step, and the tokens."""
+def decode(
+    executor: Executor, model: LoadedModel, after_step: Callable[[], None] = lambda: None
+) -> tuple[list[float], list[list[int]]]:
+    """Milliseconds of each decode step, and the tokens. `after_step` is called after the prompts
+    and after each decode step."""
     engine = Engine(executor, model.tokenizer, 320, EngineConfig(max_batch_size=SEQUENCES))
     for index in range(SEQUENCES):
         sampling = SamplingParams(max_new_tokens=NEW, temperature=0, ignore_end=True)
         prompt = tuple(range(100 + index, 100 + index + PROMPT))
         engine.add(Request(str(index), prompt, sampling))
     engine.step()
+    after_step()
     times, tokens = [], [[] for _ in range(SEQUENCES)]
     while engine.has_work:
         began_s = time.perf_counter()
         for delta in engine.step():
             tokens[int(delta.request_id)] += delta.token_ids
         times.append(1000 * (time.perf_counter() - began_s))
+        after_step()
     return times, tokens
 
 
@@ -85,19 +92,43 @@ def on_shards(group: ShardGroup, model: LoadedModel) -> tuple[Costs, list[list[i
     live = group._live
     assert live is not None
     with group._in_use:
-        beats = [1000 * _timed(live.beat) for _ in range(50)]
-    before = (live.costs.steps, live.costs.compute_s, live.costs.exchange_s)
-    times, tokens = decode(group, model)
-    steps = live.costs.steps - before[0]
+        trips = [1000 * _timed(partial(control_only, live)) for _ in range(50)]
+    control = statistics.median(trips)
+    marks: list[tuple[float, float]] = []
+    times, tokens = decode(
+        group, model, lambda: marks.append((live.costs.compute_s, live.costs.exchange_s))
+    )
+    steps = [
+        (total, 1000 * (after[0] - before[0]), 1000 * (after[1] - before[1]))
+        for total, before, after in zip(times, marks, marks[1:], strict=False)
+    ]
+    totals, computes, exchanges = zip(*steps, strict=True)
+    rest = statistics.median(total - compute - exchange for total, compute, exchange in steps)
     return Costs(
-        statistics.median(times),
-        1000 * (live.costs.compute_s - before[1]) / steps,
-        1000 * (live.costs.exchange_s - before[2]) / steps,
-        statistics.median(beats),
+        statistics.median(totals),
+        statistics.median(computes),
+        statistics.median(exchanges),
+        control,
+        rest - control,
     ), tokens
 
 
-def _timed(call: object) -> float:
+def control_only(live: ShardsExecutor) -> None:
+    """A decode step cut up, its messages there and back; as a sign of life, which is not run."""
+    live._sequence += 1
+    spans = tuple(Span(str(slot), slot, PROMPT, 1, 1) for slot in range(SEQUENCES))
+    tokens = {span.key: range(PROMPT + 1) for span in spans}
+    plan = StepPlan(spans, SEQUENCES)
+    shares = share(plan, tokens, live.banks, epoch=live.epoch, sequence=live._sequence)
+    steps = [replace(step, most_rows=0) for step in shares.steps]
+    alone = [rank for rank, part in enumerate(live.parts) if part.experts_only]
+    for rank in live._entries:
+        live._line.send(steps[0 if rank in alone else live.parts[rank].data], rank)
+    for rank in [*live._exits, *alone]:
+        live._done(rank, live._sequence)
+
+
+def _timed(call: Callable[[], object]) -> float:
     began_s = time.perf_counter()
     call()
     return time.perf_counter() - began_s

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import gptmoe
 from cluster.messages import Drain, Step
 from cluster.shards.executor import ShardsExecutor
 from cluster.shards.links import Links, groups_of
-from cluster.shards.routes import route_of
+from cluster.shards.routes import neighbours, route_of
+from cluster.shards.sockets import connect
 from cluster.shards.step_loop import run_steps
 from gptmoe.checkpoint import open_checkpoint
 from gptmoe.errors import ClusterError
@@ -119,7 +121,10 @@ def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype
     stored = open_checkpoint(checkpoint)
     spec = gptmoe.loaded.spec_of(stored)
     groups = groups_of(parts, rank, timedelta(seconds=30))
-    line = Links(groups.everyone)
+    store = dist.distributed_c10d._get_default_store()
+    ways = neighbours(parts, rank)
+    sockets = connect(store, rank, "127.0.0.1", ways, timeout_s=30, within_s=30)
+    line = Links(groups.everyone, sockets)
     if rank == len(parts):
         executor = ShardsExecutor(parts, line, 1, spec.vocab_size, dtype)
         executor.beat()
@@ -129,6 +134,7 @@ def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype
             if route_of(parts, shard_rank).source == rank:
                 line.send(Drain(epoch=1, sequence=1), shard_rank)
         line.wait()
+        line.close()
         return result
     shard = Shard(spec, parts, rank, ENGINE.max_batch_size, dtype, torch.device("cpu"))
     shard.load(stored, version=0)
@@ -149,6 +155,7 @@ def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype
     if route.target != len(parts):
         line.send(Drain(epoch=1, sequence=1), route.target)
     line.wait()
+    line.close()
     return shard.load_of
 
 
