@@ -5,13 +5,15 @@
 A model of 5.5 GB in bfloat16 on two actors of a local Ray cluster: as stages, which hold every
 weight once, and as data ranks that share the experts and hold all else twice. Memory is that of
 both processes (proportional set size: shared pages are counted once), once they have generated a
-few tokens. Goal, for stages: at most 1.1 times the model's weights in sum.
+few tokens; keys and values of four sequences of 256 tokens, Python, torch and Ray are in it. Goal,
+for stages: at most 1.1 times the model's weights in sum.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -33,7 +35,8 @@ from tests import small_model
 from tests.faults.shards import job_of
 
 LAYOUTS = {"pp=2": {"pp": 2}, "dp=2 ep=2": {"dp": 2, "ep": 2}}
-GOAL = 1.1
+GOAL, GOAL_FOR = 1.1, "pp=2"
+SEQUENCES = 4
 GB = 1e9
 
 
@@ -86,17 +89,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder))
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
-        facts = [measure(path, name, layout) for name, layout in LAYOUTS.items()]
+        ratios = {name: measure(path, name, layout) for name, layout in LAYOUTS.items()}
         ray.shutdown()
     if arguments.json:
-        arguments.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        reached = ratios[GOAL_FOR] <= GOAL
+        facts = {"title": f"memory of shards, {GOAL_FOR}", "reached": reached, "ratios": ratios}
+        arguments.json.write_text(json.dumps([facts], indent=1) + "\n", encoding="utf-8")
 
 
-def measure(path: Path, name: str, layout: dict[str, int]) -> dict[str, object]:
-    """Memory of one layout's actors."""
+def measure(path: Path, name: str, layout: dict[str, int]) -> float:
+    """Memory of one layout's actors, in times the model's weights."""
     spec = spec_of(open_checkpoint(path, verify=False))
     weights = 2 * sum(parameter.numel() for parameter in _meta(spec).parameters())
     job = job_of(path, spec, arrange(spec, **layout), dtype="bfloat16", run="memory")
+    job = replace(job, slots=SEQUENCES)  # as many as the engine has
     began_s = time.monotonic()
     with ShardGroup(job) as group:
         seconds = time.monotonic() - began_s
@@ -107,18 +113,17 @@ def measure(path: Path, name: str, layout: dict[str, int]) -> dict[str, object]:
     ratio = resident / weights
     print(
         f"{name:10} weights {weights / GB:.2f} GB, held {held / GB:.2f} GB, "
-        f"memory {resident / GB:.2f} GB: {ratio:.3f} times the weights (goal {GOAL}), "
+        f"memory {resident / GB:.2f} GB: {ratio:.3f} times the weights, "
         f"{resident / held:.3f} times those held; started in {seconds:.1f} s",
         flush=True,
     )
-    title = f"memory of shards, {name}"
-    return {"title": title, "reached": ratio <= GOAL, "ratio": ratio, "held": held / weights}
+    return ratio
 
 
 def generate(group: ShardGroup, spec: ModelSpec) -> None:
     words = small_model.tokenizer()
-    engine = Engine(group, words, spec.max_seq_len, EngineConfig(max_batch_size=4))
-    for index in range(4):
+    engine = Engine(group, words, spec.max_seq_len, EngineConfig(max_batch_size=SEQUENCES))
+    for index in range(SEQUENCES):
         sampling = SamplingParams(max_new_tokens=16, temperature=0, ignore_end=True)
         engine.add(Request(str(index), tuple(range(50 + index, 80 + index)), sampling))
     while engine.has_work:
