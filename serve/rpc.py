@@ -5,9 +5,11 @@ With Ray Serve 2.60 a unary method sets code and details and returns; a streamin
 after setting them: returning before the first message, it would look like a stream that ended well.
 """
 
+import asyncio
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
@@ -26,6 +28,8 @@ from .service import Call, Service
 M = TypeVar("M", bound=Message)
 A = TypeVar("A", bound=Message)
 
+HEADER_WAITS_S = 0.1
+"""A stream's header waits so long for the first token, to leave just before it."""
 _SWITCHES = ("logprobs", "top_logprobs", "prompt_logprobs")
 """What is off unless it is asked for."""
 
@@ -51,7 +55,7 @@ class Servicer:
         try:
             call = _call(_read(messages.GenerateRequest, request))
             tokens: Counter[int] = Counter()
-            async with self.service.opened(call) as running:
+            async with self.service.opened(call) as running, _begun(running.deltas) as first:
                 yield messages.GenerateChunk(
                     header=messages.StreamHeader(
                         request_id=call.request_id,
@@ -59,7 +63,7 @@ class Servicer:
                         model=self.service.card.name,
                     )
                 )
-                async for delta in running.deltas:
+                async for delta in _all(first, running.deltas):
                     tokens[delta.index] += len(delta.token_ids)
                     yield _chunk(delta, tokens[delta.index])
         except GptMoeError as error:
@@ -142,6 +146,28 @@ class Servicer:
     async def _abort(self, message: messages.AbortRequest) -> messages.AbortResponse:
         await self.service.abort(message.request_id)
         return messages.AbortResponse()
+
+
+@asynccontextmanager
+async def _begun(deltas: AsyncIterator[Delta]) -> AsyncIterator[Awaitable[Delta]]:
+    """The first delta, waited for during HEADER_WAITS_S; in the block, perhaps still to come.
+
+    A header that travels while the prompt is computed costs the computation more than its caller
+    gains: three processes wake up for it.
+    """
+    first = asyncio.ensure_future(anext(deltas))
+    try:
+        await asyncio.wait([first], timeout=HEADER_WAITS_S)
+        yield first
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+
+
+async def _all(first: Awaitable[Delta], others: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+    yield await first
+    async for delta in others:
+        yield delta
 
 
 async def _unary(
