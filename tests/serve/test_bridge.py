@@ -42,7 +42,16 @@ def test_a_stream_brings_each_delta_and_ends_with_a_reason(
 def test_the_first_token_comes_at_once_and_what_waits_comes_together(
     engine: Any, bridge: EngineThread, make_request: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.bridge.DELTAS_A_SECOND", 5.0)  # one stream: a delta every 0.2 s
+    monkeypatch.setattr("serve.bridge.DELTAS_A_SECOND", 0.01)
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def until_all_is_there(seconds: float) -> None:
+        slept.append(seconds)
+        while bridge.progress()[0]:
+            await sleep(0.001)
+
+    monkeypatch.setattr("serve.bridge.asyncio.sleep", until_all_is_there)
 
     async def collect() -> list[Any]:
         return [delta async for delta in bridge.stream(make_request(max_new_tokens=9))]
@@ -50,6 +59,7 @@ def test_the_first_token_comes_at_once_and_what_waits_comes_together(
     first, *rest = run(collect())
     assert first.token_ids[:1] == (ord("一"),)
     assert len(rest) <= 1
+    assert all(50 < seconds <= 100 for seconds in slept), "one stream, a delta every 100 s"
     assert first.text + "".join(delta.text for delta in rest) == "一二三四五六七八九"
     assert [*first.token_ids, *(t for d in rest for t in d.token_ids)] == [
         ord(character) for character in "一二三四五六七八九"
