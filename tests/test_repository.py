@@ -30,9 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 300, 60
 
 CORE_NEEDS = {"torch", "numpy", "safetensors", "tokenizers", "jieba", "pyarrow"}
-"""All that gptmoe/ may import from outside the standard library..."""
-KERNELS = {f"gptmoe/generate/{name}.py": {"numba", "llvmlite"} for name in ("kernels", "vectors")}
-"""... but for compiled kernels, which nothing needs."""
+"""All that gptmoe/ may import from outside the standard library."""
 
 LIGHT = ("errors", "config", "metrics", "model.spec", "model.presets", "model.counts")
 """Modules of gptmoe that load in milliseconds: nothing behind them may import torch."""
@@ -89,8 +87,7 @@ def test_files_and_functions_are_short(source: Path) -> None:
 
 @pytest.mark.parametrize("source", [s for s in SOURCES if s.parts[0] == "gptmoe"], ids=str)
 def test_the_core_needs_few_packages(source: Path) -> None:
-    allowed = CORE_NEEDS | KERNELS.get(source.as_posix(), set())
-    assert set(imported_from_outside(source)) <= allowed | {"gptmoe"}
+    assert set(imported_from_outside(source)) <= CORE_NEEDS | {"gptmoe"}
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)

@@ -14,8 +14,8 @@ from gptmoe.model.transformer import GPT
 
 from .attention import CachedAttend
 from .cache import KVCache
+from .kernels.row_attention import RowAttend, row_kernels
 from .plan import SlotSpan, Span, StepPlan
-from .row_attention import RowAttend, row_kernels
 
 ROW_MULTIPLE = 4
 """Products run over multiples of this many rows, so that a row's bits do not depend on the others

@@ -10,7 +10,7 @@ from torch import Tensor
 from gptmoe.model.experts import MIN_ROWS
 from gptmoe.model.layers import ServedWeight
 
-from .few_rows import MOST_ROWS, FewRows, few_rows
+from .kernels.few_rows import MOST_ROWS, FewRows, few_rows
 
 
 class PackedWeight(ServedWeight):

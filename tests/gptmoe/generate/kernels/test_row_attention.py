@@ -1,14 +1,12 @@
 """The kernel that attends row by row: as exact as bfloat16 allows, the same bits in any company."""
 
-import importlib
-
 import pytest
 import torch
 
 from gptmoe.generate.cache import KVCache
-from gptmoe.generate.on_threads import kernels
+from gptmoe.generate.kernels.library import kernels
+from gptmoe.generate.kernels.row_attention import RowAttend, row_kernels
 from gptmoe.generate.plan import Span
-from gptmoe.generate.row_attention import RowAttend, row_kernels
 from gptmoe.model.spec import ModelSpec
 
 LAYERS, HEADS, SLOTS = 3, 2, 4
@@ -120,10 +118,7 @@ def test_other_caches_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None
     wide.dtype = torch.float32
     assert row_kernels(wide) is None
 
-    def missing(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     kernels.cache_clear()
     try:
         assert row_kernels(make_cache()) is None

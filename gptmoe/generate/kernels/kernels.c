@@ -1,0 +1,232 @@
+/* Decoding on the CPU in bfloat16: the product of a few rows with a packed weight, and attention.
+
+   Each function is called on every thread with the same task and takes pieces of it until none is
+   left. One thread computes a piece, always in the same order: the number of threads, of rows and of
+   neighbours changes no bit.
+
+   Letters: B blocks of outputs, P pairs of numbers, R rows, O outputs, C keys, H heads. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16 /* float32 numbers in a vector */
+
+typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t integers __attribute__((vector_size(64), aligned(4)));
+
+/* The second and the first number of each pair of bfloat16 numbers. */
+static inline floats odd(words pairs) { return (floats)(pairs & 0xFFFF0000u); }
+static inline floats even(words pairs) { return (floats)(pairs << 16); }
+
+/* float32 to bfloat16 in the lower half, ties to even. */
+static inline words rounded(floats number)
+{
+    words bits = (words)number;
+    return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+}
+
+static inline int64_t next_piece(int64_t *counter)
+{
+    return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+}
+
+/* ---- a few rows by a packed weight ------------------------------------------------------------ */
+
+#define WIDE 4 /* vectors of a block: oneDNN packs 64 outputs together */
+#define MOST 2 /* rows that share the reading of a block */
+
+typedef struct {
+    const words *weight;  /* [B, P, WIDE]: for each pair of inputs, two numbers of each output */
+    const uint32_t *x;    /* [R, P] */
+    const uint16_t *bias; /* [O] or null */
+    uint16_t *out;        /* [R, O] */
+    int64_t next, blocks, pairs, chunk, outputs, rows;
+} Product;
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+
+/* The order of additions is oneDNN's: the instruction adds the odd product of a pair, then the even
+   one; every `chunk` of pairs has a sum of its own; the bias comes last. */
+static inline __attribute__((always_inline)) void block_by_rows(
+    const Product *task, int64_t block, int64_t row, const int rows)
+{
+    const words *weight = task->weight + block * task->pairs * WIDE;
+    const uint32_t *x = task->x + row * task->pairs;
+    floats total[MOST][WIDE] = {0};
+    for (int64_t first = 0; first < task->pairs; first += task->chunk) {
+        int64_t end = first + task->chunk < task->pairs ? first + task->chunk : task->pairs;
+        __m512 sum[MOST][WIDE];
+        memset(sum, 0, sizeof sum);
+        for (int64_t pair = first; pair < end; pair++)
+#pragma GCC unroll 4
+            for (int v = 0; v < WIDE; v++) {
+                __m512bh two = (__m512bh)weight[pair * WIDE + v];
+#pragma GCC unroll 2
+                for (int r = 0; r < rows; r++) {
+                    __m512i same = _mm512_set1_epi32((int)x[r * task->pairs + pair]);
+                    sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)same, two);
+                }
+            }
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < WIDE; v++)
+                total[r][v] += (floats)sum[r][v];
+    }
+    int64_t first = block * WIDE * LANES;
+    for (int r = 0; r < rows; r++)
+        for (int64_t o = first; o < first + WIDE * LANES && o < task->outputs; o++) {
+            int64_t v = (o - first) / LANES, lane = (o - first) % LANES;
+            if (task->bias) {
+                uint32_t bits = (uint32_t)task->bias[o] << 16;
+                float bias;
+                memcpy(&bias, &bits, sizeof bias);
+                total[r][v][lane] += bias;
+            }
+            task->out[(row + r) * task->outputs + o] = (uint16_t)rounded(total[r][v])[lane];
+        }
+}
+
+void product(Product *task)
+{
+    int64_t block;
+    while ((block = next_piece(&task->next)) < task->blocks)
+        for (int64_t row = 0; row < task->rows; row += MOST)
+            if (row + 1 == task->rows)
+                block_by_rows(task, block, row, 1);
+            else
+                block_by_rows(task, block, row, MOST);
+}
+#endif
+
+/* ---- attention through the cache -------------------------------------------------------------- */
+
+typedef struct {
+    uint16_t *keys, *values; /* [layers, slots, H, size, head width] */
+    int64_t first, size;     /* positions */
+} Segment;
+
+typedef struct {
+    int64_t slot, position;
+} Place;
+
+typedef struct {
+    const uint16_t *q, *keys, *values; /* of the rows; `stride` numbers from row to row */
+    uint16_t *out;                     /* [R, H, width] */
+    const Place *places;               /* [R] */
+    const Segment *segments;
+    float *scratch; /* for each thread `most_keys` numbers */
+    int64_t next, threads, layer, rows, heads, width, stride, num_segments, slots, most_keys;
+} Attention;
+
+/* Where the keys or values of a head of a slot begin. */
+static inline uint16_t *head_of(
+    const Attention *task, uint16_t *memory, const Segment *segment, int64_t slot, int64_t head)
+{
+    int64_t piece = (task->layer * task->slots + slot) * task->heads + head;
+    return memory + piece * segment->size * task->width;
+}
+
+/* Put the new keys and values of the rows into the cache. */
+void store(Attention *task)
+{
+    int64_t row, bytes = task->width * 2;
+    while ((row = next_piece(&task->next)) < task->rows) {
+        Place place = task->places[row];
+        for (int64_t s = 0; s < task->num_segments; s++) {
+            const Segment *segment = task->segments + s;
+            int64_t offset = place.position - segment->first;
+            if (offset < 0 || offset >= segment->size)
+                continue;
+            for (int64_t head = 0; head < task->heads; head++) {
+                int64_t from = row * task->stride + head * task->width;
+                int64_t to = offset * task->width;
+                memcpy(head_of(task, segment->keys, segment, place.slot, head) + to,
+                       task->keys + from, bytes);
+                memcpy(head_of(task, segment->values, segment, place.slot, head) + to,
+                       task->values + from, bytes);
+            }
+        }
+    }
+}
+
+/* e^x for x <= 0: 2^n 2^f with f in -0.5 .. 0.5 by its series up to f^6. */
+static inline floats exponential(floats x)
+{
+    floats scaled = x * 1.44269504088896341f;
+    words fits = (words)(scaled > -126.0f);
+    scaled = (floats)((fits & (words)scaled) | (~fits & (words)((floats){} - 126.0f)));
+    integers whole = __builtin_convertvector(scaled - 0.5f, integers); /* to nearest, as x <= 0 */
+    floats f = scaled - __builtin_convertvector(whole, floats);
+    floats series = f * 1.5403530393381608e-4f + 1.3333558146428443e-3f;
+    series = series * f + 9.618129107628477e-3f;
+    series = series * f + 5.550410866482158e-2f;
+    series = series * f + 2.402265069591007e-1f;
+    series = series * f + 6.931471805599453e-1f;
+    series = series * f + 1.0f;
+    return series * (floats)((whole + 127) << 23);
+}
+
+static inline float sum_of(floats x)
+{
+    const integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int half = LANES / 2; half; half /= 2)
+        x += __builtin_shuffle(x, lane ^ half);
+    return x[0];
+}
+
+/* softmax(q k^T / sqrt(width)) v over the keys up to the row's position, for one head. */
+static void attend_row(const Attention *task, int64_t row, int64_t head, float *score)
+{
+    int64_t vectors = task->width / 2 / LANES, keys = task->places[row].position + 1;
+    int64_t slot = task->places[row].slot;
+    const words *q = (const words *)(task->q + row * task->stride + head * task->width);
+    float scale = 1.0f / sqrtf((float)task->width), largest = -INFINITY, total = 0;
+    for (int64_t s = 0; s < task->num_segments; s++) {
+        const Segment *segment = task->segments + s;
+        const words *key = (const words *)head_of(task, segment->keys, segment, slot, head);
+        for (int64_t c = segment->first; c < keys && c < segment->first + segment->size; c++) {
+            floats sum = {};
+            for (int64_t v = 0; v < vectors; v++, key++) {
+                sum += odd(q[v]) * odd(*key);
+                sum += even(q[v]) * even(*key);
+            }
+            score[c] = sum_of(sum) * scale;
+            largest = score[c] > largest ? score[c] : largest;
+        }
+    }
+    for (int64_t c = keys; c % LANES; c++)
+        score[c] = -INFINITY;
+    floats sums = {};
+    for (int64_t c = 0; c < keys; c += LANES) {
+        floats *at = (floats *)(score + c);
+        *at = exponential(*at - largest);
+        sums += *at;
+    }
+    total = sum_of(sums);
+    uint16_t *out = task->out + (row * task->heads + head) * task->width;
+    for (int64_t v = 0; v < vectors; v++) {
+        floats odds = {}, evens = {};
+        for (int64_t s = 0; s < task->num_segments; s++) {
+            const Segment *segment = task->segments + s;
+            const words *value = (const words *)head_of(task, segment->values, segment, slot, head);
+            value += v;
+            for (int64_t c = segment->first; c < keys && c < segment->first + segment->size; c++) {
+                odds += score[c] * odd(*value);
+                evens += score[c] * even(*value);
+                value += vectors;
+            }
+        }
+        *(words *)(out + v * 2 * LANES) = rounded(odds / total) << 16 | rounded(evens / total);
+    }
+}
+
+void attend(Attention *task)
+{
+    int64_t piece, mine = next_piece(&task->threads);
+    float *score = task->scratch + mine * task->most_keys;
+    while ((piece = next_piece(&task->next)) < task->rows * task->heads)
+        /* the rows of one head follow each other: they share its keys in the processor's caches */
+        attend_row(task, piece % task->rows, piece / task->rows, score);
+}

@@ -1,0 +1,115 @@
+"""kernels.c as a library: built by the machine's compiler at first use, run on torch's threads."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("kernels.c")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
+COMPILE_WITHIN_S = 120.0
+
+log = logging.getLogger(__name__)
+
+_Address, _Number = ctypes.c_void_p, ctypes.c_int64
+
+
+class Product(ctypes.Structure):
+    """The task of `product`, as in kernels.c."""
+
+    _fields_ = (
+        *((name, _Address) for name in ("weight", "x", "bias", "out")),
+        *((name, _Number) for name in ("next", "blocks", "pairs", "chunk", "outputs", "rows")),
+    )
+
+
+class Attention(ctypes.Structure):
+    """The task of `store` and `attend`, as in kernels.c."""
+
+    _fields_ = (
+        *((name, _Address) for name in ("q", "keys", "values", "out", "places", "segments")),
+        ("scratch", _Address),
+        *((name, _Number) for name in ("next", "threads", "layer", "rows", "heads", "width")),
+        *((name, _Number) for name in ("stride", "num_segments", "slots", "most_keys")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The library, and what calls a function of it on all threads."""
+
+    functions: ctypes.CDLL
+    start: Callable[[object, object, int, int], None]
+
+    def has(self, name: str) -> bool:
+        """Whether this machine's processor has the instructions for a kernel."""
+        return hasattr(self.functions, name)
+
+    def run(self, name: str, task: Product | Attention) -> None:
+        """Call a kernel on every thread of torch's pool: a second pool would fight with it."""
+        task.next = 0
+        self.start(self.functions[name], ctypes.byref(task), torch.get_num_threads(), 0)
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """None without a C compiler, or where torch brings no GNU OpenMP along: torch then computes."""
+    pools = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    if not pools:
+        log.info("torch has no GNU OpenMP here; bfloat16 is decoded by torch's own kernels, slower")
+        return None
+    try:
+        functions = ctypes.CDLL(str(built()))
+        start = ctypes.CDLL(str(pools[0])).GOMP_parallel
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        log.info("%s; bfloat16 is decoded by torch's own kernels, slower", error)
+        return None
+    start.restype = None
+    start.argtypes = (_Address, _Address, ctypes.c_uint, ctypes.c_uint)
+    return Kernels(functions, start)
+
+
+def built(folder: Path = SOURCE.parent / "__pycache__") -> Path:
+    """The library for this machine's processor, from `folder` or compiled into it.
+
+    Raises OSError or SubprocessError, with a sentence, if that cannot be.
+    """
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise OSError("no C compiler (cc) is installed")
+    library = folder / f"kernels-{_digest(compiler)}.so"
+    if library.exists():
+        return library
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        library = Path(tempfile.mkdtemp(prefix="gptmoe-kernels-")) / library.name
+    library.parent.mkdir(exist_ok=True)
+    draft = library.with_suffix(f".{os.getpid()}")
+    command = [compiler, *FLAGS, str(SOURCE), "-o", str(draft), "-lm"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=COMPILE_WITHIN_S, check=False
+    )
+    if done.returncode:
+        raise OSError(f"{compiler} cannot compile {SOURCE.name}: {done.stderr.strip()[-500:]}")
+    draft.replace(library)  # at once: other processes may be looking for it
+    return library
+
+
+def _digest(compiler: str) -> str:
+    """Of all that the library depends on; instructions differ from processor to processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        processor = platform.processor()
+    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), compiler, processor)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
