@@ -31,7 +31,8 @@ from . import app
 from .checkpoints import pinned
 from .config import ServeConfig
 from .edge.actor import Edges
-from .keys import first_token
+from .edge.server import server_credentials
+from .keys import Keys, first_token
 
 SERVICER = "serve.proxy.add_services"
 _POLL_S = 0.2
@@ -63,6 +64,8 @@ def running(config: ServeConfig) -> Iterator[Endpoints]:
     joins = bool(config.address) or env.inside_job()
     config = choose_ports(config, check=not joins)
     check_parallel(config)
+    if not joins:
+        check_doors(config)
     workers = config.parallel.world * (
         max(1, config.replicas.min) if joins else config.replicas.max
     )
@@ -99,6 +102,15 @@ def check_parallel(config: ServeConfig) -> None:
     if config.parallel.world > 1 and not isinstance(config.checkpoint, Uri):
         spec = spec_of(open_checkpoint(config.checkpoint, verify=False))
         config.parallel.parts(spec)
+
+
+def check_doors(config: ServeConfig) -> None:
+    """Raise ConfigError for keys and certificates that are not what they should be, before a
+    cluster is started for nothing. Only where they are read: on the nodes."""
+    if config.auth.keys is not None:
+        Keys(config.auth.keys)
+    if config.edge.wanted_port is not None:
+        server_credentials(config.edge)
 
 
 def choose_ports(config: ServeConfig, *, check: bool) -> ServeConfig:

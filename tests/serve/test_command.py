@@ -15,7 +15,7 @@ from ray.serve._private.utils import is_grpc_enabled
 
 from gptmoe.errors import ClusterError, ConfigError
 from serve.command import announced, main
-from serve.config import EdgeConfig, ServeConfig
+from serve.config import AuthConfig, EdgeConfig, ServeConfig
 from serve.launch import (
     Endpoints,
     await_answer,
@@ -23,6 +23,7 @@ from serve.launch import (
     free_port,
     grpc_options,
     last_line,
+    running,
 )
 
 ENDPOINTS = Endpoints(
@@ -140,6 +141,25 @@ def test_ports_in_use_stop_the_command_unless_it_joins_a_cluster() -> None:
         chosen = choose_ports(config, check=False)
         assert chosen.http_port == port
         assert chosen.grpc_port > 0
+
+
+def test_keys_and_certificates_are_looked_at_before_a_cluster_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.launch.pinned", lambda checkpoint: checkpoint)
+    monkeypatch.setattr("serve.launch.local.session", lambda **_: pytest.fail("it has started"))
+    missing = tmp_path / "missing"
+    wanted = ServeConfig(checkpoint=tmp_path, http_port=0, grpc_port=0)
+    bad = {
+        "the keys file .*missing cannot be read": {"auth": AuthConfig(keys=missing)},
+        "are no certificate and its private key": {
+            "edge": EdgeConfig(port=0, tls_cert=missing, tls_key=missing)
+        },
+    }
+    for sentence, part in bad.items():
+        config = replace(wanted, **part)
+        with pytest.raises(ConfigError, match=sentence), running(config):
+            pytest.fail("must not get here")
 
 
 def test_a_port_that_does_not_answer_is_not_waited_for_without_end() -> None:
