@@ -30,27 +30,19 @@ log = logging.getLogger(__name__)
 class FewRows:
     """A packed bfloat16 weight [O, I] for products of few rows."""
 
-    compiled: Kernels
     values: Tensor
     """Packed; owns the memory."""
-    outputs: int
-    inputs: int
-    chunk: int
+    compiled: Kernels
+    task: Product
+    """What is the same in all products."""
 
     def product(self, x_RI: Tensor, bias_O: Tensor | None) -> Tensor:
         """x W^T + b, [R, O]; bfloat16, contiguous."""
-        out_RO = x_RI.new_empty(len(x_RI), self.outputs)
-        task = Product(
-            weight=torch.ops.mkldnn.data_ptr(self.values),
-            x=x_RI.data_ptr(),
-            bias=None if bias_O is None else bias_O.data_ptr(),
-            out=out_RO.data_ptr(),
-            blocks=-(-self.outputs // BLOCK),
-            pairs=self.inputs // 2,
-            chunk=self.chunk // 2,
-            outputs=self.outputs,
-            rows=len(x_RI),
-        )
+        out_RO = x_RI.new_empty(len(x_RI), self.task.outputs)
+        task = Product.from_buffer_copy(self.task)
+        task.x, task.out, task.rows = x_RI.data_ptr(), out_RO.data_ptr(), len(x_RI)
+        if bias_O is not None:
+            task.bias = bias_O.data_ptr()
         self.compiled.run("product", task)
         return out_RO
 
@@ -63,7 +55,7 @@ def few_rows(
     if values.dtype != torch.bfloat16 or inputs % 2:
         return None
     compiled = kernels()
-    if compiled is None or not compiled.has("product"):
+    if compiled is None or "product" not in compiled.addresses:
         return None
     padded = outputs + -outputs % BLOCK
     if torch.ops.mkldnn._nbytes(values) != padded * inputs * values.dtype.itemsize:
@@ -74,7 +66,14 @@ def few_rows(
     bias_O = -packed_product(x_RI, None)[0]
     expected_RO = packed_product(x_RI, bias_O)
     for chunk in sorted(CHUNKS, reverse=inputs > CHUNKS[-1]):
-        found = FewRows(compiled, values, outputs, inputs, chunk)
+        task = Product(
+            weight=torch.ops.mkldnn.data_ptr(values),
+            blocks=padded // BLOCK,
+            pairs=inputs // 2,
+            chunk=chunk // 2,
+            outputs=outputs,
+        )
+        found = FewRows(values, compiled, task)
         if torch.equal(found.product(x_RI, bias_O), expected_RO):
             return found
     log.debug("no kernel for few rows with the bits of oneDNN for [%d, %d]", outputs, inputs)

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
 COMPILE_WITHIN_S = 120.0
+KERNELS = ("product", "store", "attend")
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +47,16 @@ class Attention(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The library, and what calls a function of it on all threads."""
+    """The library's functions, and what calls one on all threads."""
 
-    functions: ctypes.CDLL
-    start: Callable[[object, object, int, int], None]
-
-    def has(self, name: str) -> bool:
-        """Whether this machine's processor has the instructions for a kernel."""
-        return hasattr(self.functions, name)
+    addresses: Mapping[str, int]
+    """By name; one is missing where the processor has not got its instructions."""
+    start: Callable[[int, object, int, int], None]
 
     def run(self, name: str, task: Product | Attention) -> None:
         """Call a kernel on every thread of torch's pool: a second pool would fight with it."""
         task.next = 0
-        self.start(self.functions[name], ctypes.byref(task), torch.get_num_threads(), 0)
+        self.start(self.addresses[name], ctypes.byref(task), torch.get_num_threads(), 0)
 
 
 @functools.cache
@@ -69,14 +67,16 @@ def kernels() -> Kernels | None:
         log.info("torch has no GNU OpenMP here; bfloat16 is decoded by torch's own kernels, slower")
         return None
     try:
-        functions = ctypes.CDLL(str(built()))
+        library = ctypes.CDLL(str(built()))
         start = ctypes.CDLL(str(pools[0])).GOMP_parallel
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         log.info("%s; bfloat16 is decoded by torch's own kernels, slower", error)
         return None
     start.restype = None
     start.argtypes = (_Address, _Address, ctypes.c_uint, ctypes.c_uint)
-    return Kernels(functions, start)
+    functions = {name: getattr(library, name) for name in KERNELS if hasattr(library, name)}
+    addresses = {name: ctypes.cast(found, _Address).value for name, found in functions.items()}
+    return Kernels({name: address for name, address in addresses.items() if address}, start)
 
 
 def built(folder: Path = SOURCE.parent / "__pycache__") -> Path:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gptmoe.generate.kernels.few_rows import MOST_ROWS
-from gptmoe.generate.kernels.library import kernels
+from gptmoe.generate.kernels.library import Product, kernels
 from gptmoe.generate.packed_weight import PackedWeight
 
 SHAPES = [  # outputs, inputs: sums in one, two and three chunks, blocks that are not full
@@ -87,8 +87,10 @@ def test_threads_and_several_callers_give_the_same_bits() -> None:
 def test_a_chunk_with_other_bits_is_found_out() -> None:
     weight = weight_of(768, 3072)
     assert weight.few_rows is not None
-    assert weight.few_rows.chunk == 1024
-    other = replace(weight.few_rows, chunk=512)
+    assert weight.few_rows.task.chunk == 1024 // 2
+    task = Product.from_buffer_copy(weight.few_rows.task)
+    task.chunk = 512 // 2
+    other = replace(weight.few_rows, task=task)
     x_RI = rows_of(2, 3072)
     bias_O = -weight._of_many(x_RI, None)[0]
     assert not torch.equal(other.product(x_RI, bias_O), weight._of_many(x_RI, bias_O))
