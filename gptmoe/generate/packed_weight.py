@@ -11,6 +11,7 @@ from gptmoe.model.experts import MIN_ROWS
 from gptmoe.model.layers import ServedWeight
 
 from .kernels.few_rows import MOST_ROWS, FewRows, few_rows
+from .kernels.pages import on_huge_pages
 
 
 class PackedWeight(ServedWeight):
@@ -28,7 +29,11 @@ class PackedWeight(ServedWeight):
 
     def __init__(self, weight_OI: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.few_rows = few_rows(self.data, weight_OI.shape, self._of_many)
+        self.few_rows = None
+        if hasattr(torch.ops.mkldnn, "data_ptr"):
+            place, size = torch.ops.mkldnn.data_ptr(self.data), torch.ops.mkldnn._nbytes(self.data)
+            on_huge_pages(place, size)
+            self.few_rows = few_rows(self.data, weight_OI.shape, self._of_many)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See ServedWeight.product."""
