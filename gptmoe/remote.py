@@ -9,6 +9,7 @@ names a file or a folder. Credentials come from the machine's own configuration.
 
 import contextlib
 import fcntl
+import importlib
 import logging
 import shutil
 import time
@@ -16,9 +17,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-import pyarrow as pa
-from pyarrow import fs
 
 from gptmoe.config import Uri, digest
 from gptmoe.errors import DataError
@@ -57,16 +55,16 @@ def check(uri: Uri) -> None:
 def look(uri: Uri) -> Found:
     """All files at `uri`. Raises DataError as `check` does, and if it is a folder without files."""
     filesystem, top = _open(uri)
-    is_folder = top.type == fs.FileType.Directory
+    is_folder = top.type == _files().FileType.Directory
     infos = [top]
     if is_folder:
         with _in_words(uri):
-            infos = filesystem.get_file_info(fs.FileSelector(top.path, recursive=True))
+            infos = filesystem.get_file_info(_files().FileSelector(top.path, recursive=True))
     folder = top.path if is_folder else PurePosixPath(top.path).parent
     files = {
         str(PurePosixPath(info.path).relative_to(folder)): (info.size, info.mtime_ns or 0)
         for info in infos
-        if info.type == fs.FileType.File
+        if info.type == _files().FileType.File
     }
     if not files:
         raise DataError(f"{uri} holds no file; name a file, or a folder with files")
@@ -88,7 +86,7 @@ def fetch(uri: Uri, folder: Path) -> Path:
         with _alone(folder):
             if not target.is_dir():
                 _copy(found, target)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, _arrow().ArrowException) as error:
         raise DataError(
             f"{uri} cannot be fetched to {folder}: {_reason(error)}; start again to try again"
         ) from None
@@ -106,11 +104,11 @@ def _copy(found: Found, target: Path) -> None:
         top = part / found.name if found.is_folder else part
         for name in found.files:  # an object store may have names with slashes, but no folders
             (top / name).parent.mkdir(parents=True, exist_ok=True)
-        fs.copy_files(
+        _files().copy_files(
             found.path,
             str(part / found.name),
             source_filesystem=found.filesystem,
-            destination_filesystem=fs.LocalFileSystem(),
+            destination_filesystem=_files().LocalFileSystem(),
         )
         part.rename(target)
     except BaseException:
@@ -122,9 +120,9 @@ def _copy(found: Found, target: Path) -> None:
 def _open(uri: Uri) -> tuple[Any, Any]:
     """The file system, and what it says about the path."""
     with _in_words(uri):
-        filesystem, path = fs.FileSystem.from_uri(uri)
+        filesystem, path = _files().FileSystem.from_uri(uri)
         info = filesystem.get_file_info(path.rstrip("/") or path)
-    if info.type == fs.FileType.NotFound:
+    if info.type == _files().FileType.NotFound:
         raise DataError(f"{uri} does not exist; check the address")
     return filesystem, info
 
@@ -133,7 +131,7 @@ def _open(uri: Uri) -> tuple[Any, Any]:
 def _in_words(uri: Uri) -> Iterator[None]:
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, _arrow().ArrowException) as error:
         raise DataError(
             f"{uri} cannot be reached: {_reason(error)}; check the address, and this machine's "
             "network and credentials"
@@ -152,3 +150,12 @@ def _alone(folder: Path) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """The first line, without the stop that would end our sentence."""
     return str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
+
+
+def _arrow() -> Any:
+    """pyarrow, from the first URI on: each process that meets none saves 10 MB."""
+    return importlib.import_module("pyarrow")
+
+
+def _files() -> Any:
+    return importlib.import_module("pyarrow.fs")
