@@ -1,5 +1,7 @@
 """How much memory this machine, or the container around the process, can still give."""
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -16,6 +18,15 @@ def available_bytes(root: Path = Path("/")) -> int | None:
         return machine * 1024
     used = _numbers(root / "sys/fs/cgroup/memory.stat").get("anon", 0)
     return min(machine * 1024, max(0, int(limit) - used))
+
+
+def give_back() -> None:
+    """Return to the system what the allocator keeps of memory that was freed (glibc; else nothing).
+
+    After loading: what was read and rearranged leaves holes that nothing of that size fills again.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _numbers(path: Path) -> dict[str, int]:

@@ -33,6 +33,7 @@ from gptmoe.checkpoint import Checkpoint, open_checkpoint
 from gptmoe.config import Uri
 from gptmoe.errors import CheckpointError, ClusterError, GptMoeError
 from gptmoe.loaded import named_dtype, spec_of
+from gptmoe.memory import give_back
 from gptmoe.model.spec import ModelSpec
 from gptmoe.remote import fetch
 from gptmoe.shard.shard import Shard
@@ -168,6 +169,7 @@ class ShardActor:
         if not self._shard.has(plan.version):
             self._read(self._shard, plan.checkpoint, plan.version)
         self._shard.keep((plan.version,))
+        give_back()
 
     def _read(self, shard: Shard, path: str, version: int) -> None:
         plan = self._state.plan
