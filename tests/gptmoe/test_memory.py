@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gptmoe.memory import available_bytes
+from gptmoe.memory import available_bytes, give_back
 
 KIB = 1024
 
@@ -34,3 +34,21 @@ def test_the_lower_of_machine_and_container(
 
 def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) is None
+
+
+def test_giving_back_is_left_out_where_the_allocator_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    class Library:
+        def __init__(self, name: None) -> None:
+            asked.append("opened")
+
+        def __getattr__(self, name: str) -> None:
+            raise AttributeError(name)
+
+    give_back()
+    monkeypatch.setattr("gptmoe.memory.ctypes.CDLL", Library)
+    give_back()
+    assert asked == ["opened"]
