@@ -127,9 +127,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"config file {path} does not exist; configs/train/ holds examples"
-        ) from None
+        raise ConfigError(f"config file {path} does not exist; configs/ holds examples") from None
     except IsADirectoryError:
         raise ConfigError(f"config file {path} is a folder; name a .toml file") from None
     except UnicodeDecodeError:

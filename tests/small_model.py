@@ -1,10 +1,12 @@
 """Small models with experts whose greedy texts differ from prompt to prompt."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from gptmoe.checkpoint import save, whole
+from gptmoe.checkpoint import Checkpoint, open_checkpoint, save, whole
 from gptmoe.config import to_dict
 from gptmoe.model.initialize import initialize
 from gptmoe.model.moe import MoE
@@ -43,17 +45,28 @@ def write(
     initialize(network, seed=seed)
     settle(network)
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
+    store(folder, spec, network.state_dict(), copy_files=words.save)
+    return folder
+
+
+def store(
+    folder: Path,
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    copy_files: Callable[[Path], None] | None = None,
+) -> Checkpoint:
+    """A checkpoint in a folder `step-N` with these weights, all or not."""
     save(
         folder,
         rank=0,
         world=1,
         barrier=lambda: None,
-        groups={"weights": [whole(n, p.detach()) for n, p in network.state_dict().items()]},
+        groups={"weights": [whole(name, tensor.detach()) for name, tensor in tensors.items()]},
         config={"model": to_dict(spec)},
-        progress={"step": step, "samples": 0, "tokens": 0},
-        copy_files=words.save,
+        progress={"step": int(folder.name.removeprefix("step-")), "samples": 0, "tokens": 0},
+        copy_files=copy_files,
     )
-    return folder
+    return open_checkpoint(folder)
 
 
 @torch.no_grad()

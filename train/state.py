@@ -71,23 +71,24 @@ class StateFile:
 
 
 @contextlib.contextmanager
-def claimed(run_dir: Path) -> Iterator[StateFile]:
+def claimed(run_dir: Path, key: str = "run.dir") -> Iterator[StateFile]:
     """Hold a run's folder for this process, and record in state.json how the block ends.
 
+    `key` is what errors call the folder: the key of the config that names it.
     Waits for workers that outlive a killed process by seconds. Raises ClusterError if another
     process holds the folder, ConfigError if it cannot be written.
     """
     with contextlib.ExitStack() as held:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_locked(run_dir / LOCK, wait_s=0.0))
-            with _locked(run_dir / WRITER_LOCK, wait_s=_ORPHANS_LIVE_S):
+            held.enter_context(_locked(run_dir / LOCK, key, wait_s=0.0))
+            with _locked(run_dir / WRITER_LOCK, key, wait_s=_ORPHANS_LIVE_S):
                 pass
             state = StateFile(run_dir)
             state.write()
         except OSError as error:
             raise ConfigError(
-                f"run.dir={run_dir} cannot be written: {error.strerror}; choose another folder"
+                f"{key}={run_dir} cannot be written: {error.strerror}; choose another folder"
             ) from None
         with _ending(state):
             yield state
@@ -96,12 +97,13 @@ def claimed(run_dir: Path) -> Iterator[StateFile]:
 @contextlib.contextmanager
 def writing(run_dir: Path) -> Iterator[None]:
     """Held by the worker that writes metrics and commits checkpoints, as long as it lives."""
-    with _locked(run_dir / WRITER_LOCK, wait_s=_ORPHANS_LIVE_S):  # the one before may be ending
+    # The one before may be ending.
+    with _locked(run_dir / WRITER_LOCK, "run.dir", wait_s=_ORPHANS_LIVE_S):
         yield
 
 
 @contextlib.contextmanager
-def _locked(path: Path, wait_s: float) -> Iterator[None]:
+def _locked(path: Path, key: str, wait_s: float) -> Iterator[None]:
     """The system drops the lock when the process ends, however it ends."""
     with path.open("a+", encoding="utf-8") as file:
         deadline_s = time.monotonic() + wait_s
@@ -112,7 +114,7 @@ def _locked(path: Path, wait_s: float) -> Iterator[None]:
             if time.monotonic() >= deadline_s:
                 raise ClusterError(
                     f"{holder} is training in {path.parent}; "
-                    "wait for its end, stop it, or choose another run.dir"
+                    f"wait for its end, stop it, or choose another {key}"
                 )
             if not said:
                 log.info("waits for %s, left from an earlier start, to end", holder)

@@ -208,7 +208,7 @@ def test_a_list_names_its_bad_item() -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    message = r"config file .*none\.toml does not exist; configs/train/ holds examples"
+    message = r"config file .*none\.toml does not exist; configs/ holds examples"
     with pytest.raises(ConfigError, match=message):
         load(Config, tmp_path / "none.toml")
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence, Set
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,7 +28,6 @@ from gptmoe.model.routers import ROUTERS
 from gptmoe.model.spec import RouterKind, RouterSpec
 from gptmoe.shard.parts import ExpertSpan, Part, arrange, layout_of
 from gptmoe.shard.shard import Shard
-from gptmoe.text import Tokenizer
 from tests import small_model
 from tests.ranks.pool import RankPool
 
@@ -64,11 +63,6 @@ def pool() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return small_model.tokenizer()
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_model.write(tmp_path_factory.mktemp("run"))
 
@@ -91,11 +85,16 @@ class Recording:
         return self.scores[-1]
 
 
-def generate(
-    executor: Executor, tokenizer: Tokenizer, banks: int
-) -> tuple[dict[str, list[int]], list[torch.Tensor]]:
-    """Tokens of each prompt, which come one after the other, and all scores."""
-    recording = Recording(executor, banks)
+class Generated(NamedTuple):
+    """Tokens by prompt, and the scores of each step."""
+
+    tokens: dict[str, list[int]]
+    scores: list[torch.Tensor]
+
+
+def generate(executor: Executor, banks: int) -> Generated:
+    """Answer the prompts, which come one after the other."""
+    recording, tokenizer = Recording(executor, banks), small_model.tokenizer()
     engine = Engine(recording, tokenizer, 320, ENGINE)
     tokens: dict[str, list[int]] = {}
     waiting = list(enumerate(PROMPTS))
@@ -113,7 +112,7 @@ def generate(
         for delta in engine.step():
             tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
     assert recording.copies, "a beginning, and the second answer's"
-    return tokens, recording.scores
+    return Generated(tokens, recording.scores)
 
 
 def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype) -> Any:
@@ -129,7 +128,7 @@ def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype
         executor = ShardsExecutor(parts, line, 1, spec.vocab_size, dtype)
         executor.beat()
         assert executor.banks == layout_of(parts).dp
-        result = generate(executor, small_model.tokenizer(), executor.banks)
+        result = generate(executor, executor.banks)
         for shard_rank in range(len(parts)):
             if route_of(parts, shard_rank).source == rank:
                 line.send(Drain(epoch=1, sequence=1), shard_rank)
@@ -162,52 +161,59 @@ def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype
 EXACT = [name for name, layout in LAYOUTS.items() if "tp" not in layout]
 
 
+def alone_and_served(
+    pool: RankPool, checkpoint: Path, name: str, dtype: str = "float32"
+) -> tuple[Generated, Generated]:
+    """What one process generates, and what a layout's ranks do."""
+    model = gptmoe.load(checkpoint, dtype=dtype)
+    parts = arrange(model.spec, **LAYOUTS[name])
+    alone = generate(model.engine(ENGINE).executor, layout_of(parts).dp)
+    *_, served = pool.run(len(parts) + 1, serve, parts, checkpoint, getattr(torch, dtype))
+    return alone, served
+
+
+def check_equal_bits(alone: Generated, served: Generated) -> None:
+    assert served.tokens == alone.tokens
+    assert len(served.scores) == len(alone.scores)
+    assert all(map(torch.equal, served.scores, alone.scores))
+
+
+def check_equal_text(alone: Generated, served: Generated) -> None:
+    """And scores that differ by no more than the order of a sum."""
+    assert served.tokens == alone.tokens
+    ours, theirs = torch.cat(served.scores), torch.cat(alone.scores)
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", EXACT)
 def test_products_that_keep_their_shape_have_the_bits_of_one_process(
-    pool: RankPool, checkpoint: Path, tokenizer: Tokenizer, name: str, dtype: str
+    pool: RankPool, checkpoint: Path, name: str, dtype: str
 ) -> None:
-    model = gptmoe.load(checkpoint, dtype=dtype)
-    parts = arrange(model.spec, **LAYOUTS[name])
-    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer, layout_of(parts).dp)
-    assert sum(map(len, tokens.values())) == 6 + 8 + 10 + 12 + 14 + 2 * 16
-    assert sum(map(len, scores)) == sum(map(len, tokens.values())) - 1  # both draw from one row
-    arguments = parts, checkpoint, getattr(torch, dtype)
-    *_, (served_tokens, served_scores) = pool.run(len(parts) + 1, serve, *arguments)
-    assert served_tokens == tokens
-    assert len(served_scores) == len(scores)
-    assert all(map(torch.equal, served_scores, scores))
+    alone, served = alone_and_served(pool, checkpoint, name, dtype)
+    assert sum(map(len, alone.tokens.values())) == 6 + 8 + 10 + 12 + 14 + 2 * 16
+    assert sum(map(len, alone.scores)) == sum(map(len, alone.tokens.values())) - 1, (
+        "both answers draw from one row"
+    )
+    check_equal_bits(alone, served)
 
 
 @pytest.mark.parametrize("name", ["ep", "pp, ep", "hot"])
 @pytest.mark.parametrize("kind", [kind for kind in ROUTERS if kind != "switch"])
 def test_every_router_is_served_with_the_bits_of_one_process(
-    pool: RankPool, tmp_path: Path, tokenizer: Tokenizer, name: str, kind: RouterKind
+    pool: RankPool, tmp_path: Path, name: str, kind: RouterKind
 ) -> None:
     checkpoint = small_model.write(tmp_path, router=RouterSpec(kind=kind))
-    model = gptmoe.load(checkpoint)
-    parts = arrange(model.spec, **LAYOUTS[name])
-    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer, layout_of(parts).dp)
-    arguments = parts, checkpoint, torch.float32
-    *_, (served_tokens, served_scores) = pool.run(len(parts) + 1, serve, *arguments)
-    assert served_tokens == tokens
-    assert all(map(torch.equal, served_scores, scores))
+    check_equal_bits(*alone_and_served(pool, checkpoint, name))
 
 
 @pytest.mark.parametrize("name", sorted(set(LAYOUTS) - set(EXACT)))
 def test_split_sums_differ_by_rounding_and_the_text_is_the_same(
-    pool: RankPool, checkpoint: Path, tokenizer: Tokenizer, name: str
+    pool: RankPool, checkpoint: Path, name: str
 ) -> None:
-    model = gptmoe.load(checkpoint)
-    parts = arrange(model.spec, **LAYOUTS[name])
-    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer, layout_of(parts).dp)
-    *_, (served_tokens, served_scores) = pool.run(
-        len(parts) + 1, serve, parts, checkpoint, torch.float32
-    )
-    assert served_tokens == tokens
-    whole_scores, whole_served = torch.cat(scores), torch.cat(served_scores)
-    assert (whole_served - whole_scores).abs().max() < 1e-5 * whole_scores.abs().max()
-    assert not torch.equal(whole_served, whole_scores)  # else no sum was split
+    alone, served = alone_and_served(pool, checkpoint, name)
+    check_equal_text(alone, served)
+    assert not all(map(torch.equal, served.scores, alone.scores)), "else no sum was split"
 
 
 CHOOSING = RouterSpec(kind="expert_choice", capacity_factor=2.0)
@@ -222,34 +228,18 @@ def choosing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["ep", "pp, ep", "two copies", "pp, expert ranks", "hot"])
 def test_several_experts_a_token_and_shared_layers_have_the_bits_of_one_process(
-    pool: RankPool, choosing: Path, tokenizer: Tokenizer, name: str, dtype: str
+    pool: RankPool, choosing: Path, name: str, dtype: str
 ) -> None:
-    model = gptmoe.load(choosing, dtype=dtype)
-    parts = arrange(model.spec, **LAYOUTS[name])
-    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer, layout_of(parts).dp)
-    arguments = parts, choosing, getattr(torch, dtype)
-    *_, (served_tokens, served_scores) = pool.run(len(parts) + 1, serve, *arguments)
-    assert served_tokens == tokens
-    assert all(map(torch.equal, served_scores, scores))
+    check_equal_bits(*alone_and_served(pool, choosing, name, dtype))
 
 
 @pytest.mark.parametrize("name", ["tp", "tp, ep"])
-def test_split_shared_layers_give_the_same_text(
-    pool: RankPool, choosing: Path, tokenizer: Tokenizer, name: str
-) -> None:
-    model = gptmoe.load(choosing)
-    parts = arrange(model.spec, **LAYOUTS[name])
-    tokens, scores = generate(model.engine(ENGINE).executor, tokenizer, layout_of(parts).dp)
-    *_, (served_tokens, served_scores) = pool.run(
-        len(parts) + 1, serve, parts, choosing, torch.float32
-    )
-    assert served_tokens == tokens
-    whole_scores, whole_served = torch.cat(scores), torch.cat(served_scores)
-    assert (whole_served - whole_scores).abs().max() < 1e-5 * whole_scores.abs().max()
+def test_split_shared_layers_give_the_same_text(pool: RankPool, choosing: Path, name: str) -> None:
+    check_equal_text(*alone_and_served(pool, choosing, name))
 
 
 def test_each_expert_counts_its_rows_and_hot_ones_share_them(
-    pool: RankPool, checkpoint: Path, tokenizer: Tokenizer
+    pool: RankPool, checkpoint: Path
 ) -> None:
     spec = gptmoe.loaded.spec_of(open_checkpoint(checkpoint))
     rows = {}

@@ -31,7 +31,7 @@ def _own_signals() -> Iterator[None]:
 
 
 CONFIGS: dict[str, tuple[bytes | None, str]] = {
-    "missing": (None, "a.toml does not exist; configs/train/ holds examples"),
+    "missing": (None, "a.toml does not exist; configs/ holds examples"),
     "empty": (b"", "key run is missing; add it to the file"),
     "not UTF-8": (b"\xff\xfe[run]", "a.toml is not UTF-8 text"),
     "not TOML": (b"run: {dir: runs/a}", "a.toml is not valid TOML"),

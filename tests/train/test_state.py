@@ -169,13 +169,12 @@ def test_a_file_system_without_locks_is_a_warning(
     assert "this file system has no locks; start no second run there" in caplog.text
 
 
+@pytest.mark.parametrize("key", ["run.dir", "study.dir"])
 @pytest.mark.parametrize("place", ["file", "file/inside"])
-def test_a_place_that_cannot_hold_a_run_is_refused(tmp_path: Path, place: str) -> None:
+def test_a_place_that_cannot_hold_a_run_is_refused(tmp_path: Path, place: str, key: str) -> None:
     (tmp_path / "file").write_text("not a folder")
     with (
-        pytest.raises(
-            ConfigError, match=r"run.dir=.* cannot be written: .*; choose another folder"
-        ),
-        claimed(tmp_path / place),
+        pytest.raises(ConfigError, match=rf"{key}=.* cannot be written: .*; choose another folder"),
+        claimed(tmp_path / place, key),
     ):
         pass

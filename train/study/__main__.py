@@ -67,7 +67,7 @@ def run(options: Options, make_launcher: Callable[[Options], Launcher]) -> int:
         if options.dry_run:
             sys.stdout.write(dry_run(config, as_json=options.json) + "\n")
             return 0
-        with claimed(config.study.dir) as state:
+        with claimed(config.study.dir, "study.dir") as state:
             config = dataclasses.replace(
                 config, study=dataclasses.replace(config.study, dir=config.study.dir.absolute())
             )

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import gptmoe
-from gptmoe.checkpoint import Checkpoint, open_checkpoint, save, whole
-from gptmoe.config import to_dict
+from gptmoe.checkpoint import open_checkpoint
 from gptmoe.errors import CheckpointError
 from gptmoe.model.routers import ROUTERS
 from gptmoe.model.spec import ModelSpec, RouterSpec
@@ -54,19 +52,6 @@ def meta(layout: Layout, rank: int) -> GPT:
     return model
 
 
-def write(folder: Path, tensors: dict[str, Tensor]) -> Checkpoint:
-    save(
-        folder,
-        rank=0,
-        world=1,
-        barrier=lambda: None,
-        groups={"weights": [whole(name, tensor) for name, tensor in tensors.items()]},
-        config={"model": to_dict(SPEC)},
-        progress={"step": 7},
-    )
-    return open_checkpoint(folder)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_exactly_one_rank_writes_each_state_whole(layout: Layout) -> None:
     pieces = [
@@ -85,7 +70,7 @@ def test_exactly_one_rank_writes_each_state_whole(layout: Layout) -> None:
 def test_every_rank_of_a_layer_reads_it_whole(
     tmp_path: Path, layout: Layout, dtype: torch.dtype
 ) -> None:
-    checkpoint = write(tmp_path / "step-00000007", STATE)
+    checkpoint = small_model.store(tmp_path / "step-00000007", SPEC, STATE)
     wide = torch.promote_types(dtype, torch.float32)
     for rank in range(layout.world):
         model = build(SPEC, Mesh(layout, rank), CPU, torch.float64, seed=None)
@@ -114,21 +99,25 @@ def test_what_serving_reads_is_what_training_had(tmp_path: Path, kind: str) -> N
 
 
 def test_a_state_that_is_missing_or_of_another_model_is_named(tmp_path: Path) -> None:
-    missing = write(tmp_path / "missing" / "step-00000007", {BIASES[0]: STATE[BIASES[0]]})
+    missing = small_model.store(
+        tmp_path / "missing" / "step-00000007", SPEC, {BIASES[0]: STATE[BIASES[0]]}
+    )
     with pytest.raises(CheckpointError) as caught:
         read_state(missing, meta(Layout(), 0), CPU, torch.float32)
     assert str(caught.value) == (
         f"{missing.path} has no layers.3.ffn.router.bias, without which a router of kind loss_free "
         "cannot choose; use a checkpoint that training with router.kind=loss_free has written"
     )
-    other = write(tmp_path / "other" / "step-00000007", {name: torch.zeros(4) for name in BIASES})
+    other = small_model.store(
+        tmp_path / "other" / "step-00000007", SPEC, {name: torch.zeros(4) for name in BIASES}
+    )
     message = r"layers.3.ffn.router.bias has shape \[4\], the config wants \[8\]; the folder mixes"
     with pytest.raises(CheckpointError, match=message):
         read_state(other, meta(Layout(), 0), CPU, torch.float32)
 
 
 def test_missing_thresholds_can_be_made_from_data(tmp_path: Path) -> None:
-    stored = write(tmp_path / "step-00000007", {BIASES[0]: STATE[BIASES[0]]})
+    stored = small_model.store(tmp_path / "step-00000007", SPEC, {BIASES[0]: STATE[BIASES[0]]})
     model = meta(Layout(), 0)
     model.spec = dataclasses.replace(SPEC, router=RouterSpec(kind="expert_choice"))
     with pytest.raises(CheckpointError, match=f"make .* from data: gptmoe calibrate {stored.path}"):

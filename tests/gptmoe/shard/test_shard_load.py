@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptmoe.checkpoint import Checkpoint, open_checkpoint, save, whole
-from gptmoe.config import to_dict
+from gptmoe.checkpoint import Checkpoint
 from gptmoe.errors import CheckpointError
 from gptmoe.loaded import KEPT_WIDE
 from gptmoe.model.experts import Experts
@@ -18,6 +17,7 @@ from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.shard.load import Weights, load_part
 from gptmoe.shard.parts import ExpertSpan, Part, arrange
+from tests.small_model import store
 
 SPEC = ModelSpec(
     num_layers=4,
@@ -50,22 +50,9 @@ def tensors() -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 
-def write(folder: Path, tensors: dict[str, Tensor]) -> Checkpoint:
-    save(
-        folder,
-        rank=0,
-        world=1,
-        barrier=lambda: None,
-        groups={"weights": [whole(name, tensor) for name, tensor in tensors.items()]},
-        config={"model": to_dict(SPEC)},
-        progress={"step": 7},
-    )
-    return open_checkpoint(folder)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Tensor]) -> Checkpoint:
-    return write(tmp_path_factory.mktemp("checkpoints") / "step-00000007", tensors)
+    return store(tmp_path_factory.mktemp("checkpoints") / "step-00000007", SPEC, tensors)
 
 
 def plain(checkpoint: Checkpoint, parts: Sequence[Part], rank: int) -> Weights:
@@ -212,16 +199,16 @@ def test_a_tensor_that_is_missing_or_of_another_model_is_named(
 ) -> None:
     parts = arrange(SPEC, expert_ranks=1)
     router = "layers.1.ffn.router.weight"
-    missing = write(
+    missing = store(
         tmp_path / "missing" / "step-00000001",
+        SPEC,
         {name: tensor for name, tensor in tensors.items() if name != router},
     )
     assert plain(missing, parts, 1).num_bytes
     with pytest.raises(CheckpointError, match=f"no tensor {router}"):
         plain(missing, parts, 0)
     experts = "layers.3.ffn.experts.up_bias"
-    other = write(
-        tmp_path / "other" / "step-00000001", {**tensors, experts: tensors[experts][:, :30]}
-    )
+    narrow = {**tensors, experts: tensors[experts][:, :30]}
+    other = store(tmp_path / "other" / "step-00000001", SPEC, narrow)
     with pytest.raises(CheckpointError, match=rf"{experts} has shape \[4, 30\].* wants \[4, 32\]"):
         plain(other, parts, 1)

@@ -12,6 +12,7 @@ from gptmoe.metrics import read
 from gptmoe.text import load_tokenizer
 from tests.train.study.conftest import TINY, Configure, InProcess, run_study
 from train import ledger
+from train.state import claimed
 from train.study.__main__ import dry_run, main
 from train.study.config import StudyConfig
 from train.study.corpus import evenly
@@ -145,6 +146,14 @@ def test_a_dry_run_prints_sizes_and_writes_nothing(configure: Configure) -> None
 def test_a_wrong_config_is_one_sentence(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([str(tmp_path / "none.toml")]) == 2
     assert "failed: config file" in capfd.readouterr().err
+
+
+def test_a_folder_that_is_taken_is_named_by_its_key(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with claimed(tmp_path):
+        assert main([str(TINY), f"study.dir={tmp_path}"]) == 2
+    assert "choose another study.dir" in capfd.readouterr().err
 
 
 def test_damaged_files_are_named(configure: Configure, tmp_path: Path) -> None:
