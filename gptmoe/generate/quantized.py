@@ -7,8 +7,9 @@ Symmetric, without calibration, from the stored weights:
         puts the largest weight of the group, with its sign, on -8: then all 16 values are used (as
         in llama.cpp's Q4_0).
 
-Embeddings, norms, routers, mixes and biases stay as they are. torch's kernels for these products
-give a row the same bits among any number of rows and on any number of threads: no padding.
+Embeddings, norms, routers, mixes and biases stay as they are. The kernels for these products (in
+bfloat16 with 8 bits our own, else torch's) give a row the same bits among any number of rows and on
+any number of threads: no padding.
 
 Letters: R rows, I in, O out, G groups of inputs.
 """
@@ -29,6 +30,7 @@ from gptmoe.model.routing import LinearRouter
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 
+from .kernels.eight_bits import EightBits, eight_bits
 from .packed import SeparateExperts, can_pack, pack_router
 
 Weights = Literal["", "int8", "int4"]
@@ -42,7 +44,7 @@ TILE = 16
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """A weight [O, I] in 8 bits (group 0) or in 4, as the kernels read it."""
+    """A weight [O, I] in 8 bits (group 0) or in 4, as torch's kernels read it."""
 
     values: Tensor
     """int8 [O, I], or uint8 [O', I / 2] with two values a byte, O' the padded number of outputs."""
@@ -56,8 +58,8 @@ class Quantized:
         """What a product with it reads."""
         return self.values.nbytes + self.scales.nbytes
 
-    def product(self, x: Tensor) -> Tensor:
-        """x W^T in the type of x; x has any leading dimensions."""
+    def product(self, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """x W^T + b in the type of x; x has any leading dimensions."""
         x_RI = x.reshape(-1, x.shape[-1]).contiguous()
         if self.group:
             y_RO = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -65,10 +67,16 @@ class Quantized:
             )[:, : self.outputs]
         else:
             y_RO = torch.ops.aten._weight_int8pack_mm(x_RI, self.values, self.scales)
+        if bias_O is not None:
+            y_RO = y_RO.add_(bias_O)
         return y_RO if x.dim() == 2 else y_RO.view(*x.shape[:-1], self.outputs)
 
 
-def quantized(weight_OI: Tensor, weights: Weights, dtype: torch.dtype) -> Quantized:
+Held = Quantized | EightBits
+"""A weight in the form that the fastest kernel for it reads."""
+
+
+def quantized(weight_OI: Tensor, weights: Weights, dtype: torch.dtype) -> Held:
     """Round a weight to the nearest; its scales are kept in `dtype`, that of the products."""
     weight_OI = weight_OI.detach().float()
     return _int8(weight_OI, dtype) if weights == "int8" else _int4(weight_OI, dtype)
@@ -112,7 +120,7 @@ def check(spec: ModelSpec, weights: Weights, dtype: torch.dtype, device: torch.d
 class QuantizedLinear(nn.Module):
     """y = x W^T + b; see model.layers.Linear."""
 
-    def __init__(self, weight: Quantized, bias_O: Tensor) -> None:
+    def __init__(self, weight: Held, bias_O: Tensor) -> None:
         super().__init__()
         self.weight = weight
         self.bias = nn.Parameter(bias_O.detach(), requires_grad=False)
@@ -121,22 +129,23 @@ class QuantizedLinear(nn.Module):
         return _linear(x, self.weight, self.bias, gelu=gelu)
 
 
-class QuantizedExperts(SeparateExperts[Quantized]):
+class QuantizedExperts(SeparateExperts[Held]):
     """Experts with quantized weights."""
 
-    def _product(self, x: Tensor, weight: Quantized, bias: Tensor, *, gelu: bool = False) -> Tensor:
+    def _product(self, x: Tensor, weight: Held, bias: Tensor, *, gelu: bool = False) -> Tensor:
         return _linear(x, weight, bias, gelu=gelu)
 
 
-def _linear(x: Tensor, weight: Quantized, bias_O: Tensor, *, gelu: bool) -> Tensor:
-    y = weight.product(x).add_(bias_O)
+def _linear(x: Tensor, weight: Held, bias_O: Tensor, *, gelu: bool) -> Tensor:
+    y = weight.product(x, bias_O)
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-def _int8(weight_OI: Tensor, dtype: torch.dtype) -> Quantized:
+def _int8(weight_OI: Tensor, dtype: torch.dtype) -> Held:
     scale_O = (weight_OI.abs().amax(1) / 127).to(dtype)
-    value_OI = _divided(weight_OI, scale_O.unsqueeze(1)).round_().clamp_(-127, 127)
-    return Quantized(value_OI.to(torch.int8), scale_O, len(weight_OI))
+    value_OI = _divided(weight_OI, scale_O.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
+    own = eight_bits(value_OI, scale_O) if dtype == torch.bfloat16 else None
+    return own or Quantized(value_OI, scale_O, len(weight_OI))
 
 
 def _int4(weight_OI: Tensor, dtype: torch.dtype) -> Quantized:

@@ -1,4 +1,4 @@
-"""kernels.c as a library: built by the machine's compiler at first use, run on torch's threads."""
+"""The files of C as a library: built by the machine's compiler at first use, run on torch's threads."""
 
 import ctypes
 import functools
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("kernels.c")
+SOURCES = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
 COMPILE_WITHIN_S = 120.0
-KERNELS = ("product", "store", "attend")
+KERNELS = ("product", "halve8", "product8", "store", "attend")
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _Address, _Number = ctypes.c_void_p, ctypes.c_int64
 
 
 class Product(ctypes.Structure):
-    """The task of `product`, as in kernels.c."""
+    """The task of `product`, as in product.c."""
 
     _fields_ = (
         *((name, _Address) for name in ("weight", "x", "bias", "out")),
@@ -34,8 +34,18 @@ class Product(ctypes.Structure):
     )
 
 
+class Product8(ctypes.Structure):
+    """The task of `halve8` and `product8`, as in eight_bits.c."""
+
+    _fields_ = (
+        *((name, _Address) for name in ("weight", "scale", "start", "x", "low", "high", "unit")),
+        *((name, _Address) for name in ("bias", "out")),
+        *((name, _Number) for name in ("next", "blocks", "quads", "outputs", "rows")),
+    )
+
+
 class Attention(ctypes.Structure):
-    """The task of `store` and `attend`, as in kernels.c."""
+    """The task of `store` and `attend`, as in attention.c."""
 
     _fields_ = (
         *((name, _Address) for name in ("q", "keys", "values", "out", "places", "segments")),
@@ -53,10 +63,13 @@ class Kernels:
     """By name; one is missing where the processor has not got its instructions."""
     start: Callable[[int, object, int, int], None]
 
-    def run(self, name: str, task: Product | Attention) -> None:
-        """Call a kernel on every thread of torch's pool: a second pool would fight with it."""
+    def run(
+        self, name: str, task: Product | Product8 | Attention, most_threads: int = 2**31
+    ) -> None:
+        """Call a kernel on the threads of torch's pool: a second pool would fight with it."""
         task.next = 0
-        self.start(self.addresses[name], ctypes.byref(task), torch.get_num_threads(), 0)
+        threads = min(torch.get_num_threads(), most_threads)
+        self.start(self.addresses[name], ctypes.byref(task), threads, 0)
 
 
 @functools.cache
@@ -79,7 +92,7 @@ def kernels() -> Kernels | None:
     return Kernels({name: address for name, address in addresses.items() if address}, start)
 
 
-def built(folder: Path = SOURCE.parent / "__pycache__") -> Path:
+def built(folder: Path = SOURCES / "__pycache__") -> Path:
     """The library for this machine's processor, from `folder` or compiled into it.
 
     Raises OSError or SubprocessError, with a sentence, if that cannot be.
@@ -94,12 +107,13 @@ def built(folder: Path = SOURCE.parent / "__pycache__") -> Path:
         library = Path(tempfile.mkdtemp(prefix="gptmoe-kernels-")) / library.name
     library.parent.mkdir(exist_ok=True)
     draft = library.with_suffix(f".{os.getpid()}")
-    command = [compiler, *FLAGS, str(SOURCE), "-o", str(draft), "-lm"]
+    sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
+    command = [compiler, *FLAGS, *sources, "-o", str(draft), "-lm"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=COMPILE_WITHIN_S, check=False
     )
     if done.returncode:
-        raise OSError(f"{compiler} cannot compile {SOURCE.name}: {done.stderr.strip()[-500:]}")
+        raise OSError(f"{compiler} cannot compile the kernels: {done.stderr.strip()[-500:]}")
     draft.replace(library)  # at once: other processes may be looking for it
     return library
 
@@ -111,5 +125,6 @@ def _digest(compiler: str) -> str:
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         processor = platform.processor()
-    parts = (SOURCE.read_text(encoding="utf-8"), " ".join(FLAGS), compiler, processor)
+    sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCES.glob("*.[ch]")))
+    parts = (*sources, " ".join(FLAGS), compiler, processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -38,9 +38,10 @@ def test_another_processor_or_source_is_another_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = built(tmp_path)
-    source = tmp_path / "kernels.c"
-    source.write_text(library.SOURCE.read_text("utf-8") + "\n", "utf-8")
-    monkeypatch.setattr(library, "SOURCE", source)
+    sources = shutil.copytree(library.SOURCES, tmp_path / "kernels")
+    with (sources / "common.h").open("a") as shared:
+        shared.write("\n")
+    monkeypatch.setattr(library, "SOURCES", sources)
     assert built(tmp_path) != first
 
 
@@ -57,10 +58,9 @@ def test_where_nothing_can_be_written_it_goes_to_a_folder_of_its_own(tmp_path: P
 def test_what_does_not_compile_is_told_and_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = tmp_path / "kernels.c"
-    source.write_text("int attend(", "utf-8")
-    monkeypatch.setattr(library, "SOURCE", source)
-    with pytest.raises(OSError, match=r"cc cannot compile kernels\.c: .*error"):
+    (tmp_path / "attention.c").write_text("int attend(", "utf-8")
+    monkeypatch.setattr(library, "SOURCES", tmp_path)
+    with pytest.raises(OSError, match=r"cc cannot compile the kernels: .*error"):
         built(tmp_path)
     monkeypatch.setattr(library, "built", lambda: built(tmp_path))
     with caplog.at_level(logging.INFO):
