@@ -1,4 +1,4 @@
-"""The files of C as a library: built by the machine's compiler at first use, run on torch's threads."""
+"""The files of C as a library: built by the machine's compiler at first use, on torch's threads."""
 
 import ctypes
 import functools
