@@ -44,7 +44,6 @@ static inline int64_t next_piece(int64_t *counter)
 }
 
 #define WIDE 4 /* vectors of a block of outputs */
-#define MOST 2 /* rows that share the reading of a block */
 
 /* Round and write a row's sums for the outputs of a block, the last of which may not exist. */
 static inline void write_block(

@@ -2,6 +2,8 @@
 
 #include "common.h"
 
+#define MOST 3 /* rows that share the reading of a block */
+
 typedef struct {
     const integers *weight; /* [B, Q, WIDE]: 4 inputs of each output in 8 bits, for each quad of inputs */
     const float *scale;     /* [B, WIDE, LANES] */
@@ -60,7 +62,7 @@ static inline __attribute__((always_inline)) void block8_by_rows(
 #pragma GCC unroll 4
         for (int v = 0; v < WIDE; v++) {
             __m512i four = _mm512_loadu_si512(weight + quad * WIDE + v);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
             for (int r = 0; r < rows; r++) {
                 __m512i l = _mm512_set1_epi32((int)low[r * task->quads + quad]);
                 __m512i h = _mm512_set1_epi32((int)high[r * task->quads + quad]);
@@ -85,9 +87,10 @@ void product8(Product8 *task)
     int64_t block;
     while ((block = next_piece(&task->next)) < task->blocks)
         for (int64_t row = 0; row < task->rows; row += MOST)
-            if (row + 1 == task->rows)
-                block8_by_rows(task, block, row, 1);
-            else
-                block8_by_rows(task, block, row, MOST);
+            switch (task->rows - row) {
+            case 1: block8_by_rows(task, block, row, 1); break;
+            case 2: block8_by_rows(task, block, row, 2); break;
+            default: block8_by_rows(task, block, row, MOST);
+            }
 }
 #endif

@@ -2,6 +2,8 @@
 
 #include "common.h"
 
+#define MOST 4 /* rows that share the reading of a block */
+
 typedef struct {
     const words *weight;  /* [B, P, WIDE]: for each pair of inputs, two numbers of each output, 64
                              outputs together: as oneDNN packs */
@@ -30,7 +32,7 @@ static inline __attribute__((always_inline)) void block_by_rows(
 #pragma GCC unroll 4
             for (int v = 0; v < WIDE; v++) {
                 __m512bh two = (__m512bh)weight[pair * WIDE + v];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int r = 0; r < rows; r++) {
                     __m512i same = _mm512_set1_epi32((int)x[r * task->pairs + pair]);
                     sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)same, two);
@@ -49,9 +51,11 @@ void product(Product *task)
     int64_t block;
     while ((block = next_piece(&task->next)) < task->blocks)
         for (int64_t row = 0; row < task->rows; row += MOST)
-            if (row + 1 == task->rows)
-                block_by_rows(task, block, row, 1);
-            else
-                block_by_rows(task, block, row, MOST);
+            switch (task->rows - row) {
+            case 1: block_by_rows(task, block, row, 1); break;
+            case 2: block_by_rows(task, block, row, 2); break;
+            case 3: block_by_rows(task, block, row, 3); break;
+            default: block_by_rows(task, block, row, MOST);
+            }
 }
 #endif
