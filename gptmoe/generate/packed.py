@@ -18,6 +18,7 @@ from gptmoe.model.residual_moe import Mix
 from gptmoe.model.routing import LinearRouter
 from gptmoe.model.transformer import GPT
 
+from .kernels.router_weight import router_weight
 from .packed_weight import PackedWeight
 
 W = TypeVar("W")
@@ -50,7 +51,8 @@ def pack(network: GPT, *, head: bool = True, experts: bool = True) -> bool:
 
 def pack_router(router: LinearRouter | Mix) -> None:
     """What decides computes in float32 whatever the type of the model."""
-    router.weight = PackedWeight(router.weight, torch.float32)
+    served = router_weight(router.weight)
+    router.weight = PackedWeight(router.weight, torch.float32) if served is None else served
 
 
 class SeparateExperts(Experts, Generic[W]):

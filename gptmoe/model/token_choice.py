@@ -121,7 +121,8 @@ def _rows(choices: Choices, keep_KT: Tensor | None) -> tuple[Tensor, Tensor, Ten
     expert_R, weight_R = choices.expert_KT.flatten(), choices.weight_KT.flatten()
     places, tokens = choices.expert_KT.shape
     if keep_KT is None:
-        return torch.arange(tokens, device=expert_R.device).repeat(places), expert_R, weight_R
+        token_T = torch.arange(tokens, device=expert_R.device)
+        return token_T if places == 1 else token_T.repeat(places), expert_R, weight_R
     kept_R = keep_KT.flatten().nonzero().squeeze(1)
     return kept_R % tokens, expert_R[kept_R], weight_R[kept_R]
 

@@ -68,14 +68,6 @@ static inline floats exponential(floats x)
     return series * (floats)((whole + 127) << 23);
 }
 
-static inline float sum_of(floats x)
-{
-    const integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int half = LANES / 2; half; half /= 2)
-        x += __builtin_shuffle(x, lane ^ half);
-    return x[0];
-}
-
 /* softmax(q k^T / sqrt(width)) v over the keys up to the row's position, for one head. */
 static void attend_row(const Attention *task, int64_t row, int64_t head, float *score)
 {

@@ -38,6 +38,15 @@ static inline float wide(uint16_t number)
     return same;
 }
 
+/* Over the lanes. */
+static inline float sum_of(floats x)
+{
+    const integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int half = LANES / 2; half; half /= 2)
+        x += __builtin_shuffle(x, lane ^ half);
+    return x[0];
+}
+
 static inline int64_t next_piece(int64_t *counter)
 {
     return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);

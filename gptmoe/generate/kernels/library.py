@@ -18,7 +18,7 @@ import torch
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
 COMPILE_WITHIN_S = 120.0
-KERNELS = ("product", "halve8", "product8", "store", "attend")
+KERNELS = ("product", "halve8", "product8", "scores", "store", "attend")
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,15 @@ class Product8(ctypes.Structure):
     )
 
 
+class Scores(ctypes.Structure):
+    """The task of `scores`, as in scores.c."""
+
+    _fields_ = (
+        *((name, _Address) for name in ("weight", "x", "out")),
+        *((name, _Number) for name in ("next", "rows", "outputs", "vectors")),
+    )
+
+
 class Attention(ctypes.Structure):
     """The task of `store` and `attend`, as in attention.c."""
 
@@ -55,6 +64,9 @@ class Attention(ctypes.Structure):
     )
 
 
+Task = Product | Product8 | Scores | Attention
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """The library's functions, and what calls one on all threads."""
@@ -63,9 +75,7 @@ class Kernels:
     """By name; one is missing where the processor has not got its instructions."""
     start: Callable[[int, object, int, int], None]
 
-    def run(
-        self, name: str, task: Product | Product8 | Attention, most_threads: int = 2**31
-    ) -> None:
+    def run(self, name: str, task: Task, most_threads: int = 2**31) -> None:
         """Call a kernel on the threads of torch's pool: a second pool would fight with it."""
         task.next = 0
         threads = min(torch.get_num_threads(), most_threads)
