@@ -20,7 +20,7 @@ from gptmoe.parallel.apply import slice_layers
 from gptmoe.parallel.cuts import cut
 from gptmoe.parallel.layout import Layout
 from gptmoe.parallel.mesh import Mesh
-from gptmoe.parallel.stages import keep_stage
+from gptmoe.parallel.stages import Elsewhere, keep_stage
 
 from .parts import Part, layout_of
 
@@ -75,7 +75,9 @@ def load_part(
             experts = {layer: PackedExperts(held, dtype) for layer, held in experts.items()}
         return Weights(experts, None, num_bytes)
     read_state(checkpoint, model, device, dtype)
-    pack(model, head=part.stage == layout.pp - 1)
+    is_last = part.stage == layout.pp - 1
+    if pack(model, head=is_last) and is_last and part.stage > 0:
+        model.embed.tokens = Elsewhere()  # type: ignore[assignment]  # its packed copy is the head
     experts = {layer: _experts(model, layer) for layer in experts}
     return Weights(experts, model.eval(), num_bytes)
 

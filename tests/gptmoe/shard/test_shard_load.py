@@ -129,6 +129,23 @@ def test_stages_hold_their_layers_and_both_ends_the_token_table(checkpoint: Chec
     assert {"norm.weight", "norm.bias"} <= last
 
 
+def test_a_packed_head_is_all_that_the_last_stage_has_of_the_token_table(
+    checkpoint: Checkpoint,
+) -> None:
+    parts = arrange(SPEC, pp=2)
+    first, last = (load_part(checkpoint, SPEC, parts, i, torch.float32, CPU) for i in (0, 1))
+    assert "embed.tokens.weight" in held(first)
+    assert "embed.tokens.weight" not in held(last)
+    assert last.model is not None
+    hidden_BTD = torch.linspace(-1, 1, 3 * SPEC.d_model).view(1, 3, -1)
+    table = plain(checkpoint, arrange(SPEC), 0).model
+    assert table is not None
+    with torch.inference_mode():
+        expected = table.logits(table.norm(hidden_BTD.double()))
+        found = last.model.logits(last.model.norm(hidden_BTD))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_rank_of_experts_alone_holds_no_attention(checkpoint: Checkpoint, rank: int) -> None:
     parts = arrange(SPEC, dp=2, ep=2, expert_ranks=2)
