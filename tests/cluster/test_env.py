@@ -49,6 +49,9 @@ def test_a_child_finds_our_packages_and_may_start_a_cluster() -> None:
     child = env.child_environment({"PYTHONPATH": "/a:/b"}, starts_cluster=True)
     assert child["PYTHONPATH"] == f"{env.ROOT}:/a:/b"
     assert child["RAY_AUTH_MODE"] == "token"
+    assert child["RAY_health_check_period_ms"] == "500"
+    chosen = env.child_environment({"RAY_health_check_period_ms": "9"}, starts_cluster=True)
+    assert chosen["RAY_health_check_period_ms"] == "9"
     assert "RAY_AUTH_MODE" not in env.child_environment({}, starts_cluster=False)
 
 

@@ -8,6 +8,7 @@ from cluster import env
 NOTICE_S = 40
 CLUSTER = f"""
 import sys, time
+import psutil
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
@@ -16,6 +17,14 @@ def drain(node):
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     until_ms = int((time.time() + {NOTICE_S}) * 1000)
     GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", until_ms)
+
+def kill(node):
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    workers = raylet.children(recursive=True)
+    cluster.remove_node(node, allow_graceful=False)
+    for worker in workers:  # a machine takes them along; alone they live on for a while
+        if worker.is_running():
+            worker.kill()
 
 options = dict(num_cpus=0, include_dashboard=False, object_store_memory=80_000_000)
 cluster = Cluster(initialize_head=True, head_node_args=options)
@@ -27,7 +36,7 @@ for line in sys.stdin:
     elif line.startswith("drain"):
         drain(nodes[-1])
     else:
-        cluster.remove_node(nodes.pop(), allow_graceful=False)
+        kill(nodes.pop(0 if line.startswith("oldest") else -1))
     print(len(nodes), flush=True)
 cluster.shutdown()
 """
@@ -44,7 +53,7 @@ class Nodes:
         self.address = self._answer()
 
     def change(self, word: str, count: int) -> None:
-        """`add`, `remove` (kill) or `drain` (with notice) so many nodes."""
+        """`add`, `remove` (kill), kill the `oldest`, or `drain` (with notice) so many nodes."""
         assert self.process.stdin is not None
         for _ in range(count):
             self.process.stdin.write(word + "\n")
