@@ -42,6 +42,8 @@ def draw(curves: Sequence[Mapping[str, Any]], path: Path) -> None:
     _name(by_steps, "validation, causal routing", "step", "loss (nats a token)")
     _name(by_flops, "validation, causal routing", "training FLOPs, all parts", "")
     by_flops.set_xscale("log")
+    # Labels between the powers of ten overlap.
+    by_flops.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     _name(training, "training (expert choice: acausal at first)", "step", "loss (nats a token)")
     _name(load, "busiest expert over the mean, training", "step", "")
     by_steps.legend(fontsize="small")
