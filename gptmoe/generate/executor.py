@@ -78,7 +78,7 @@ class LocalExecutor:
         self.model = self._models[plan.version]
         self.cache.copy(plan.copies)
         hidden_TD = self.hidden(plan.spans, plan.num_decoding, tokens)
-        return self.logits(hidden_TD[output_rows(plan.spans)])
+        return self.logits(output_rows(hidden_TD, plan.spans))
 
     def hidden(
         self, spans: Sequence[Span], num_decoding: int, tokens: Mapping[str, Sequence[int]]
@@ -99,11 +99,17 @@ def tokens_of(spans: Sequence[Span], tokens: Mapping[str, Sequence[int]]) -> lis
     return ids
 
 
-def output_rows(spans: Sequence[SlotSpan]) -> list[int]:
-    """The rows of the tokens whose scores are wanted: the last ones of each span."""
+def output_rows(hidden_TD: Tensor, spans: Sequence[SlotSpan]) -> Tensor:
+    """The states of the tokens whose scores are wanted: the last ones of each span. [S, D]"""
+    if all(span.count == span.outputs for span in spans):
+        return hidden_TD
     ends = accumulate(span.count for span in spans)
-    return [
-        row for span, end in zip(spans, ends, strict=True) for row in range(end - span.outputs, end)
+    return hidden_TD[
+        [
+            row
+            for span, end in zip(spans, ends, strict=True)
+            for row in range(end - span.outputs, end)
+        ]
     ]
 
 

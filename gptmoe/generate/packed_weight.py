@@ -37,13 +37,12 @@ class PackedWeight(ServedWeight):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See ServedWeight.product."""
-        rows = x.shape[:-1].numel()
+        rows = x.numel() // x.shape[-1]
         if self.few_rows is not None and 0 < rows <= MOST_ROWS:
-            y_RO = self.few_rows.product(x.reshape(-1, x.shape[-1]).contiguous(), bias)
-        elif rows >= MIN_ROWS[x.dtype]:
+            return self.few_rows.product(x, bias)
+        if rows >= MIN_ROWS[x.dtype]:
             return self._of_many(x, bias)
-        else:
-            y_RO = self._of_many(_filled_up(x.flatten(0, -2)), bias)[:rows]
+        y_RO = self._of_many(_filled_up(x.flatten(0, -2)), bias)[:rows]
         return y_RO.view(*x.shape[:-1], -1)
 
     def _of_many(self, x: Tensor, bias: Tensor | None) -> Tensor:

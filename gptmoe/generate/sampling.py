@@ -21,6 +21,7 @@ Letters: B beams, N candidates, T places, V vocabulary.
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Iterable, Sequence
 
@@ -197,9 +198,10 @@ def _ids(token_ids: Sequence[int], like: Tensor) -> Tensor:
 
 def _check_finite(best: Tensor) -> None:
     """Whether the best of each row is finite; a NaN anywhere in a row is its best."""
-    if not bool(best.isfinite().all()):
-        found = float(best[~best.isfinite()].flatten()[0])
+    wrong = [found for found in best.flatten().tolist() if not math.isfinite(found)]
+    if wrong:
         raise CheckpointError(
-            f"the model's best score of the next token must be finite; found {found}: its weights "
-            "are damaged, or overflow in this dtype; verify the checkpoint, or load it in float32"
+            f"the model's best score of the next token must be finite; found {wrong[0]}: its "
+            "weights are damaged, or overflow in this dtype; verify the checkpoint, or load it in "
+            "float32"
         )

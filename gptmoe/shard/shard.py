@@ -188,7 +188,7 @@ class Shard:
         )
         if not self.is_last:
             return hidden_TD
-        return scores(weights.model, hidden_TD[output_rows(work.spans)])
+        return scores(weights.model, output_rows(hidden_TD, work.spans))
 
     def _answer_others(self, dispatcher: Dispatcher, experts: Experts) -> Pausing[None]:
         none_TD = torch.empty(0, self.spec.d_model, dtype=self.dtype, device=self.device)

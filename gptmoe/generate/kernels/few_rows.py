@@ -36,15 +36,16 @@ class FewRows:
     task: Product
     """What is the same in all products."""
 
-    def product(self, x_RI: Tensor, bias_O: Tensor | None) -> Tensor:
-        """x W^T + b, [R, O]; bfloat16, contiguous."""
-        out_RO = x_RI.new_empty(len(x_RI), self.task.outputs)
+    def product(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
+        """x W^T + b in bfloat16; x has any leading dimensions."""
+        x, outputs = x.contiguous(), self.task.outputs
+        out = x.new_empty(*x.shape[:-1], outputs)
         task = Product.from_buffer_copy(self.task)
-        task.x, task.out, task.rows = x_RI.data_ptr(), out_RO.data_ptr(), len(x_RI)
+        task.x, task.out, task.rows = x.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1]
         if bias_O is not None:
             task.bias = bias_O.data_ptr()
         self.compiled.run("product", task)
-        return out_RO
+        return out
 
 
 def few_rows(

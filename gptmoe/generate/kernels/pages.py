@@ -10,14 +10,18 @@ _COLLAPSE = 25  # MADV_COLLAPSE, since Linux 6.1: copies to huge pages at once
 
 
 def on_huge_pages(address: int, num_bytes: int) -> bool:
-    """Have the whole huge pages within this memory be such; whether the system did.
+    """Have the huge pages within this memory be such; whether the system did it.
 
-    What the memory holds stays as it is.
+    What the memory holds stays as it is. Those at its ends, which hold its neighbours too, are asked
+    for as well and may be refused: weights lie side by side, then no gaps are left between them.
     """
-    first = address + -address % HUGE_BYTES
-    count = (address + num_bytes - first) // HUGE_BYTES
-    advise = _madvise()
-    return count > 0 and advise is not None and advise(first, count * HUGE_BYTES, _COLLAPSE) == 0
+    advise, end = _madvise(), address + num_bytes
+    if advise is None:
+        return False
+    first, last = address + -address % HUGE_BYTES, end - end % HUGE_BYTES
+    for place in {first - HUGE_BYTES, last}:
+        advise(place, HUGE_BYTES, _COLLAPSE)
+    return last > first and advise(first, last - first, _COLLAPSE) == 0
 
 
 @functools.cache

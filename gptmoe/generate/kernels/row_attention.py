@@ -19,6 +19,8 @@ from .library import Attention, Kernels, kernels
 
 LANES = 16
 """Pairs of numbers of a head that the kernel takes at once, and keys."""
+ROWS_A_THREAD = 16
+"""To store the keys of fewer rows than these another thread is not worth waking."""
 
 
 def row_kernels(cache: KVCache) -> Kernels | None:
@@ -60,14 +62,15 @@ class RowAttend:
         if missing := rows - len(self._place_R2):
             last = self._place_R2[-1:].repeat(missing, 0)
             self._place_R2 = np.concatenate([self._place_R2, last])
-        stride = q_BTHK.stride(1)
-        assert all(x.stride()[1:] == (stride, width, 1) for x in (q_BTHK, k_BTHK, v_BTHK))
+        strides = q_BTHK.stride()
+        assert strides == k_BTHK.stride() == v_BTHK.stride()
+        assert strides[2:] == (width, 1)
         out_RHK = q_BTHK.new_empty(rows, heads, width)
         task = self._task
         task.q, task.keys, task.values = (x.data_ptr() for x in (q_BTHK, k_BTHK, v_BTHK))
         task.out, task.places = out_RHK.data_ptr(), self._place_R2.ctypes.data
-        task.layer, task.stride = layer - self._first_layer, stride
+        task.layer, task.stride = layer - self._first_layer, strides[1]
         task.rows, task.heads, task.width, task.threads = rows, heads, width, 0
-        self._compiled.run("store", task)
+        self._compiled.run("store", task, most_threads=1 + rows // ROWS_A_THREAD)
         self._compiled.run("attend", task)
         return out_RHK.unsqueeze(0)
