@@ -12,8 +12,8 @@ _COLLAPSE = 25  # MADV_COLLAPSE, since Linux 6.1: copies to huge pages at once
 def on_huge_pages(address: int, num_bytes: int) -> bool:
     """Have the huge pages within this memory be such; whether the system did it.
 
-    What the memory holds stays as it is. Those at its ends, which hold its neighbours too, are asked
-    for as well and may be refused: weights lie side by side, then no gaps are left between them.
+    What the memory holds stays as it is. Those at its ends, which hold its neighbours too, are
+    asked for as well and may be refused: weights lie side by side, and no gaps stay between them.
     """
     advise, end = _madvise(), address + num_bytes
     if advise is None:
