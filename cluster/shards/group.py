@@ -204,10 +204,15 @@ class ShardGroup:
             self._upkeep(self._live, fresh=max(ages_s.values(), default=0.0) < FRESH_S)
         return todo
 
+    def _misses_one(self) -> bool:
+        """Whether a step waits for a shard that is silent for too long."""
+        oldest_s = max((owner.heartbeat_age_s for owner in self.topology().owners), default=0.0)
+        return self._step_began_s is not None and oldest_s > self.job.limits.silent_s
+
     def _upkeep(self, live: ShardsExecutor, *, fresh: bool) -> None:
         if self._wanted and self._refreshing.acquire(blocking=False):
             wanted, self._wanted = self._wanted, ()
-            self._muster.keep(wanted)
+            self._muster.keep(wanted, self._misses_one)
             self._refreshing.release()
         if fresh and time.monotonic() - self._used_s > BEAT_AFTER_S:
             self._beat(live)

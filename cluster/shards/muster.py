@@ -138,14 +138,15 @@ class Muster:
             answers.check("refreshing")
         self.job = replace(self.job, checkpoint=checkpoint, version=version)
 
-    def keep(self, versions: tuple[int, ...]) -> None:
-        """All shards let go of all weights but these versions."""
+    def keep(self, versions: tuple[int, ...], hopeless: Callable[[], bool] = lambda: False) -> None:
+        """All shards let go of all weights but these versions. Not waited for when it has become
+        `hopeless`: a shard is lost."""
 
         def command(rank: int) -> Keep:
             return Keep(epoch=self._epoch, sequence=self._sent[rank] + 1, versions=versions)
 
         # Who is lost will be missed elsewhere.
-        self._count(order(self._actors, list(self._sent), command, PLAN_S))
+        self._count(order(self._actors, list(self._sent), command, PLAN_S, hopeless))
 
     def drain(self) -> None:
         """All shards leave their groups and take no more steps, as far as they can."""

@@ -1,0 +1,58 @@
+"""A group of shards as its supervisor sees it, without Ray."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from cluster.messages import Owner, Shard, Topology
+from cluster.shards.group import ShardGroup
+from cluster.shards.muster import GroupJob, Muster
+from gptmoe.model.spec import ModelSpec
+from gptmoe.shard.parts import arrange
+
+SPEC = ModelSpec(
+    num_layers=2, d_model=16, num_heads=2, d_ff=32, vocab_size=51, max_seq_len=16, num_experts=(4,)
+)
+
+
+@pytest.fixture
+def group() -> ShardGroup:
+    """Two stages that nobody has started."""
+    job = GroupJob(
+        run="test",
+        parts=arrange(SPEC, pp=2),
+        checkpoint="/nowhere",
+        config_digest="",
+        dtype="float32",
+        vocab_size=51,
+        slots=1,
+        num_cpus=1,
+        threads=1,
+    )
+    return ShardGroup(job)
+
+
+def test_letting_go_of_weights_does_not_wait_for_a_shard_that_is_lost(
+    group: ShardGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a shard that freezes at that moment is missed 5 s later."""
+    gave_up: list[bool] = []
+    silent_s = group.job.limits.silent_s
+
+    def keep(versions: tuple[int, ...], hopeless: Callable[[], bool]) -> None:
+        for step_s, age_s in ((None, silent_s + 1), (1.0, silent_s - 1), (1.0, silent_s + 1)):
+            group._step_began_s = step_s
+            late = replace(owner, rank=1, heartbeat_age_s=age_s)
+            topology = Topology(epoch=1, run="test", owners=(owner, late))
+            monkeypatch.setattr(group, "topology", partial(replace, topology))
+            gave_up.append(hopeless())
+
+    owner = Owner(worker="a", rank=0, node="here", pid=1, shard=Shard())
+    group._muster = cast(Muster, SimpleNamespace(keep=keep))
+    group.keep({3})
+    group._upkeep(None, fresh=False)  # type: ignore[arg-type]
+    assert gave_up == [False, False, True]
