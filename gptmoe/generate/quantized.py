@@ -8,7 +8,7 @@ Symmetric, without calibration, from the stored weights:
         in llama.cpp's Q4_0).
 
 Embeddings, norms, routers, mixes and biases stay as they are. The kernels for these products (in
-bfloat16 with 8 bits our own, else torch's) give a row the same bits among any number of rows and on
+bfloat16 our own, else torch's) give a row the same bits among any number of rows and on
 any number of threads: no padding.
 
 Letters: R rows, I in, O out, G groups of inputs.
@@ -30,7 +30,7 @@ from gptmoe.model.routing import LinearRouter
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 
-from .kernels.eight_bits import EightBits, eight_bits
+from .kernels.few_bits import FewBits, few_bits
 from .packed import SeparateExperts, can_pack, pack_router
 
 Weights = Literal["", "int8", "int4"]
@@ -72,7 +72,7 @@ class Quantized:
         return y_RO if x.dim() == 2 else y_RO.view(*x.shape[:-1], self.outputs)
 
 
-Held = Quantized | EightBits
+Held = Quantized | FewBits
 """A weight in the form that the fastest kernel for it reads."""
 
 
@@ -144,19 +144,24 @@ def _linear(x: Tensor, weight: Held, bias_O: Tensor, *, gelu: bool) -> Tensor:
 def _int8(weight_OI: Tensor, dtype: torch.dtype) -> Held:
     scale_O = (weight_OI.abs().amax(1) / 127).to(dtype)
     value_OI = _divided(weight_OI, scale_O.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
-    own = eight_bits(value_OI, scale_O) if dtype == torch.bfloat16 else None
+    own = few_bits(value_OI, scale_O.unsqueeze(1), 8) if dtype == torch.bfloat16 else None
     return own or Quantized(value_OI, scale_O, len(weight_OI))
 
 
-def _int4(weight_OI: Tensor, dtype: torch.dtype) -> Quantized:
+def _int4(weight_OI: Tensor, dtype: torch.dtype) -> Held:
     outputs, inputs = weight_OI.shape
     group = next(size for size in GROUPS if inputs % size == 0)
-    weight_OGI = F.pad(weight_OI, (0, 0, 0, -outputs % TILE)).unflatten(1, (-1, group))
+    weight_OGI = weight_OI.unflatten(1, (-1, group))
     largest_OG1 = weight_OGI.gather(2, weight_OGI.abs().argmax(2, keepdim=True))
     scale_OG = (largest_OG1.squeeze(2) / -8).to(dtype)
-    value_OGI = _divided(weight_OGI, scale_OG.unsqueeze(2)).round_().clamp_(-8, 7).add_(8)
-    values = torch.ops.aten._convert_weight_to_int4pack_for_cpu(value_OGI.int().flatten(1), 1)
-    scale_GO = scale_OG.t()
+    value_OGI = _divided(weight_OGI, scale_OG.unsqueeze(2)).round_().clamp_(-8, 7)
+    own = few_bits(value_OGI.flatten(1), scale_OG, 4) if dtype == torch.bfloat16 else None
+    if own is not None:
+        return own
+    missing = -outputs % TILE
+    value_OI = F.pad(value_OGI.flatten(1).add_(8).int(), (0, 0, 0, missing), value=8)
+    values = torch.ops.aten._convert_weight_to_int4pack_for_cpu(value_OI, 1)
+    scale_GO = F.pad(scale_OG, (0, 0, 0, missing)).t()
     scales = torch.stack((scale_GO, torch.zeros_like(scale_GO)), -1)
     return Quantized(values, scales, outputs, group)
 

@@ -23,8 +23,8 @@ from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer
 from tests.bench.peers import shape
 
-WEIGHT_BITS = {"": 16, "int8": 8, "int4": 4.5}
-"""int4: with 32 bits of scale and zero point for 64 weights."""
+WEIGHT_BITS = {"": 16, "int8": 8, "int4": 4.25}
+"""int4: with 16 bits of scale for 64 weights."""
 
 POOL = 10_000_019
 """Random numbers that are drawn; a prime, so that no two rows of a weight are equal."""

@@ -18,7 +18,7 @@ import torch
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
 COMPILE_WITHIN_S = 120.0
-KERNELS = ("product", "halve8", "product8", "scores", "store", "attend")
+KERNELS = ("product", "halve", "product8", "product4", "scores", "store", "attend")
 
 log = logging.getLogger(__name__)
 
@@ -34,13 +34,13 @@ class Product(ctypes.Structure):
     )
 
 
-class Product8(ctypes.Structure):
-    """The task of `halve8` and `product8`, as in eight_bits.c."""
+class FewBitsTask(ctypes.Structure):
+    """The task of `halve`, `product8` and `product4`, as in few_bits.c."""
 
     _fields_ = (
-        *((name, _Address) for name in ("weight", "scale", "start", "x", "low", "high", "unit")),
+        *((name, _Address) for name in ("weight", "scale", "x", "low", "high", "sums", "unit")),
         *((name, _Address) for name in ("bias", "out")),
-        *((name, _Number) for name in ("next", "blocks", "quads", "outputs", "rows")),
+        *((name, _Number) for name in ("next", "blocks", "quads", "group", "outputs", "rows")),
     )
 
 
@@ -64,7 +64,7 @@ class Attention(ctypes.Structure):
     )
 
 
-Task = Product | Product8 | Scores | Attention
+Task = Product | FewBitsTask | Scores | Attention
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,95 @@
+"""Products in bfloat16 with weights in 8 or 4 bits, at the speed at which memory is read.
+
+The processor multiplies bytes: x stands there in 16 bits, two bytes, of which the row's largest
+number is the last. Sums within a group of inputs are of whole numbers, groups are added in order:
+neither threads nor other rows change a bit.
+
+Letters: R rows, I inputs, O outputs, B blocks of outputs, V vectors, L lanes, Q quads of inputs,
+G groups of inputs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .library import FewBitsTask, Kernels, kernels
+from .pages import on_huge_pages
+
+VECTORS, LANES, QUAD = 4, 16, 4
+"""As in few_bits.c: vectors of a block of outputs, their outputs, inputs of one instruction."""
+ROWS_A_THREAD = 16
+"""To take apart fewer rows than these another thread is not worth waking."""
+
+
+@dataclass(frozen=True, slots=True)
+class FewBits:
+    """A weight [O, I] in few bits and a scale for each output and group of inputs."""
+
+    values: Tensor
+    """uint8, 8 bits: [B, Q, V, L, 4]; 4 bits: [B, Q / 2, V, L, 4], two quads a byte."""
+    scales: Tensor
+    """bfloat16 [B, G, V, L]."""
+    compiled: Kernels
+    kernel: str
+    task: FewBitsTask
+    """What is the same in all products."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What a product with it reads."""
+        return self.values.nbytes + self.scales.nbytes
+
+    def product(self, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
+        """x W^T + b; x has any leading dimensions."""
+        x, outputs = x.contiguous(), self.task.outputs
+        inputs = x.shape[-1]
+        rows = x.numel() // inputs
+        out = x.new_empty(*x.shape[:-1], outputs)
+        low_RI, high_RI = torch.empty(2, rows, inputs, dtype=torch.int8)
+        groups = self.task.quads // self.task.group
+        sums_R = torch.empty(rows, 2 * groups + 1, dtype=torch.int32)  # and the units
+        task = FewBitsTask.from_buffer_copy(self.task)
+        task.x, task.out, task.rows = x.data_ptr(), out.data_ptr(), rows
+        task.low, task.high = low_RI.data_ptr(), high_RI.data_ptr()
+        task.sums = sums_R.data_ptr()
+        task.unit = sums_R.data_ptr() + 8 * rows * groups
+        if bias_O is not None:
+            task.bias = bias_O.data_ptr()
+        self.compiled.run("halve", task, most_threads=1 + rows // ROWS_A_THREAD)
+        self.compiled.run(self.kernel, task)
+        return out
+
+
+def few_bits(value_OI: Tensor, scale_OG: Tensor, bits: int) -> FewBits | None:
+    """The kernel's form of whole numbers of 8 or 4 bits with signs and of their scales.
+
+    None on a machine without the kernel.
+    """
+    compiled, kernel = kernels(), f"product{bits}"
+    outputs, inputs = value_OI.shape
+    group = inputs // scale_OG.shape[1]
+    if compiled is None or kernel not in compiled.addresses or group % (QUAD * 8 // bits):
+        return None
+    missing = -outputs % (VECTORS * LANES)
+    moved_OI = (value_OI.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    moved_BVLQ4 = F.pad(moved_OI, (0, 0, 0, missing)).view(-1, VECTORS, LANES, inputs // QUAD, QUAD)
+    values = moved_BVLQ4.permute(0, 3, 1, 2, 4)
+    if bits == 4:
+        values = values[:, ::2] | values[:, 1::2] << 4
+    values = values.contiguous()
+    scale_BVLG = F.pad(scale_OG.bfloat16(), (0, 0, 0, missing)).view(
+        -1, VECTORS, LANES, inputs // group
+    )
+    scales = scale_BVLG.permute(0, 3, 1, 2).contiguous()
+    on_huge_pages(values.data_ptr(), values.nbytes)
+    task = FewBitsTask(
+        weight=values.data_ptr(),
+        scale=scales.data_ptr(),
+        blocks=len(values),
+        quads=inputs // QUAD,
+        group=group // QUAD,
+        outputs=outputs,
+    )
+    return FewBits(values, scales, compiled, kernel, task)
