@@ -22,6 +22,7 @@ from gptmoe.generate.quantized import Weights, quantize
 from gptmoe.generate.request import Request, make_request
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.memory import available_bytes
+from gptmoe.model.layers import ServedWeight
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.state import begin_state, read_state
 from gptmoe.model.transformer import GPT
@@ -156,7 +157,7 @@ def may_copy(mapped_bytes: int, available: int | None) -> bool:
 def _narrow(network: GPT) -> None:
     """Bring what was left as it is stored to the type in which it is kept."""
     for name, parameter in network.named_parameters():
-        if not parameter.is_mkldnn:
+        if not isinstance(parameter, ServedWeight):
             parameter.data = parameter.data.to(kept_dtype(name, network.compute_dtype))
 
 

@@ -11,15 +11,15 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gptmoe.model.experts import MIN_ROWS, Experts, expert_spans
-from gptmoe.model.layers import Linear, linear
+from gptmoe.model.experts import Experts, expert_spans
+from gptmoe.model.layers import Linear, ServedWeight, linear
 from gptmoe.model.moe import MoE
 from gptmoe.model.residual_moe import Mix
 from gptmoe.model.routing import LinearRouter
 from gptmoe.model.transformer import GPT
 
 from .kernels.router_weight import router_weight
-from .packed_weight import PackedWeight
+from .packed_weight import can_pack, packed_weight
 
 W = TypeVar("W")
 
@@ -36,10 +36,10 @@ def pack(network: GPT, *, head: bool = True, experts: bool = True) -> bool:
     if not can_pack(dtype, next(network.parameters()).device):
         return False
     if head:
-        network.head = partial(linear, weight=PackedWeight(network.embed.tokens.weight, dtype))
+        network.head = partial(linear, weight=packed_weight(network.embed.tokens.weight, dtype))
     for module in list(network.modules()):
         if isinstance(module, Linear):
-            module.weight = PackedWeight(module.weight, dtype)
+            module.weight = packed_weight(module.weight, dtype)
         elif isinstance(module, (LinearRouter, Mix)):
             pack_router(module)
         elif isinstance(module, MoE) and experts:
@@ -52,7 +52,7 @@ def pack(network: GPT, *, head: bool = True, experts: bool = True) -> bool:
 def pack_router(router: LinearRouter | Mix) -> None:
     """What decides computes in float32 whatever the type of the model."""
     served = router_weight(router.weight)
-    router.weight = PackedWeight(router.weight, torch.float32) if served is None else served
+    router.weight = packed_weight(router.weight, torch.float32) if served is None else served
 
 
 class SeparateExperts(Experts, Generic[W]):
@@ -89,20 +89,13 @@ class SeparateExperts(Experts, Generic[W]):
         raise NotImplementedError
 
 
-class PackedExperts(SeparateExperts[PackedWeight]):
+class PackedExperts(SeparateExperts[ServedWeight]):
     """Experts with packed weights."""
 
     def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
-        super().__init__(experts, partial(PackedWeight, dtype=dtype))
+        super().__init__(experts, partial(packed_weight, dtype=dtype))
 
     def _product(
-        self, x: Tensor, weight: PackedWeight, bias: Tensor, *, gelu: bool = False
+        self, x: Tensor, weight: ServedWeight, bias: Tensor, *, gelu: bool = False
     ) -> Tensor:
         return linear(x, weight, bias, gelu=gelu)
-
-
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this machine has kernels for packed weights of that type."""
-    if device.type != "cpu" or dtype not in MIN_ROWS or not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,4 +1,4 @@
-"""One weight in the layout that the CPU's matrix kernels read.
+"""One weight in the layout that the CPU's matrix kernels read: oneDNN's, or ours without it.
 
 Letters: R rows, I inputs, O outputs.
 """
@@ -12,6 +12,7 @@ from gptmoe.model.layers import ServedWeight
 
 from .kernels.few_rows import MOST_ROWS, FewRows, few_rows
 from .kernels.pages import on_huge_pages
+from .kernels.widened import WidenedWeight, widening
 
 
 class PackedWeight(ServedWeight):
@@ -47,6 +48,24 @@ class PackedWeight(ServedWeight):
 
     def _of_many(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self, bias, "none", [], "")
+
+
+def packed_weight(weight_OI: Tensor, dtype: torch.dtype) -> ServedWeight:
+    """A weight for products of that type; see `can_pack`."""
+    if dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return PackedWeight(weight_OI, dtype)
+    compiled = widening()
+    assert compiled is not None
+    return WidenedWeight(weight_OI, compiled)
+
+
+def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this machine has kernels for packed weights of that type."""
+    if device.type != "cpu" or dtype not in MIN_ROWS or not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return True
+    return widening() is not None
 
 
 def _filled_up(x_RI: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 
 from .kernels.few_bits import FewBits, few_bits
-from .packed import SeparateExperts, can_pack, pack_router
+from .packed import SeparateExperts, pack_router
+from .packed_weight import can_pack
 
 Weights = Literal["", "int8", "int4"]
 """How the weights of products are held; empty: in the type that computes."""

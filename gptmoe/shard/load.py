@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from gptmoe.checkpoint import Checkpoint
 from gptmoe.checkpoint.boxes import Box
-from gptmoe.generate.packed import PackedExperts, can_pack, pack
+from gptmoe.generate.packed import PackedExperts, pack
+from gptmoe.generate.packed_weight import can_pack
 from gptmoe.loaded import check_shape, kept_dtype
 from gptmoe.model.experts import Experts
 from gptmoe.model.moe import MoE

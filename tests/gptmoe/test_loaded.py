@@ -17,6 +17,7 @@ from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.quantized import quantized
 from gptmoe.loaded import EXPERT_WEIGHTS
 from gptmoe.model.initialize import initialize
+from gptmoe.model.layers import ServedWeight
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer, load_tokenizer
@@ -139,7 +140,7 @@ def test_other_types_are_near(
     assert block.norm_ffn.weight.dtype == block.ffn.router.weight.dtype == wide
     assert str(block.attention.qkv.weight.dtype) == f"torch.{dtype}"
     is_packed = packed and dtype != "float64"
-    assert block.attention.qkv.weight.is_mkldnn == is_packed
+    assert isinstance(block.attention.qkv.weight, ServedWeight) == is_packed
     tokens_BT = make_tokens(model, 2, 12)
     expected = model.logits(tokens_BT)
     scale = float(expected.abs().max())
@@ -259,7 +260,7 @@ def test_experts_beyond_the_memory_stay_mapped(
         model = gptmoe.load(run, dtype)
         moe = model.network.layers[1].ffn
         assert isinstance(moe.experts, PackedExperts) == copied
-        assert model.network.layers[0].attention.qkv.weight.is_mkldnn
+        assert isinstance(model.network.layers[0].attention.qkv.weight, ServedWeight)
         answer = model.logits([[1, 2, 3]])
         if available == half:
             expected = answer

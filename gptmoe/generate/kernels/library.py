@@ -16,9 +16,26 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared")
+FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fPIC",
+    "-shared",
+    "-Wno-psabi",
+)
 COMPILE_WITHIN_S = 120.0
-KERNELS = ("product", "halve", "product8", "product4", "scores", "store", "attend")
+KERNELS = (
+    "product",
+    "widened_product",
+    "halve",
+    "product8",
+    "product4",
+    "scores",
+    "store",
+    "attend",
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +43,7 @@ _Address, _Number = ctypes.c_void_p, ctypes.c_int64
 
 
 class Product(ctypes.Structure):
-    """The task of `product`, as in product.c."""
+    """The task of `product` and `widened_product`, as in product.h."""
 
     _fields_ = (
         *((name, _Address) for name in ("weight", "x", "bias", "out")),

@@ -1,17 +1,8 @@
-/* The product of a few rows with a packed weight. P pairs of inputs; see common.h. */
+/* The product of a few rows with a weight that oneDNN packed; see product.h. */
 
-#include "common.h"
+#include "product.h"
 
 #define MOST 4 /* rows that share the reading of a block */
-
-typedef struct {
-    const words *weight;  /* [B, P, WIDE]: for each pair of inputs, two numbers of each output, 64
-                             outputs together: as oneDNN packs */
-    const uint32_t *x;    /* [R, P] */
-    const uint16_t *bias; /* [O] or null */
-    uint16_t *out;        /* [R, O] */
-    int64_t next, blocks, pairs, chunk, outputs, rows;
-} Product;
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>

@@ -102,4 +102,4 @@ def test_rows_and_threads_change_no_bit(dtype: torch.dtype) -> None:
 def test_float64_is_not_packed() -> None:
     network = make_network(torch.float64)
     assert not pack(network)
-    assert not network.layers[0].attention.qkv.weight.is_mkldnn
+    assert not isinstance(network.layers[0].attention.qkv.weight, ServedWeight)

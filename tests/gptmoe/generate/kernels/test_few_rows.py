@@ -97,6 +97,7 @@ def test_a_chunk_with_other_bits_is_found_out() -> None:
 
 
 def test_float32_and_odd_widths_are_left_to_onednn() -> None:
+    weight_of(64, 64)
     assert PackedWeight(torch.randn(64, 64), torch.float32).few_rows is None
     assert PackedWeight(torch.randn(64, 33), torch.bfloat16).few_rows is None
 
