@@ -59,12 +59,11 @@ static inline floats exponential(floats x)
     scaled = (floats)((fits & (words)scaled) | (~fits & (words)((floats){} - 126.0f)));
     integers whole = __builtin_convertvector(scaled - 0.5f, integers); /* to nearest, as x <= 0 */
     floats f = scaled - __builtin_convertvector(whole, floats);
-    floats series = f * 1.5403530393381608e-4f + 1.3333558146428443e-3f;
-    series = series * f + 9.618129107628477e-3f;
-    series = series * f + 5.550410866482158e-2f;
-    series = series * f + 2.402265069591007e-1f;
-    series = series * f + 6.931471805599453e-1f;
-    series = series * f + 1.0f;
+    const float factors[] = {1.3333558146428443e-3f, 9.618129107628477e-3f, 5.550410866482158e-2f,
+                             2.402265069591007e-1f,  6.931471805599453e-1f, 1.0f};
+    floats series = (floats){} + 1.5403530393381608e-4f;
+    for (int i = 0; i < 6; i++)
+        series = plus_product((floats){} + factors[i], series, f);
     return series * (floats)((whole + 127) << 23);
 }
 
@@ -81,8 +80,8 @@ static void attend_row(const Attention *task, int64_t row, int64_t head, float *
         for (int64_t c = segment->first; c < keys && c < segment->first + segment->size; c++) {
             floats sum = {};
             for (int64_t v = 0; v < vectors; v++, key++) {
-                sum += odd(q[v]) * odd(*key);
-                sum += even(q[v]) * even(*key);
+                sum = plus_product(sum, odd(q[v]), odd(*key));
+                sum = plus_product(sum, even(q[v]), even(*key));
             }
             score[c] = sum_of(sum) * scale;
             largest = score[c] > largest ? score[c] : largest;
@@ -105,8 +104,9 @@ static void attend_row(const Attention *task, int64_t row, int64_t head, float *
             const words *value = (const words *)head_of(task, segment->values, segment, slot, head);
             value += v;
             for (int64_t c = segment->first; c < keys && c < segment->first + segment->size; c++) {
-                odds += score[c] * odd(*value);
-                evens += score[c] * even(*value);
+                floats weight = (floats){} + score[c];
+                odds = plus_product(odds, weight, odd(*value));
+                evens = plus_product(evens, weight, even(*value));
                 value += vectors;
             }
         }

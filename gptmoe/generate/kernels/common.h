@@ -11,17 +11,39 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
-#define LANES 16 /* float32 numbers in a vector */
+#ifdef __AVX512F__
+#define LANES 16 /* float32 numbers in a register */
+#else
+#define LANES 8
+#endif
+#define BLOCK 64 /* outputs that stand together in a weight */
+#define WIDE (BLOCK / LANES)
 
-typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t words __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t integers __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t halves __attribute__((vector_size(32)));
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 /* The second and the first number of each pair of bfloat16 numbers. */
 static inline floats odd(words pairs) { return (floats)(pairs & 0xFFFF0000u); }
 static inline floats even(words pairs) { return (floats)(pairs << 16); }
+
+/* a b + sum. Said outright: a compiler that may choose rounds once in one place and twice in another
+   (gcc for AMD's processors), and then a row's bits depend on its neighbours. */
+static inline floats plus_product(floats sum, floats a, floats b)
+{
+#if defined __AVX512F__
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined __FMA__
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
+}
 
 /* float32 to bfloat16 in the lower half, ties to even. */
 static inline words rounded(floats number)
@@ -41,7 +63,9 @@ static inline float wide(uint16_t number)
 /* Over the lanes. */
 static inline float sum_of(floats x)
 {
-    const integers lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    integers lane;
+    for (int i = 0; i < LANES; i++)
+        lane[i] = i;
     for (int half = LANES / 2; half; half /= 2)
         x += __builtin_shuffle(x, lane ^ half);
     return x[0];
@@ -52,13 +76,11 @@ static inline int64_t next_piece(int64_t *counter)
     return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
 }
 
-#define WIDE 4 /* vectors of a block of outputs */
-
 /* Round and write a row's sums for the outputs of a block, the last of which may not exist. */
 static inline void write_block(
     floats *sums, const uint16_t *bias, uint16_t *out, int64_t block, int64_t outputs)
 {
-    int64_t o = block * WIDE * LANES;
+    int64_t o = block * BLOCK;
     for (int64_t v = 0; v < WIDE && o < outputs; v++, o += LANES) {
         halves some = {0};
         int64_t bytes = 2 * (outputs - o < LANES ? outputs - o : LANES);

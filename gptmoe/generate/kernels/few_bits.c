@@ -6,13 +6,13 @@
 
 #include "common.h"
 
-#define MOST 3      /* rows whose sums fill the registers */
+#define MOST 3        /* rows whose sums fill the registers */
 #define LARGEST 32639 /* 127 * 256 + 127: of two bytes with signs */
 
 typedef struct {
     const words *weight;   /* 8 bits: [B, Q, WIDE], 4 bits: [B, Q / 2, WIDE]; 4 inputs of each output,
                               and 4 more in the upper halves */
-    const uint16_t *scale; /* [B, G, WIDE, LANES] */
+    const uint16_t *scale; /* [B, G, 64] */
     const uint16_t *x;     /* [R, 4 Q] */
     uint32_t *low, *high;  /* [R, Q]: x = unit (256 high + low), 4 bytes of each */
     int32_t *sums;         /* [R, G, 2]: of low and of high */
@@ -52,61 +52,81 @@ void halve(FewBits *task)
 }
 
 #ifdef __AVX512VNNI__
-#include <immintrin.h>
+#define MOVED8 128  /* how far a weight in 8 bits is still moved when it is multiplied */
+#define TOGETHER 4  /* vectors of outputs whose sums fill the registers */
 
 /* Add to each number the 4 products of its bytes. gcc 12 moves the sums about if it may choose. */
-static inline __attribute__((always_inline)) __m512i plus_products(
-    __m512i sums, __m512i weights, __m512i x)
+static inline __attribute__((always_inline)) integers plus_products(
+    integers sums, words weights, words x, const int bits)
 {
+    (void)bits;
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(x));
     return sums;
 }
+#elif defined __AVX2__ && !defined __AVX512F__
+#define MOVED8 0
+#define TOGETHER 2
 
-/* The products of one group of inputs, scaled, added to the sums of a block for some rows. */
+/* The same in three steps. Sums of two products must fit into 16 bits: a weight in 8 bits gets back
+   its sign, and x gives its own to it. */
+static inline __attribute__((always_inline)) integers plus_products(
+    integers sums, words weights, words x, const int bits)
+{
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i two = bits == 4
+        ? _mm256_maddubs_epi16((__m256i)weights, (__m256i)x)
+        : _mm256_maddubs_epi16(
+              _mm256_abs_epi8((__m256i)x),
+              _mm256_sign_epi8((__m256i)(weights ^ 0x80808080u), (__m256i)x));
+    return sums + (integers)_mm256_madd_epi16(two, ones);
+}
+#endif
+
+#ifdef TOGETHER
+/* The products of one group of inputs, scaled, added to the sums of some vectors for some rows. */
 static inline __attribute__((always_inline)) void add_group(
-    const FewBits *task, int64_t block, int64_t row, int64_t group, floats (*total)[WIDE],
-    const int rows, const int bits)
+    const FewBits *task, int64_t block, int64_t row, int64_t group, int64_t vector,
+    floats (*total)[WIDE], const int rows, const int bits)
 {
     const int quads = 8 / bits; /* in a word */
-    const int32_t moved = bits == 8 ? 128 : 8;
-    const __m512i nibbles = _mm512_set1_epi8(15);
+    const int32_t moved = bits == 8 ? MOVED8 : 8;
     int64_t groups = task->quads / task->group, first = group * task->group;
-    const __m512i *weight =
-        (const __m512i *)task->weight + (block * task->quads + first) / quads * WIDE;
-    __m512i lows[MOST][WIDE], highs[MOST][WIDE];
+    const words *weight = task->weight + (block * task->quads + first) / quads * WIDE + vector;
+    integers lows[MOST][TOGETHER], highs[MOST][TOGETHER];
     for (int r = 0; r < rows; r++) {
         const int32_t *sums = task->sums + ((row + r) * groups + group) * 2;
-        for (int v = 0; v < WIDE; v++) {
-            lows[r][v] = _mm512_set1_epi32(-moved * sums[0]);
-            highs[r][v] = _mm512_set1_epi32(-moved * sums[1]);
+        for (int v = 0; v < TOGETHER; v++) {
+            lows[r][v] = (integers){} - moved * sums[0];
+            highs[r][v] = (integers){} - moved * sums[1];
         }
     }
     for (int64_t quad = first; quad < first + task->group; quad += quads, weight += WIDE)
 #pragma GCC unroll 2
         for (int part = 0; part < quads; part++)
 #pragma GCC unroll 4
-            for (int v = 0; v < WIDE; v++) {
-                __m512i four = _mm512_loadu_si512(weight + v);
+            for (int v = 0; v < TOGETHER; v++) {
+                words four = weight[v];
                 if (bits == 4)
-                    four = _mm512_and_si512(part ? _mm512_srli_epi32(four, 4) : four, nibbles);
+                    four = (part ? four >> 4 : four) & 0x0F0F0F0Fu;
 #pragma GCC unroll 3
                 for (int r = 0; r < rows; r++) {
                     int64_t place = (row + r) * task->quads + quad + part;
-                    __m512i low = _mm512_set1_epi32((int)task->low[place]);
-                    __m512i high = _mm512_set1_epi32((int)task->high[place]);
-                    lows[r][v] = plus_products(lows[r][v], four, low);
-                    highs[r][v] = plus_products(highs[r][v], four, high);
+                    words low = (words){} + task->low[place];
+                    words high = (words){} + task->high[place];
+                    lows[r][v] = plus_products(lows[r][v], four, low, bits);
+                    highs[r][v] = plus_products(highs[r][v], four, high, bits);
                 }
             }
-    const uint16_t *scales = task->scale + (block * groups + group) * WIDE * LANES;
-    for (int v = 0; v < WIDE; v++) {
+    const uint16_t *scales = task->scale + (block * groups + group) * BLOCK + vector * LANES;
+    for (int v = 0; v < TOGETHER; v++) {
         halves narrow;
         memcpy(&narrow, scales + v * LANES, sizeof narrow);
         floats scale = (floats)(__builtin_convertvector(narrow, words) << 16);
         for (int r = 0; r < rows; r++) {
-            floats sum = __builtin_convertvector((integers)highs[r][v], floats) * 256.0f;
-            sum += __builtin_convertvector((integers)lows[r][v], floats);
-            total[r][v] += sum * scale;
+            floats sum = __builtin_convertvector(highs[r][v], floats) * 256.0f;
+            sum += __builtin_convertvector(lows[r][v], floats);
+            floats *all = &total[r][vector + v];
+            *all = plus_product(*all, sum, scale);
         }
     }
 }
@@ -116,7 +136,8 @@ static inline __attribute__((always_inline)) void block_by_rows(
 {
     floats total[MOST][WIDE] = {0};
     for (int64_t group = 0; group < task->quads / task->group; group++)
-        add_group(task, block, row, group, total, rows, bits);
+        for (int64_t vector = 0; vector < WIDE; vector += TOGETHER)
+            add_group(task, block, row, group, vector, total, rows, bits);
     for (int r = 0; r < rows; r++) {
         for (int v = 0; v < WIDE; v++)
             total[r][v] *= task->unit[row + r];

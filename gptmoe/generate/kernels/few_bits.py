@@ -63,7 +63,7 @@ class FewBits:
 
 
 def few_bits(value_OI: Tensor, scale_OG: Tensor, bits: int) -> FewBits | None:
-    """The kernel's form of whole numbers of 8 or 4 bits with signs and of their scales.
+    """The kernel's form of whole numbers (-127..127 or -8..7) and of their scales.
 
     None on a machine without the kernel.
     """

@@ -20,7 +20,7 @@ FLAGS = (
     "-std=gnu11",
     "-O3",
     "-march=native",
-    "-ffp-contract=fast",
+    "-ffp-contract=off",
     "-fPIC",
     "-shared",
     "-Wno-psabi",
@@ -66,7 +66,7 @@ class Scores(ctypes.Structure):
 
     _fields_ = (
         *((name, _Address) for name in ("weight", "x", "out")),
-        *((name, _Number) for name in ("next", "rows", "outputs", "vectors")),
+        *((name, _Number) for name in ("next", "rows", "outputs", "inputs")),
     )
 
 

@@ -5,8 +5,6 @@
 #define MOST 4 /* rows that share the reading of a block */
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
-
 /* The order of additions is oneDNN's: the instruction adds the odd product of a pair, then the even
    one; every `chunk` of pairs has a sum of its own; the bias comes last. */
 static inline __attribute__((always_inline)) void block_by_rows(

@@ -12,7 +12,7 @@ from gptmoe.model.layers import ServedWeight
 from .library import Kernels, Scores, kernels
 
 LANES = 16
-"""Inputs of one instruction."""
+"""Inputs of the widest instruction."""
 ROWS_A_THREAD = 16
 """For fewer rows than these another thread is not worth waking."""
 
@@ -42,7 +42,7 @@ class RouterWeight(ServedWeight):
             out=out_RE.data_ptr(),
             rows=len(x_RD),
             outputs=outputs,
-            vectors=inputs // LANES,
+            inputs=inputs,
         )
         self.compiled.run("scores", task, most_threads=1 + len(x_RD) // ROWS_A_THREAD)
         return out_RE if bias is None else out_RE.add_(bias)

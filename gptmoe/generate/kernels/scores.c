@@ -10,22 +10,24 @@ typedef struct {
     const float *weight; /* [E, D] */
     const float *x;      /* [R, D] */
     float *out;          /* [R, E] */
-    int64_t next, rows, outputs, vectors;
+    int64_t next, rows, outputs, inputs;
 } Scores;
 
 /* A sum for each lane in order of the inputs, then over the lanes: alike for each row and output. */
 static inline __attribute__((always_inline)) void some_scores(
     const Scores *task, int64_t row, const int rows, int64_t output, const int outputs)
 {
-    const floats *x = (const floats *)task->x + row * task->vectors;
-    const floats *weight = (const floats *)task->weight + output * task->vectors;
+    int64_t vectors = task->inputs / LANES;
+    const floats *x = (const floats *)task->x + row * vectors;
+    const floats *weight = (const floats *)task->weight + output * vectors;
     floats sum[ROWS][SOME] = {0};
-    for (int64_t v = 0; v < task->vectors; v++)
+    for (int64_t v = 0; v < vectors; v++)
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
             for (int o = 0; o < outputs; o++)
-                sum[r][o] += x[r * task->vectors + v] * weight[o * task->vectors + v];
+                sum[r][o] = plus_product(
+                    sum[r][o], x[r * vectors + v], weight[o * vectors + v]);
     for (int r = 0; r < rows; r++)
         for (int o = 0; o < outputs; o++)
             task->out[(row + r) * task->outputs + output + o] = sum_of(sum[r][o]);
