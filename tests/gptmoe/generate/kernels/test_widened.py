@@ -1,4 +1,4 @@
-"""Weights that are widened as they are read: exact inputs, and bits that depend on the row alone."""
+"""Weights that are widened as they are read: rounded once, and bits that depend on the row alone."""
 
 import threading
 
