@@ -18,6 +18,7 @@ from gptmoe.model.residual_moe import Mix
 from gptmoe.model.routing import LinearRouter
 from gptmoe.model.transformer import GPT
 
+from .kernels.plain import PlainWeight, kernels_of_mapped
 from .kernels.router_weight import router_weight
 from .packed_weight import can_pack, packed_weight
 
@@ -29,7 +30,7 @@ def pack(network: GPT, *, head: bool = True, experts: bool = True) -> bool:
 
     Each plain weight is given up as its packed copy is made; only the token table, which is read by
     rows too, is kept beside the copy that serves as the `head`. Without `experts` theirs stay as
-    they are: memory-mapped ones then take only the memory of those that were asked for. A packed
+    they lie: memory-mapped ones then take only the memory of those that were asked for. A packed
     network cannot be trained.
     """
     dtype = network.compute_dtype
@@ -42,8 +43,9 @@ def pack(network: GPT, *, head: bool = True, experts: bool = True) -> bool:
             module.weight = packed_weight(module.weight, dtype)
         elif isinstance(module, (LinearRouter, Mix)):
             pack_router(module)
-        elif isinstance(module, MoE) and experts:
-            module.experts = PackedExperts(module.experts, dtype)
+        elif isinstance(module, MoE):
+            held = module.experts
+            module.experts = PackedExperts(held, dtype) if experts else mapped_experts(held)
     # Packed products see to their rows; in float32 it is cheaper to have enough from the start.
     network.fixed_rows = dtype != torch.bfloat16
     return True
@@ -89,13 +91,23 @@ class SeparateExperts(Experts, Generic[W]):
         raise NotImplementedError
 
 
-class PackedExperts(SeparateExperts[ServedWeight]):
-    """Experts with packed weights."""
-
-    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
-        super().__init__(experts, partial(packed_weight, dtype=dtype))
+class ServedExperts(SeparateExperts[ServedWeight]):
+    """Experts whose weights compute their own products."""
 
     def _product(
         self, x: Tensor, weight: ServedWeight, bias: Tensor, *, gelu: bool = False
     ) -> Tensor:
         return linear(x, weight, bias, gelu=gelu)
+
+
+class PackedExperts(ServedExperts):
+    """Experts with packed weights."""
+
+    def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
+        super().__init__(experts, partial(packed_weight, dtype=dtype))
+
+
+def mapped_experts(experts: Experts) -> Experts:
+    """The same experts where they lie, for inference, by the fastest products for that."""
+    compiled = kernels_of_mapped(experts.up_weight) and kernels_of_mapped(experts.down_weight)
+    return ServedExperts(experts, partial(PlainWeight, compiled=compiled)) if compiled else experts

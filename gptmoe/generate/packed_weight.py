@@ -1,4 +1,4 @@
-"""One weight in the layout that the CPU's matrix kernels read: oneDNN's, or ours without it.
+"""One weight in the layout that the CPU's matrix kernels read: oneDNN's, or without it ours.
 
 Letters: R rows, I inputs, O outputs.
 """
@@ -11,8 +11,9 @@ from gptmoe.model.experts import MIN_ROWS
 from gptmoe.model.layers import ServedWeight
 
 from .kernels.few_rows import MOST_ROWS, FewRows, few_rows
+from .kernels.library import kernels
 from .kernels.pages import on_huge_pages
-from .kernels.widened import WidenedWeight, widening
+from .kernels.plain import plain_weight
 
 
 class PackedWeight(ServedWeight):
@@ -54,9 +55,9 @@ def packed_weight(weight_OI: Tensor, dtype: torch.dtype) -> ServedWeight:
     """A weight for products of that type; see `can_pack`."""
     if dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return PackedWeight(weight_OI, dtype)
-    compiled = widening()
-    assert compiled is not None
-    return WidenedWeight(weight_OI, compiled)
+    weight = plain_weight(weight_OI)
+    assert weight is not None
+    return weight
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -65,7 +66,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return True
-    return widening() is not None
+    return kernels() is not None
 
 
 def _filled_up(x_RI: Tensor) -> Tensor:

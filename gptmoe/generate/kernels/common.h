@@ -60,6 +60,13 @@ static inline float wide(uint16_t number)
     return same;
 }
 
+static inline uint16_t narrow(float number)
+{
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+}
+
 /* Over the lanes. */
 static inline float sum_of(floats x)
 {

@@ -28,7 +28,7 @@ FLAGS = (
 COMPILE_WITHIN_S = 120.0
 KERNELS = (
     "product",
-    "widened_product",
+    "plain_product",
     "halve",
     "product8",
     "product4",
@@ -43,11 +43,20 @@ _Address, _Number = ctypes.c_void_p, ctypes.c_int64
 
 
 class Product(ctypes.Structure):
-    """The task of `product` and `widened_product`, as in product.h."""
+    """The task of `product`, as in product.c."""
 
     _fields_ = (
         *((name, _Address) for name in ("weight", "x", "bias", "out")),
         *((name, _Number) for name in ("next", "blocks", "pairs", "chunk", "outputs", "rows")),
+    )
+
+
+class Plain(ctypes.Structure):
+    """The task of `plain_product`, as in plain.c."""
+
+    _fields_ = (
+        *((name, _Address) for name in ("weight", "x", "bias", "out")),
+        *((name, _Number) for name in ("next", "rows", "outputs", "inputs")),
     )
 
 
@@ -81,7 +90,7 @@ class Attention(ctypes.Structure):
     )
 
 
-Task = Product | FewBitsTask | Scores | Attention
+Task = Product | Plain | FewBitsTask | Scores | Attention
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,17 @@
-/* The product of a few rows with a weight that oneDNN packed; see product.h. */
+/* The product of a few rows with a packed weight. P pairs of inputs; see common.h. */
 
-#include "product.h"
+#include "common.h"
 
 #define MOST 4 /* rows that share the reading of a block */
+
+typedef struct {
+    const words *weight;  /* [B, P, WIDE]: for each pair of inputs, two numbers of each output, 64
+                             outputs together: as oneDNN packs */
+    const uint32_t *x;    /* [R, P] */
+    const uint16_t *bias; /* [O] or null */
+    uint16_t *out;        /* [R, O] */
+    int64_t next, blocks, pairs, chunk, outputs, rows;
+} Product;
 
 #ifdef __AVX512BF16__
 /* The order of additions is oneDNN's: the instruction adds the odd product of a pair, then the even

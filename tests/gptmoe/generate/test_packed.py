@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gptmoe.generate.packed import PackedExperts, pack
+from gptmoe.generate.kernels.library import kernels
+from gptmoe.generate.packed import PackedExperts, ServedExperts, pack
 from gptmoe.model.initialize import initialize
 from gptmoe.model.layers import ServedWeight
 from gptmoe.model.moe import MoE
@@ -81,6 +82,27 @@ def test_experts_with_few_rows_and_none(dtype: torch.dtype, counts: list[int]) -
     assert found.dtype == dtype
     close = 1e-5 if dtype == torch.float32 else 2e-2
     assert torch.allclose(found, expected, rtol=close, atol=close * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mapped_experts_stay_where_they_lie(dtype: torch.dtype) -> None:
+    network = make_network(dtype)
+    moe = network.layers[1].ffn
+    assert isinstance(moe, MoE)
+    moe.experts = moe.experts.to(dtype).requires_grad_(False)
+    place, rows_RD, counts = moe.experts.up_weight.data_ptr(), make_rows(13).to(dtype), [1, 0, 3, 9]
+    expected = moe.experts(rows_RD, counts)
+    pack(network, experts=False)
+    served = isinstance(moe.experts, ServedExperts)
+    assert served == (dtype == torch.bfloat16 and kernels() is not None)
+    first = moe.experts.up[0] if isinstance(moe.experts, ServedExperts) else moe.experts.up_weight
+    assert first.data_ptr() == place
+    found = moe.experts(rows_RD, counts)
+    close = 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(found, expected, rtol=close, atol=close * 4)
+    if served:
+        alone = [moe.experts(rows_RD[4 + row : 5 + row], [0, 0, 0, 1]) for row in range(9)]
+        assert torch.equal(torch.cat(alone), found[4:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
