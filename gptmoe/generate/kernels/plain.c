@@ -5,7 +5,10 @@
 
 #define ROWS 2 /* rows that share the reading of a weight, */
 #define SOME 4 /* and outputs that share the reading of a row: their sums fill 8 registers */
-#define FEW 8  /* the same for one row */
+#define APART (BLOCK / SOME)
+/* Of each such output the next ones follow in memory. Were these outputs neighbours, several would
+   begin in one page of 4 KiB, and the processor would read none of them ahead. */
+#define AHEAD 512 /* bytes that are asked for before they are needed */
 
 typedef struct {
     const uint16_t *weight; /* [O, I] */
@@ -15,18 +18,21 @@ typedef struct {
     int64_t next, rows, outputs, inputs;
 } Plain;
 
-/* A sum for each lane in order of the inputs, then over the lanes: alike for each row and output. */
+/* Some rows, `output` and those after it that are APART. Each lane has a sum in order of the inputs,
+   then the lanes are added: alike for each row and output. */
 static inline __attribute__((always_inline)) void tile(
     const Plain *task, int64_t row, const int rows, int64_t output, const int outputs)
 {
     int64_t vectors = task->inputs / 2 / LANES;
     const words *x = (const words *)task->x + row * vectors;
     const words *weight = (const words *)task->weight + output * vectors;
-    floats sum[ROWS][FEW] = {0};
+    floats sum[ROWS][SOME] = {0};
     for (int64_t v = 0; v < vectors; v++)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int o = 0; o < outputs; o++) {
-            floats odds = odd(weight[o * vectors + v]), evens = even(weight[o * vectors + v]);
+            const words *pairs = weight + o * APART * vectors + v;
+            __builtin_prefetch((const char *)pairs + AHEAD);
+            floats odds = odd(*pairs), evens = even(*pairs);
 #pragma GCC unroll 2
             for (int r = 0; r < rows; r++) {
                 sum[r][o] = plus_product(sum[r][o], odd(x[r * vectors + v]), odds);
@@ -34,22 +40,21 @@ static inline __attribute__((always_inline)) void tile(
             }
         }
     for (int o = 0; o < outputs; o++) {
-        float bias = task->bias ? wide(task->bias[output + o]) : 0;
-        for (int r = 0; r < rows; r++) {
-            uint16_t *out = task->out + (row + r) * task->outputs + output + o;
-            *out = narrow(sum_of(sum[r][o]) + bias);
-        }
+        int64_t place = output + o * APART;
+        float bias = task->bias ? wide(task->bias[place]) : 0;
+        for (int r = 0; r < rows; r++)
+            task->out[(row + r) * task->outputs + place] = narrow(sum_of(sum[r][o]) + bias);
     }
 }
 
-static void few_outputs(const Plain *task, int64_t output)
+static inline __attribute__((always_inline)) void all_rows(
+    const Plain *task, int64_t output, const int outputs)
 {
     int64_t row = 0;
     for (; row + ROWS <= task->rows; row += ROWS)
-        for (int o = 0; o < FEW; o += SOME)
-            tile(task, row, ROWS, output + o, SOME);
+        tile(task, row, ROWS, output, outputs);
     for (; row < task->rows; row++)
-        tile(task, row, 1, output, FEW);
+        tile(task, row, 1, output, outputs);
 }
 
 void plain_product(Plain *task)
@@ -57,11 +62,11 @@ void plain_product(Plain *task)
     int64_t piece;
     while ((piece = next_piece(&task->next)) * BLOCK < task->outputs) {
         int64_t output = piece * BLOCK, left = task->outputs - output;
-        int64_t end = output + (left < BLOCK ? left : BLOCK);
-        for (; output + FEW <= end; output += FEW)
-            few_outputs(task, output);
-        for (; output < end; output++)
-            for (int64_t row = 0; row < task->rows; row++)
-                tile(task, row, 1, output, 1);
+        if (left >= BLOCK)
+            for (int64_t next = output; next < output + APART; next++)
+                all_rows(task, next, SOME);
+        else
+            for (; output < task->outputs; output++)
+                all_rows(task, output, 1);
     }
 }
