@@ -6,7 +6,7 @@
 
 #include "common.h"
 
-#define MOST 3        /* rows whose sums fill the registers */
+#define MOST 3      /* rows whose sums fill the registers */
 #define LARGEST 32639 /* 127 * 256 + 127: of two bytes with signs */
 
 typedef struct {
@@ -52,8 +52,7 @@ void halve(FewBits *task)
 }
 
 #ifdef __AVX512VNNI__
-#define MOVED8 128  /* how far a weight in 8 bits is still moved when it is multiplied */
-#define TOGETHER 4  /* vectors of outputs whose sums fill the registers */
+#define MOVED8 128 /* how far a weight in 8 bits is still moved when it is multiplied */
 
 /* Add to each number the 4 products of its bytes. gcc 12 moves the sums about if it may choose. */
 static inline __attribute__((always_inline)) integers plus_products(
@@ -65,7 +64,6 @@ static inline __attribute__((always_inline)) integers plus_products(
 }
 #elif defined __AVX2__ && !defined __AVX512F__
 #define MOVED8 0
-#define TOGETHER 2
 
 /* The same in three steps. Sums of two products must fit into 16 bits: a weight in 8 bits gets back
    its sign, and x gives its own to it. */
@@ -82,20 +80,20 @@ static inline __attribute__((always_inline)) integers plus_products(
 }
 #endif
 
-#ifdef TOGETHER
-/* The products of one group of inputs, scaled, added to the sums of some vectors for some rows. */
+#ifdef MOVED8
+/* The products of one group of inputs, scaled, added to the sums of a block for some rows. */
 static inline __attribute__((always_inline)) void add_group(
-    const FewBits *task, int64_t block, int64_t row, int64_t group, int64_t vector,
-    floats (*total)[WIDE], const int rows, const int bits)
+    const FewBits *task, int64_t block, int64_t row, int64_t group, floats (*total)[WIDE],
+    const int rows, const int bits)
 {
     const int quads = 8 / bits; /* in a word */
     const int32_t moved = bits == 8 ? MOVED8 : 8;
     int64_t groups = task->quads / task->group, first = group * task->group;
-    const words *weight = task->weight + (block * task->quads + first) / quads * WIDE + vector;
-    integers lows[MOST][TOGETHER], highs[MOST][TOGETHER];
+    const words *weight = task->weight + (block * task->quads + first) / quads * WIDE;
+    integers lows[MOST][WIDE], highs[MOST][WIDE];
     for (int r = 0; r < rows; r++) {
         const int32_t *sums = task->sums + ((row + r) * groups + group) * 2;
-        for (int v = 0; v < TOGETHER; v++) {
+        for (int v = 0; v < WIDE; v++) {
             lows[r][v] = (integers){} - moved * sums[0];
             highs[r][v] = (integers){} - moved * sums[1];
         }
@@ -103,8 +101,8 @@ static inline __attribute__((always_inline)) void add_group(
     for (int64_t quad = first; quad < first + task->group; quad += quads, weight += WIDE)
 #pragma GCC unroll 2
         for (int part = 0; part < quads; part++)
-#pragma GCC unroll 4
-            for (int v = 0; v < TOGETHER; v++) {
+#pragma GCC unroll 8
+            for (int v = 0; v < WIDE; v++) {
                 words four = weight[v];
                 if (bits == 4)
                     four = (part ? four >> 4 : four) & 0x0F0F0F0Fu;
@@ -117,15 +115,15 @@ static inline __attribute__((always_inline)) void add_group(
                     highs[r][v] = plus_products(highs[r][v], four, high, bits);
                 }
             }
-    const uint16_t *scales = task->scale + (block * groups + group) * BLOCK + vector * LANES;
-    for (int v = 0; v < TOGETHER; v++) {
-        halves narrow;
-        memcpy(&narrow, scales + v * LANES, sizeof narrow);
-        floats scale = (floats)(__builtin_convertvector(narrow, words) << 16);
+    const uint16_t *scales = task->scale + (block * groups + group) * BLOCK;
+    for (int v = 0; v < WIDE; v++) {
+        halves some;
+        memcpy(&some, scales + v * LANES, sizeof some);
+        floats scale = (floats)(__builtin_convertvector(some, words) << 16);
         for (int r = 0; r < rows; r++) {
             floats sum = __builtin_convertvector(highs[r][v], floats) * 256.0f;
             sum += __builtin_convertvector(lows[r][v], floats);
-            floats *all = &total[r][vector + v];
+            floats *all = &total[r][v];
             *all = plus_product(*all, sum, scale);
         }
     }
@@ -136,8 +134,7 @@ static inline __attribute__((always_inline)) void block_by_rows(
 {
     floats total[MOST][WIDE] = {0};
     for (int64_t group = 0; group < task->quads / task->group; group++)
-        for (int64_t vector = 0; vector < WIDE; vector += TOGETHER)
-            add_group(task, block, row, group, vector, total, rows, bits);
+        add_group(task, block, row, group, total, rows, bits);
     for (int r = 0; r < rows; r++) {
         for (int v = 0; v < WIDE; v++)
             total[r][v] *= task->unit[row + r];
