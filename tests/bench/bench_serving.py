@@ -168,7 +168,11 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Run one of the three, or all."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parts = {"overhead": overhead, "overload": overload, "memory": memory}
+    parts: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
+        "overhead": overhead,
+        "overload": overload,
+        "memory": memory,
+    }
     parser.add_argument("what", nargs="?", choices=tuple(parts), help="one of the three; else all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=30.0)
@@ -177,9 +181,8 @@ def main() -> None:
     arguments = parser.parse_args()
     began_s = time.monotonic()
     torch.set_num_threads(2)
-    facts = {"overhead": overhead, "overload": overload, "memory": memory}[arguments.what](
-        arguments
-    )
+    wanted = [arguments.what] if arguments.what else list(parts)
+    facts = [fact for name in wanted for fact in parts[name](arguments)]
     print(f"{time.monotonic() - began_s:.0f} s in all")
     if arguments.json:
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
