@@ -1,7 +1,7 @@
 """The kernel for few rows: oneDNN's bits, or it is not used."""
 
-import threading
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch
 from gptmoe.generate.kernels.few_rows import MOST_ROWS
 from gptmoe.generate.kernels.library import Product, kernels
 from gptmoe.generate.packed_weight import PackedWeight
+from tests.gptmoe.generate.kernels.callers import check_callers_and_threads
 
 SHAPES = [  # outputs, inputs: sums in one, two and three chunks, blocks that are not full
     (768, 768),
@@ -61,27 +62,9 @@ def test_one_row_of_any_shape_is_answered_in_that_shape() -> None:
 
 
 def test_threads_and_several_callers_give_the_same_bits() -> None:
-    weight = weight_of(3072, 768)
-    x_RI = rows_of(1, 768)
+    weight, x_RI = weight_of(3072, 768), rows_of(1, 768)
     expected_RO = weight._of_many(x_RI.expand(2, -1), None)[:1]
-    found: list[torch.Tensor] = []
-
-    def ask() -> None:
-        found.extend(weight.product(x_RI, None) for _ in range(20))
-
-    callers = [threading.Thread(target=ask) for _ in range(3)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert len(found) == 60
-    assert all(torch.equal(one_RO, expected_RO) for one_RO in found)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        assert torch.equal(weight.product(x_RI, None), expected_RO)
-    finally:
-        torch.set_num_threads(threads)
+    check_callers_and_threads(partial(weight.product, bias=None), x_RI, expected_RO)
 
 
 def test_a_chunk_with_other_bits_is_found_out() -> None:

@@ -1,6 +1,6 @@
 """Weights as they lie in a checkpoint: rounded once, and bits that depend on the row alone."""
 
-import threading
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ import torch
 from gptmoe.generate.kernels.library import kernels
 from gptmoe.generate.kernels.plain import PlainWeight, plain_weight
 from gptmoe.generate.packed_weight import can_pack
+from tests.gptmoe.generate.kernels.callers import check_callers_and_threads
 
 SHAPES = [  # outputs, inputs: blocks that are not full, widths that are filled up
     (768, 768),
@@ -70,27 +71,9 @@ def test_rows_of_any_shape_are_answered_in_that_shape() -> None:
 
 
 def test_threads_and_several_callers_give_the_same_bits() -> None:
-    weight, x_RI = weight_of(numbers_of(3072, 768)), numbers_of(50, 768)
-    expected_RO = weight.product(x_RI, None)
-    found: list[torch.Tensor] = []
-
-    def ask() -> None:
-        found.extend(weight.product(x_RI, None) for _ in range(5))
-
-    callers = [threading.Thread(target=ask) for _ in range(3)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert len(found) == 15
-    assert all(torch.equal(one_RO, expected_RO) for one_RO in found)
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 3):
-            torch.set_num_threads(number)
-            assert torch.equal(weight.product(x_RI, None), expected_RO)
-    finally:
-        torch.set_num_threads(threads)
+    weight, x_RI = weight_of(numbers_of(3072, 768)), numbers_of(5, 768)
+    product = partial(weight.product, bias=None)
+    check_callers_and_threads(product, x_RI, product(x_RI))
 
 
 def test_without_a_compiler_and_onednn_bfloat16_is_not_packed(
