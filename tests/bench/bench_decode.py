@@ -1,6 +1,6 @@
 """Speed of decoding on the CPU: ours, llama.cpp and transformers, in turns in one run.
 
-    python -m tests.bench.bench_decode [--rounds 9] [--threads 2] [--no-peers] [--json FILE]
+    python -m tests.bench.bench_decode [--rounds 9] [--threads 2] [--peers llama.cpp] [--json FILE]
 
 12 layers x 768, vocabulary 32,000, random bf16 weights, greedy, prompts of 20 tokens, 128 new ones;
 ms of one decoding step. Dense at batch 1 and 8; 8 and 64 experts top-1 on every second layer; int8
@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,10 @@ MODELS: dict[str, tuple[int, Weights, bool]] = {  # experts, weights, experts as
 }
 MIXTRAL = {8: "transformers Mixtral, 8 experts", 64: "transformers Mixtral, 64 experts"}
 GPT2, LLAMA_CPP = "transformers GPT-2", "llama.cpp"
+PEERS = {
+    "llama.cpp": (LLAMA_CPP, LLAMA, "llama_peer.py"),
+    "transformers": (GPT2, TRANSFORMERS, "transformers_peer.py"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +83,7 @@ def main() -> None:
     }
     facts = []
     with contextlib.ExitStack() as stack:
-        peers = _peers(arguments.threads, stack) if arguments.peers else {}
+        peers = _peers(arguments.peers, arguments.threads, stack)
         for batch in (1, 8):
             rounds = measure(_contestants(models, peers, batch), rounds=arguments.rounds)
             print(_table(rounds, batch), flush=True)
@@ -113,13 +117,10 @@ def _their_step_s(peer: Peer, **what: int) -> float:
     return float(peer.ask(**what)["step_s"])
 
 
-def _peers(threads: int, stack: contextlib.ExitStack) -> dict[str, Peer]:
+def _peers(wanted: Sequence[str], threads: int, stack: contextlib.ExitStack) -> dict[str, Peer]:
     """Those that can be had; of the others the reason is printed."""
     peers = {}
-    for name, environment, script in (
-        (LLAMA_CPP, LLAMA, "llama_peer.py"),
-        (GPT2, TRANSFORMERS, "transformers_peer.py"),
-    ):
+    for name, environment, script in map(PEERS.__getitem__, wanted):
         try:
             peers[name] = Peer(environment, script, str(threads))
         except Missing as missing:
@@ -176,7 +177,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-peers", dest="peers", action="store_false", help="ours alone")
+    parser.add_argument(
+        "--peers", nargs="*", choices=tuple(PEERS), default=list(PEERS), help="none: ours alone"
+    )
     parser.add_argument("--json", type=Path, help="write verdicts to this file")
     return parser.parse_args()
 
