@@ -1,6 +1,7 @@
 """Shards that are killed, frozen and lost with their node while eight texts are written."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from gptmoe.shard.parts import arrange
 from tests import small_model
 from tests.faults.shards import ENGINE, Texts, job, write
 
+KILLED = r"rank {0} (died|is lost: )"
+"""Ray or a neighbour, whoever tells it first."""
 MOVING_WITHIN_S = 20.0
 """Generous: machines that run tests are busy. The bench has the goal of 8 s."""
 
@@ -66,8 +69,8 @@ def pid_of(group: ShardGroup, rank: int) -> int:
 @pytest.mark.parametrize(
     ("rank", "number", "reason"),
     [
-        pytest.param(1, signal.SIGKILL, "rank 1 died", id="a stage is killed"),
-        pytest.param(2, signal.SIGKILL, "rank 2 died", id="a shard of experts is killed"),
+        pytest.param(1, signal.SIGKILL, KILLED.format(1), id="a stage is killed"),
+        pytest.param(2, signal.SIGKILL, KILLED.format(2), id="a shard of experts is killed"),
         pytest.param(0, signal.SIGSTOP, "rank 0 is silent", id="a stage is frozen"),
         pytest.param(3, signal.SIGSTOP, "rank 3 is silent", id="a shard of experts is frozen"),
     ],
@@ -87,7 +90,7 @@ def test_texts_go_on_when_a_shard_is_lost(
     assert time.monotonic() - began_s < MOVING_WITHIN_S
     after = {owner.rank: owner.pid for owner in group.topology().owners}
     assert {r for r in before if before[r] != after[r]} == {rank}  # the others kept their weights
-    assert reason in group.topology().failures[-1].reason
+    assert re.match(reason, group.topology().failures[-1].reason)
     assert f"started again: rank {rank}" in group.topology().failures[-1].reason
     assert not Path(f"/proc/{before[rank]}").exists()
 
