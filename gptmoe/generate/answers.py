@@ -15,7 +15,7 @@ from .admission import lanes_of
 from .delta import Delta, Timings, TokenScore, TopLogprobs
 from .output import TextStream, end_ids
 from .request import Request
-from .sampling import choose, log_probabilities, token_scores
+from .sampling import choose, log_probabilities
 from .scheduler import Entry, Lane
 
 
@@ -180,13 +180,6 @@ class Account:
     pending: dict[str, Tensor] = field(default_factory=dict)
     """Scores [V] for the next token, by lane, that have not been used."""
 
-    def note_scores(self, lane: Lane, rows_NV: Tensor) -> None:
-        """Keep how likely the next tokens of the prompt are. Raises CheckpointError as they do."""
-        if count := len(rows_NV):
-            wanted = lane.tokens[lane.score_from : lane.score_from + count]
-            self.scores += token_scores(rows_NV, wanted)
-            lane.score_from += count
-
     def timings(self, now_s: float) -> Timings:
         """As of now."""
         begun_s = now_s if self.begun_s is None else self.begun_s
@@ -197,11 +190,6 @@ class Account:
 def lane_key(request_id: str, index: int) -> str:
     """Names a lane; no two requests have the same."""
     return f"{index}/{request_id}"
-
-
-def request_of(lane_key: str) -> str:
-    """The request that a lane belongs to."""
-    return lane_key.partition("/")[2]
 
 
 def lanes_for(request: Request) -> list[Lane]:

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from gptmoe.errors import GptMoeError
-
 TopLogprobs = tuple[tuple[int, float], ...]
 """The likeliest tokens at one place with their log-probabilities, likeliest first."""
 
@@ -57,8 +55,6 @@ class Delta:
     """Of the weights that chose the last token."""
     timings: Timings | None = None
     """With the finish."""
-    error: GptMoeError | None = None
-    """Why the request cannot go on; it has ended, without a finish."""
 
 
 def merge(deltas: Sequence[Delta]) -> Delta:

@@ -2,22 +2,22 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from gptmoe.errors import AlreadyRunning, CheckpointError, Overloaded
+from gptmoe.errors import AlreadyRunning, Overloaded
 from gptmoe.text import Tokenizer
 
 from .admission import check_fits, check_queue, cost
-from .answers import Account, Answers, Drawn, Outcome, Scored, lanes_for, request_of
+from .answers import Account, Answers, Drawn, Outcome, Scored, lanes_for
 from .delta import Delta
 from .executor import CacheLost, Executor
-from .plan import StepPlan
+from .plan import Span, StepPlan
 from .rate import Rate
 from .request import Request
+from .sampling import token_scores
 from .scheduler import EngineConfig, Entry, Lane, Scheduler
 from .searched import Searched
 from .stats import EngineStats
@@ -191,7 +191,7 @@ class Engine:
 
     def _left(self, entry: Entry) -> int:
         """Tokens that an entry may still compute."""
-        account = self._accounts[request_of(entry.lanes[0].key)]
+        account = self._accounts[_request_id(entry.lanes[0].key)]
         lanes = entry.live or entry.lanes
         done = sum(lane.computed for lane in lanes)
         return max(1, cost(account.request, self.max_seq_len) - done)
@@ -206,14 +206,14 @@ class Engine:
 
     def _note_begun(self, now_s: float) -> None:
         for entry in self._scheduler.running:
-            account = self._accounts[request_of(entry.lanes[0].key)]
+            account = self._accounts[_request_id(entry.lanes[0].key)]
             if account.begun_s is None:
                 account.begun_s = now_s
 
     def _lanes(self) -> dict[str, tuple[Account, Lane]]:
         found = {}
         for entry in self._scheduler.running:
-            account = self._accounts[request_of(entry.lanes[0].key)]
+            account = self._accounts[_request_id(entry.lanes[0].key)]
             for lane in entry.live:
                 found[lane.key] = (account, lane)
         return found
@@ -224,38 +224,35 @@ class Engine:
         # The model's vocabulary may be padded beyond the tokenizer's.
         logits_SV = logits_SV[:, : self.tokenizer.vocab_size]
         self._counts["steps"] += 1
-        drawn, deltas = dict[str, Account](), list[Delta]()
+        drawn = dict[str, Account]()
         row = 0
         for span in plan.spans:
             account, lane = lanes[span.key]
             rows_NV = logits_SV[row : row + span.outputs]
             row += span.outputs
             draws = lane.computed == len(lane.tokens)
-            with self._ending(account, deltas):
-                account.note_scores(lane, rows_NV[: span.outputs - draws])
+            self._note_scores(account, lane, span, rows_NV[: span.outputs - draws])
             if draws:
                 lane.score_from = 0
                 account.pending[lane.key] = rows_NV[-1]
                 drawn[account.request.request_id] = account
             prompt = len(account.request.prompt_ids)
             self._counts["prompt"] += max(0, min(prompt, lane.computed) - span.start)
-        for request_id, account in drawn.items():
+        deltas = []
+        for account in drawn.values():
             entry, logits = account.entry, account.pending
             complete = all(lane.idle or lane.key in logits for lane in entry.live)
-            if request_id in self._accounts and (complete or not account.answers.together):
+            if complete or not account.answers.together:
                 account.pending = {}
-                with self._ending(account, deltas):
-                    deltas += self._carry_out(account, account.answers.step(entry, logits))
+                deltas += self._carry_out(account, account.answers.step(entry, logits))
         return deltas
 
-    @contextmanager
-    def _ending(self, account: Account, deltas: list[Delta]) -> Iterator[None]:
-        """Scores that are no numbers end the request that got them, and no other."""
-        try:
-            yield
-        except CheckpointError as error:
-            if self.abort(account.request.request_id):
-                deltas.append(Delta(request_id=account.request.request_id, error=error))
+    def _note_scores(self, account: Account, lane: Lane, span: Span, rows_NV: Tensor) -> None:
+        count = len(rows_NV)
+        if count:
+            wanted = lane.tokens[lane.score_from : lane.score_from + count]
+            account.scores += token_scores(rows_NV, wanted)
+            lane.score_from += count
 
     def _carry_out(self, account: Account, outcome: Outcome) -> list[Delta]:
         scheduler, entry = self._scheduler, account.entry
@@ -297,3 +294,7 @@ class Engine:
         self._scheduler.remove(entry)
         if entry.version != self.version:
             self.executor.keep(self._scheduler.versions())
+
+
+def _request_id(key: str) -> str:
+    return key.partition("/")[2]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptmoe.errors import AlreadyRunning, CheckpointError, Overloaded, RequestError
+from gptmoe.errors import AlreadyRunning, Overloaded, RequestError
 from gptmoe.generate.delta import Delta
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import CacheLost
@@ -32,8 +32,6 @@ class Counting:
         self.steps: list[StepPlan] = []
         self.kept: list[set[int]] = []
         self.loses = False
-        self.spoilt: int | None = None
-        """The token after which all scores are no numbers."""
 
     def keep(self, versions: Set[int]) -> None:
         self.kept.append(set(versions))
@@ -53,8 +51,6 @@ class Counting:
         logits_SV[:, self.vocab_size :] = 9.0  # padding of the vocabulary must never be chosen
         for row, token in enumerate(last):
             logits_SV[row, (token + 1) % self.vocab_size] = 5.0
-            if token == self.spoilt:
-                logits_SV[row] = torch.nan
         return logits_SV
 
 
@@ -347,23 +343,3 @@ def test_numbers_of_an_engine(tokenizer: Tokenizer) -> None:
     deltas = run_out(running)
     assert running.stats.prefix_hits == 32
     assert {d.request_id: d.cached_tokens for d in deltas if d.finish_reason}["c"] == 32
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_scores_that_are_no_numbers_end_their_own_request(tokenizer: Tokenizer, n: int) -> None:
-    running = engine(tokenizer)
-    assert isinstance(running.executor, Counting)
-    running.executor.spoilt = FIRST + 1
-    running.add(request("good", (FIRST + 10,)))
-    running.add(request("bad", n=n, temperature=1.0, top_k=1))
-    prompt = tuple(range(FIRST, FIRST + 5))
-    running.add(Request("scored", prompt, SamplingParams(), score_from=1, score_only=True))
-    deltas = run_out(running)
-    good = [token for delta in deltas if delta.request_id == "good" for token in delta.token_ids]
-    assert good == [FIRST + 11, FIRST + 12, FIRST + 13]
-    for name in ("bad", "scored"):
-        errors = [delta.error for delta in deltas if delta.request_id == name and delta.error]
-        assert [type(error) for error in errors] == [CheckpointError]
-        assert "must be finite; found nan" in str(errors[0])
-    assert running.num_running == running.num_waiting == 0
-    assert running.stats.kv_used_blocks == 0
