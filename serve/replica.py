@@ -17,11 +17,11 @@ from fastapi import FastAPI
 from cluster import coordinator_actor
 from gptmoe.config import location
 from gptmoe.errors import ClusterError, GptMoeError, Unavailable
-from gptmoe.generate.engine import Engine
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.request import make_request
 from gptmoe.model.counts import parameters
 from gptmoe.model.spec import ModelSpec
+from gptmoe.threads import in_brief_thread
 
 from . import access_log, registry_actor
 from .access_log import LoggedService
@@ -30,7 +30,7 @@ from .checkpoints import Interchangeable
 from .config import ServeConfig
 from .control import ControlServicer
 from .controller import Controlled, Settings
-from .core import opened
+from .core import Core, opened
 from .edge.inlet import Inlet, Progress
 from .guard import guarded
 from .keys import Keys
@@ -63,9 +63,10 @@ class Generator(Servicer, ControlServicer, Inlet):
         me = ray.serve.get_replica_context().replica_id.unique_id
         self.keys = Keys(config.auth.keys) if config.auth.keys else None
         with ExitStack() as stack:
-            self._core = stack.enter_context(opened(config, num_cpus))
+            self._core = in_brief_thread(
+                lambda: _warm(stack.enter_context(opened(config, num_cpus)))
+            )
             engine, spec = self._core.engine, self._core.spec
-            _warm_up(engine, spec.max_seq_len)
             self._metrics = EngineMetrics(RaySink(config.name, me), since=engine.stats)
             self._bridge = EngineThread(engine, self._metrics)
             self._stack = stack.pop_all()
@@ -143,18 +144,20 @@ class Generator(Servicer, ControlServicer, Inlet):
 
     def _refresh(self, settings: Settings) -> None:
         engine, version = self._core.engine, settings.version
-        self._core.prepare(location(self._alike.check(settings.checkpoint)), version)
+        checkpoint = location(self._alike.check(settings.checkpoint))
+        in_brief_thread(lambda: self._core.prepare(checkpoint, version))
         done = self._bridge.between_steps(lambda: engine.refresh(version, restart=settings.restart))
         done.result(REFRESH_WITHIN_S)
         self._version = self.service.version = version
 
 
-def _warm_up(engine: Engine, max_seq_len: int) -> None:
+def _warm(core: Core) -> Core:
     """Generate one token: a replica that cannot is never asked, and first requests wait less."""
-    sampling = SamplingParams(max_new_tokens=1)
-    engine.add(make_request(engine.tokenizer, max_seq_len, "warm-up", "春风", sampling))
+    engine, sampling = core.engine, SamplingParams(max_new_tokens=1)
+    engine.add(make_request(engine.tokenizer, core.spec.max_seq_len, "warm-up", "春风", sampling))
     while engine.has_work:
         engine.step()
+    return core
 
 
 def _card(spec: ModelSpec, config: ServeConfig) -> ModelCard:

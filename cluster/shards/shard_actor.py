@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from gptmoe.memory import give_back
 from gptmoe.model.spec import ModelSpec
 from gptmoe.remote import fetch
 from gptmoe.shard.shard import Shard
+from gptmoe.threads import in_brief_thread
 
 from . import links, member
 from .pulse import BEAT_EVERY_S, Pulse
@@ -132,12 +134,13 @@ class ShardActor:
                 if self._channel is not None:
                     self._register(command, self._channel())
             case Load():
-                self._load()
+                in_brief_thread(self._load)  # steps have a thread of their own
             case Join():
                 self._join(command)
             case Refresh():
                 assert self._shard is not None
-                self._read(self._shard, command.checkpoint, command.version)
+                newer = partial(self._read, self._shard, command.checkpoint, command.version)
+                in_brief_thread(newer)
             case Keep():
                 assert self._shard is not None
                 self._shard.keep(command.versions)
