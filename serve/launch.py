@@ -69,6 +69,8 @@ def running(config: ServeConfig) -> Iterator[Endpoints]:
     workers = config.parallel.world * (
         max(1, config.replicas.min) if joins else config.replicas.max
     )
+    if not joins:
+        check_threads(config.threads, workers, local.cores())
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with local.session(workers=workers, address=config.address or None) as cluster:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own, set by now, aborts after 3 s
@@ -76,7 +78,7 @@ def running(config: ServeConfig) -> Iterator[Endpoints]:
         config = dataclasses.replace(config, threads=threads)
         config = start_proxies(config, cluster)
         try:
-            deploy(config, num_cpus=cluster.cpus_per_worker if cluster.local else threads)
+            deploy(config, num_cpus=threads)
             with edged(config):
                 yield endpoints(config, cluster)
         finally:
@@ -102,6 +104,20 @@ def check_parallel(config: ServeConfig) -> None:
     if config.parallel.world > 1 and not isinstance(config.checkpoint, Uri):
         spec = spec_of(open_checkpoint(config.checkpoint, verify=False))
         config.parallel.parts(spec)
+
+
+def check_threads(threads: int, workers: int, cores: int) -> None:
+    """Raise ConfigError for more threads than cores: threads that wait for each other crawl.
+
+    `threads` are those of each of the workers (replicas, or their shards); 0: their share.
+    """
+    most = max(1, cores // workers)
+    if threads > most:
+        many = "one replica" if workers == 1 else f"each of {workers} replicas or shards"
+        raise ConfigError(
+            f"threads={threads} for {many} is more than the {cores} cores of this machine; "
+            f"use at most {most}, or 0 for that"
+        )
 
 
 def check_doors(config: ServeConfig) -> None:

@@ -19,6 +19,7 @@ from serve.config import AuthConfig, EdgeConfig, ServeConfig
 from serve.launch import (
     Endpoints,
     await_answer,
+    check_threads,
     choose_ports,
     free_port,
     grpc_options,
@@ -174,3 +175,17 @@ def test_the_reason_of_a_failed_deployment_is_its_last_line() -> None:
     )
     assert last_line("gptmoe.errors.CheckpointError: a shard is corrupt") == "a shard is corrupt"
     assert "no reason" in last_line("")
+
+
+@pytest.mark.parametrize(("threads", "workers", "cores"), [(0, 9, 2), (2, 1, 2), (1, 9, 2)])
+def test_threads_within_the_cores_or_one_a_worker_are_taken(
+    threads: int, workers: int, cores: int
+) -> None:
+    check_threads(threads, workers, cores)
+
+
+def test_more_threads_than_cores_are_refused_with_the_most_there_can_be() -> None:
+    with pytest.raises(ConfigError, match=r"threads=2 for each of 4 replicas or shards .* 4 cores"):
+        check_threads(2, workers=4, cores=4)
+    with pytest.raises(ConfigError, match=r"for one replica .* use at most 3, or 0 for that"):
+        check_threads(64, workers=1, cores=3)
