@@ -13,9 +13,10 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
-from gptmoe.errors import GptMoeError, RequestError
+from cluster import wire
+from gptmoe.errors import GptMoeError
 from gptmoe.generate.delta import Delta, Timings, TopLogprobs
 from gptmoe.generate.params import SamplingParams, biases, check
 from protos import generation_pb2 as messages
@@ -53,7 +54,7 @@ class Servicer:
         self, request: bytes, grpc_context: Context
     ) -> AsyncIterator[messages.GenerateChunk]:
         try:
-            call = _call(_read(messages.GenerateRequest, request))
+            call = _call(wire.request(messages.GenerateRequest, request))
             tokens: Counter[int] = Counter()
             async with self.service.opened(call) as running, _begun(running.deltas) as first:
                 yield messages.GenerateChunk(
@@ -179,7 +180,7 @@ async def _unary(
 ) -> A:
     """A method's answer; after a refusal an empty one, with the status set."""
     try:
-        return await method(_read(asked, data))
+        return await method(wire.request(asked, data))
     except GptMoeError as error:
         set_status(error, context)
         return answer()
@@ -223,14 +224,6 @@ def _sampling(message: messages.GenerateRequest) -> SamplingParams:
         elif field.name in _SWITCHES or message.HasField(field.name):
             given[field.name] = value
     return SamplingParams(**given)
-
-
-def _read(kind: type[M], data: bytes) -> M:
-    try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        name = kind.DESCRIPTOR.full_name
-        raise RequestError(f"the request is not a {name} with UTF-8 text: {error}") from None
 
 
 def _chunk(delta: Delta, completion_tokens: int) -> messages.GenerateChunk:

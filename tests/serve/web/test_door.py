@@ -74,8 +74,14 @@ def test_a_large_body_is_413(guarded: Browser, path: str, told: bool) -> None:
     [
         (b"{", "the body is not valid JSON"),
         (b"", "the body is missing"),
-        (b'{"inputs": ["\xff"], "prompt": "\xff"}', "the body is not UTF-8 text at byte 13"),
-        ('{"prompt": "春"}'.encode("utf-16"), "the body is not UTF-8 text at byte 0"),
+        (
+            b'{"inputs": ["\xff"], "prompt": "\xff"}',
+            " must be UTF-8 text; found other bytes at byte 13 of the body",
+        ),
+        (
+            '{"prompt": "春"}'.encode("utf-16"),
+            "the body must be UTF-8 text; found other bytes at byte 0",
+        ),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", "a is not a known field"),
         (b'{"a": ' + b"1" * 5000 + b"}", "too many digits"),
@@ -90,6 +96,30 @@ def test_unreadable_bodies_are_400(
     messages = error_of(response)["message"]
     assert response.status_code == 400
     assert sentence in messages or (sentence.startswith("a is") and "is missing" in messages)
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "name"),
+    [
+        ("/v1/completions", '{"user": "\\u6625", "prompt": "春"}', "prompt"),
+        ("/v1/completions", '{"prompt": "a", "stop": ["b", "春"]}', "stop.1"),
+        ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "春"}]}',
+         "messages.0.content"),
+        ("/generate", '{"inputs": ["春"], "parameters": {"stop": ["夏"]}}', "inputs.0"),
+        ("/generate", '{"inputs": ["a"], "春": 1}', ""),
+        ("/generate", '{"inputs": ["春"]', ""),
+    ],
+)  # fmt: skip
+def test_a_text_that_is_no_utf8_is_named(
+    talking: Browser, path: str, content: str, name: str
+) -> None:
+    response = talking("POST", path, content=content.encode("gbk"), headers=JSON)
+    error = error_of(response)
+    assert response.status_code == 400
+    assert (error.get("param", error.get("field")) or "") == name
+    start = len(content.partition("春")[0])
+    expected = f"{name or 'the body'} must be UTF-8 text; found other bytes at byte {start}"
+    assert error["message"] == f"{expected} of the body"
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
