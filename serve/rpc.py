@@ -130,8 +130,8 @@ class Servicer:
         return messages.ScoreResponse(scores=[messages.Scored(**asdict(it)) for it in scores])
 
     async def _tokenize(self, message: messages.TokenizeRequest) -> messages.TokenizeResponse:
-        ids = await self.service.texts.tokenize(message.text)
-        return messages.TokenizeResponse(token_ids=ids, tokens=self.service.texts.each(ids))
+        ids, tokens = await self.service.texts.tokenize(message.text)
+        return messages.TokenizeResponse(token_ids=ids, tokens=tokens)
 
     async def _detokenize(self, message: messages.DetokenizeRequest) -> messages.DetokenizeResponse:
         return messages.DetokenizeResponse(

@@ -144,6 +144,11 @@ def test_an_unknown_model_is_not_found(servicer: Servicer, name: str) -> None:
             "token_ids must be token ids from 0 to 1114111; found -1",
         ),
         (
+            "Detokenize",
+            messages.DetokenizeRequest(token_ids=[5] * 16385),
+            "token_ids must be at most 16384 token ids; found 16385 token ids",
+        ),
+        (
             "Score",
             messages.ScoreRequest(continuations=["风"]),
             "prompt must be at least one character; found an empty text",
