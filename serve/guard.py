@@ -5,7 +5,7 @@ from contextlib import aclosing
 from functools import wraps
 from typing import Any, Protocol, TypeVar
 
-from gptmoe.errors import Unauthenticated
+from gptmoe.errors import GptMoeError
 
 from .keys import Keys
 from .methods import METHODS, Method
@@ -39,8 +39,8 @@ def _guarded(method: Method, unguarded: Callable[..., Any]) -> Callable[..., Any
     @wraps(unguarded)
     async def unary(self: Keyed, request: bytes, grpc_context: Any) -> Any:
         try:
-            _check(self, grpc_context)
-        except Unauthenticated as error:
+            _check(self, method, grpc_context)
+        except GptMoeError as error:
             set_status(error, grpc_context)
             return method.answer()
         return await unguarded(self, request, grpc_context)
@@ -48,8 +48,8 @@ def _guarded(method: Method, unguarded: Callable[..., Any]) -> Callable[..., Any
     @wraps(unguarded)
     async def streaming(self: Keyed, request: bytes, grpc_context: Any) -> AsyncIterator[Any]:
         try:
-            _check(self, grpc_context)
-        except Unauthenticated as error:
+            _check(self, method, grpc_context)
+        except GptMoeError as error:
             set_status(error, grpc_context)
             raise
         async with aclosing(unguarded(self, request, grpc_context)) as messages:
@@ -59,6 +59,8 @@ def _guarded(method: Method, unguarded: Callable[..., Any]) -> Callable[..., Any
     return streaming if method.streaming else unary
 
 
-def _check(deployment: Keyed, grpc_context: Any) -> None:
+def _check(deployment: Keyed, method: Method, grpc_context: Any) -> None:
+    """Raises Unauthenticated or PermissionDenied."""
     if deployment.keys is not None:
-        deployment.keys.check(authorization(grpc_context.invocation_metadata()))
+        shown = authorization(grpc_context.invocation_metadata())
+        deployment.keys.check(shown, operation=method.name if method.operates else "")

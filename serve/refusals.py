@@ -15,6 +15,7 @@ from gptmoe.errors import (
     GptMoeError,
     NotFound,
     Overloaded,
+    PermissionDenied,
     RequestError,
     Unauthenticated,
 )
@@ -34,6 +35,7 @@ _CODES = (
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (AlreadyRunning, grpc.StatusCode.ALREADY_EXISTS),
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (Overtaken, grpc.StatusCode.ABORTED),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),

@@ -12,7 +12,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from gptmoe.errors import ConfigError, Unauthenticated
+from gptmoe.errors import ConfigError, PermissionDenied, Unauthenticated
 from serve.config import EdgeConfig
 from serve.guard import authorization
 from serve.keys import Keys
@@ -30,6 +30,8 @@ REFLECTION = ("grpc.reflection.v1.ServerReflection", reflection.SERVICE_NAME)
 
 OPEN = (health.SERVICE_NAME, *REFLECTION)
 """Services that ask for no key: probes cannot send one, and an interface is no secret."""
+
+_OPERATIONS = {method.path: method.name for method in METHODS if method.operates}
 
 _PING_TIMEOUT_S = 20.0
 _LEAST_PING_S = 10.0
@@ -109,11 +111,13 @@ class KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
     ) -> Any:
         """What grpc.aio calls before each call."""
-        _, service, _ = handler_call_details.method.split("/", 2)
+        path = handler_call_details.method
+        _, service, _ = path.split("/", 2)
         if service not in OPEN:
+            shown = authorization(handler_call_details.invocation_metadata)
             try:
-                self._keys.check(authorization(handler_call_details.invocation_metadata))
-            except Unauthenticated as error:
+                self._keys.check(shown, operation=_OPERATIONS.get(path, ""))
+            except (Unauthenticated, PermissionDenied) as error:
                 return _refusing(statuses.status_of(error))
         return await continuation(handler_call_details)
 

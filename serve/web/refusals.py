@@ -24,6 +24,7 @@ from gptmoe.errors import (
     GptMoeError,
     NotFound,
     Overloaded,
+    PermissionDenied,
     RequestError,
     Unauthenticated,
     Unavailable,
@@ -46,6 +47,7 @@ class Refusal:
 _KINDS: tuple[tuple[type[GptMoeError], int, str, str], ...] = (
     (RequestError, 400, "", "invalid_value"),
     (Unauthenticated, 401, "Authorization", "invalid_api_key"),
+    (PermissionDenied, 403, "Authorization", "permission_denied"),
     (NotFound, 404, "model", "model_not_found"),
     (DeadlineExceeded, 408, "deadline_ms", "deadline_exceeded"),
     (AlreadyRunning, 409, "X-Request-Id", "already_running"),

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from cluster.access import Access
 from cluster.client import AsyncClient, Client, GenerationError
-from gptmoe.errors import ConfigError
+from cluster.remote import operating
+from gptmoe.errors import ClusterError, ConfigError
 from serve.config import EdgeConfig
 from serve.edge.backend import Replicas
 from serve.edge.server import EdgeServer, server_credentials
@@ -48,7 +49,7 @@ def tls(ours: Authority) -> dict[str, Path]:
 @pytest.fixture
 def keys_file(tmp_path: Path) -> Path:
     file = tmp_path / "keys"
-    file.write_text("spring-wind\nriver-south\n")
+    file.write_text("spring-wind\nriver-south operator\n")
     file.chmod(0o600)
     return file
 
@@ -149,6 +150,30 @@ def test_no_method_of_ours_goes_without_a_key(keys_file: Path) -> None:
 
     asyncio.run(run())
     assert not poet.asked
+
+
+def test_only_an_operators_key_operates(keys_file: Path) -> None:
+    """The command of one who may not is one sentence."""
+    poet = Poet()
+
+    def drain(target: str, token: str) -> None:
+        with operating(target, access=Access(token=token)) as client:
+            client.drain()
+
+    async def run() -> None:
+        async with edge(Handle(poet), Keys(keys_file)) as target:
+            with pytest.raises(ClusterError) as error:
+                await asyncio.to_thread(drain, target, "spring-wind")
+            assert str(error.value) == (
+                f"{target}: Drain wants an operator's key, and this one may only generate and "
+                "look; show one with the word operator behind it in the server's keys file"
+            )
+            assert not poet.asked
+            with suppress(ClusterError):  # what a poet answers is no DrainResponse
+                await asyncio.to_thread(drain, target, "river-south")
+
+    asyncio.run(run())
+    assert [method for method, _ in poet.asked] == ["Drain"]
 
 
 def test_health_and_reflection_need_no_key(keys_file: Path) -> None:

@@ -10,6 +10,7 @@ from gptmoe.errors import (
     DeadlineExceeded,
     GptMoeError,
     Overloaded,
+    PermissionDenied,
     Unavailable,
 )
 from serve.service import Service
@@ -17,6 +18,7 @@ from tests.serve.web.browser import Browser, events
 from tests.serve.web.talker import Talker
 
 ERRORS = [
+    (PermissionDenied("not yours"), 403, "Authorization", "permission_denied", None),
     (AlreadyRunning("a runs"), 409, "X-Request-Id", "already_running", None),
     (DeadlineExceeded("late"), 408, "deadline_ms", "deadline_exceeded", None),
     (Overloaded("full", 1.2), 429, "", "overloaded", "2"),
