@@ -20,6 +20,8 @@ from gptmoe.errors import (
     Unauthenticated,
 )
 
+from .access_log import current
+
 
 class NotWithThis(GptMoeError):
     """The request is right, and does not go with this application."""
@@ -70,7 +72,8 @@ def code_of(error: GptMoeError) -> grpc.StatusCode:
 
 
 def set_status(error: GptMoeError, context: Context) -> None:
-    """The code and sentence of an error."""
+    """The code and sentence of an error; its kind goes into the access log."""
+    current().fail(error)
     if isinstance(context, Direct):
         context.error = error
     context.set_code(code_of(error))

@@ -21,6 +21,7 @@ from gptmoe.generate.delta import Delta, Timings, TopLogprobs
 from gptmoe.generate.params import SamplingParams, biases, check
 from protos import generation_pb2 as messages
 
+from .access_log import current
 from .completion import Choice
 from .refusals import Context, set_status
 from .scoring import ScoreCall
@@ -54,7 +55,7 @@ class Servicer:
         self, request: bytes, grpc_context: Context
     ) -> AsyncIterator[messages.GenerateChunk]:
         try:
-            call = _call(wire.request(messages.GenerateRequest, request))
+            call = _call(_read(messages.GenerateRequest, request))
             tokens: Counter[int] = Counter()
             async with self.service.opened(call) as running, _begun(running.deltas) as first:
                 yield messages.GenerateChunk(
@@ -180,7 +181,7 @@ async def _unary(
 ) -> A:
     """A method's answer; after a refusal an empty one, with the status set."""
     try:
-        return await method(wire.request(asked, data))
+        return await method(_read(asked, data))
     except GptMoeError as error:
         set_status(error, context)
         return answer()
@@ -203,7 +204,6 @@ def _call(message: messages.GenerateRequest) -> Call:
         resume_ids=tuple(message.resume_token_ids),
         priority=message.priority,
         deadline_s=_deadline_s(message.deadline_ms),
-        transport="grpc",
     )
 
 
@@ -224,6 +224,13 @@ def _sampling(message: messages.GenerateRequest) -> SamplingParams:
         elif field.name in _SWITCHES or message.HasField(field.name):
             given[field.name] = value
     return SamplingParams(**given)
+
+
+def _read(kind: type[M], data: bytes) -> M:
+    """The request; the access log calls it by its name from here on."""
+    message = wire.request(kind, data)
+    current().name(getattr(message, "request_id", ""))
+    return message
 
 
 def _chunk(delta: Delta, completion_tokens: int) -> messages.GenerateChunk:

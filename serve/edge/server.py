@@ -13,6 +13,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from gptmoe.errors import ConfigError, PermissionDenied, Unauthenticated
+from serve.access_log import AccessLog
 from serve.config import EdgeConfig
 from serve.guard import authorization
 from serve.keys import Keys
@@ -47,10 +48,11 @@ class EdgeServer:
         keys: Keys | None = None,
         *,
         sleeps: bool = False,
+        log: AccessLog | None = None,
     ) -> None:
-        """`sleeps`: where no replica runs, a request starts one."""
+        """`sleeps`: where no replica runs, a request starts one. `log`: of whom it turns away."""
         self._backend, self._config, self._sleeps = backend, config, sleeps
-        doors = [KeyCheck(keys)] if keys else []
+        doors = [KeyCheck(keys, log)] if keys else []
         self._server = grpc.aio.server(interceptors=doors, options=_options(config))
         self._health = health.aio.HealthServicer()
         self._watch: asyncio.Task[None] | None = None
@@ -104,8 +106,8 @@ class EdgeServer:
 class KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Ends calls without a good key, whatever they call, but for the services that are open."""
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    def __init__(self, keys: Keys, log: AccessLog | None = None) -> None:
+        self._keys, self._log = keys, log
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
@@ -118,6 +120,9 @@ class KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             try:
                 self._keys.check(shown, operation=_OPERATIONS.get(path, ""))
             except (Unauthenticated, PermissionDenied) as error:
+                if self._log:
+                    with self._log.call(path.rpartition("/")[2], "grpc") as entry:
+                        entry.fail(error)
                 return _refusing(statuses.status_of(error))
         return await continuation(handler_call_details)
 

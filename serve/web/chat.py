@@ -134,7 +134,6 @@ class ChatBody(Options):
             request_id=head.request_id,
             named=head.named,
             seeded=self.seed is not None,
-            transport="http",
             model=self.model or "",
             priority=self.priority,
             deadline_s=self.deadline_s,

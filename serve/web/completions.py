@@ -96,7 +96,6 @@ class CompletionBody(Options):
                 request_id=name,
                 named=head.named,
                 seeded=self.seed is not None,
-                transport="http",
                 model=self.model or "",
                 priority=self.priority,
                 deadline_s=self.deadline_s,

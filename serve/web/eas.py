@@ -110,7 +110,6 @@ class GenerateBody(Strict):
             prompt=self.prompt,
             sampling=asked.sampling(),
             seeded="seed" in asked.model_fields_set,
-            transport="http",
             priority=asked.priority,
             deadline_s=asked.deadline_ms / 1000 if asked.deadline_ms else None,
         )

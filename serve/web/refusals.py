@@ -29,6 +29,7 @@ from gptmoe.errors import (
     Unauthenticated,
     Unavailable,
 )
+from serve.access_log import current
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +111,10 @@ def _sendable(text: str) -> str:
 def respond(path: str, error: Exception) -> Response:
     """The refusal of a request for `path`."""
     refusal = refusal_of(error)
+    if isinstance(error, GptMoeError):
+        current().fail(error, refusal.field)
+    else:
+        current().refuse(refusal.code or "", refusal.field)
     shape = as_openai if path.startswith("/v1/") else as_plain
     return JSONResponse(shape(refusal), refusal.status, refusal.headers)
 
@@ -133,6 +138,7 @@ def install(app: FastAPI) -> None:
         return respond(path_of(request.scope), error)
 
     async def forget(request: Request, error: Exception) -> Response:
+        current().leave()
         return Response(status_code=499)  # nobody reads it
 
     for kind in (GptMoeError, RequestValidationError, HTTPException, Exception):

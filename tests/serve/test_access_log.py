@@ -1,20 +1,84 @@
-"""The line about each call."""
+"""The line about each call, whatever it comes to, of gRPC and HTTP."""
 
 import asyncio
 import json
 import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gptmoe.errors import Overloaded, RequestError
+from cluster.operations import DrainRequest, DrainResponse
+from gptmoe.errors import GptMoeError
 from gptmoe.generate.delta import Delta, Timings
-from gptmoe.generate.params import SamplingParams
+from protos import control_pb2
+from protos import generation_pb2 as messages
 from serve import access_log
-from serve.access_log import Entry, LogConfig, LoggedService
+from serve.access_log import AccessLog, Entry, LogConfig
 from serve.bridge import EngineThread
-from serve.service import Call, ModelCard, Service
+from serve.control import ControlServicer
+from serve.edge.inlet import Inlet
+from serve.guard import guarded
+from serve.keys import Keys
+from serve.logged import LoggedService, logged
+from serve.methods import METHODS
+from serve.refusals import Direct
+from serve.rpc import Servicer
+from serve.web.app import build
 from tests.characters import Characters
+from tests.serve.web.browser import Browser, events
+
+from .asking import Context, request
+from .conftest import CARD
+from .full_engine import FullEngine
+
+FULL = {
+    "transport": "grpc",
+    "method": "Generate",
+    "request_id": "r-1",
+    "model": "poems",
+    "status": "ok",
+    "field": "",
+    "finish_reason": "length",
+    "prompt_tokens": 2,
+    "cached_tokens": 1,
+    "completion_tokens": 3,
+    "queue_s": 0.25,
+    "first_token_s": 0.5,
+    "total_s": 3.0,
+}
+
+
+async def _drain(request: DrainRequest) -> DrainResponse:
+    return DrainResponse()
+
+
+@logged
+@guarded
+class Deployment(Servicer, ControlServicer, Inlet):
+    """A replica, as far as its calls are concerned."""
+
+    keys: Keys | None = None
+    access_log: AccessLog
+    operations = SimpleNamespace(drain=_drain)  # type: ignore[assignment]
+
+
+class Asked(Context):
+    """With a key, or without."""
+
+    def __init__(self, key: str = "") -> None:
+        super().__init__()
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+
+    def invocation_metadata(self) -> Any:
+        return self._metadata
+
+
+@pytest.fixture
+def engine() -> FullEngine:
+    return FullEngine()
 
 
 @pytest.fixture
@@ -22,94 +86,201 @@ def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
     """The lines so far, parsed."""
     monkeypatch.setattr(access_log.log, "propagate", True)
     caplog.set_level(logging.INFO, "serve.access_log")
-    return lambda: [json.loads(record.getMessage()) for record in caplog.records]
 
+    def parsed() -> list[Any]:
+        ours = [record for record in caplog.records if record.name == "serve.access_log"]
+        return [json.loads(record.getMessage()) for record in ours]
 
-def made(bridge: EngineThread, card: ModelCard, **settings: bool) -> LoggedService:
-    return LoggedService(bridge, Characters(), card, config=LogConfig(**settings))
+    return parsed
 
 
 @pytest.fixture
-def card(service: Service) -> ModelCard:
-    return service.card
+def made(bridge: EngineThread) -> Callable[..., Deployment]:
+    def make(**settings: bool) -> Deployment:
+        deployment = Deployment()
+        deployment.service = LoggedService(bridge, Characters(), CARD)
+        deployment.access_log = AccessLog(LogConfig(**settings), CARD.name)
+        return deployment
+
+    return make
 
 
-def call(tokens: int = 3, **more: Any) -> Call:
-    sampling = SamplingParams(max_new_tokens=tokens)
-    return Call(prompt="春风", sampling=sampling, request_id="r-1", transport="grpc", **more)
+@pytest.fixture
+def deployment(made: Any) -> Deployment:
+    deployment: Deployment = made()
+    return deployment
 
 
-def test_a_call_is_one_line(bridge: EngineThread, card: ModelCard, lines: Any) -> None:
-    asyncio.run(made(bridge, card).complete(call()))
+@pytest.fixture
+def web(deployment: Deployment) -> Browser:
+    return Browser(build(deployment.service, stall_s=60, log=deployment.access_log))
+
+
+def ask(deployment: Deployment, method: str, data: bytes, context: Any = None) -> Any:
+    """A method's answer, or its answers."""
+
+    async def answers() -> Any:
+        answer = getattr(deployment, method)(data, context or Asked())
+        if not hasattr(answer, "__aiter__"):
+            return await answer
+        return [message async for message in answer]
+
+    return asyncio.run(answers())
+
+
+def test_a_call_is_one_line(deployment: Deployment, lines: Any) -> None:
+    ask(deployment, "Generate", request(max_new_tokens=3, request_id="r-1"))
     (line,) = lines()
     assert line.pop("time").endswith("+00:00")
-    assert 0 <= line.pop("first_token_s") <= line.pop("total_s") < 60
-    assert line == {
-        "request_id": "r-1",
-        "model": "poems",
-        "transport": "grpc",
-        "status": "ok",
-        "field": "",
-        "finish_reason": "length",
-        "prompt_tokens": 2,
-        "cached_tokens": 0,
-        "completion_tokens": 3,
-        "queue_s": None,
-    }
+    assert line == FULL
 
 
-def test_no_prompt_unless_asked_for(bridge: EngineThread, card: ModelCard, lines: Any) -> None:
-    asyncio.run(made(bridge, card).complete(call()))
-    asyncio.run(made(bridge, card, prompts=True).complete(call()))
+def test_a_stream_is_one_line(deployment: Deployment, lines: Any) -> None:
+    chunks = ask(deployment, "GenerateStream", request(max_new_tokens=3, request_id="r-1"))
+    assert len(chunks) >= 2
+    (line,) = lines()
+    line.pop("time")
+    assert line == FULL | {"method": "GenerateStream"}
+
+
+def test_the_edge_asks_by_the_same_line(deployment: Deployment, lines: Any) -> None:
+    async def ask_both() -> None:
+        data = request(max_new_tokens=3, request_id="r-1")
+        await deployment.edge_unary("Generate", data)
+        assert [chunk async for chunk in deployment.edge_stream("GenerateStream", data)]
+        error = await deployment.edge_unary("Generate", request(top_p=0, request_id="r-2"))
+        assert isinstance(error, GptMoeError)
+
+    asyncio.run(ask_both())
+    found = [(line["method"], line["request_id"], line["status"]) for line in lines()]
+    assert found == [
+        ("Generate", "r-1", "ok"),
+        ("GenerateStream", "r-1", "ok"),
+        ("Generate", "r-2", "RequestError"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "message", "status", "field", "name"),
+    [
+        ("Score", messages.ScoreRequest(prompt="春", continuations=["风"]), "ok", "", ""),
+        ("Score", messages.ScoreRequest(prompt="春"), "RequestError", "continuations", ""),
+        ("Tokenize", messages.TokenizeRequest(text="春"), "ok", "", ""),
+        ("Detokenize", messages.DetokenizeRequest(token_ids=[-1]), "RequestError", "token_ids", ""),
+        ("GetModel", messages.GetModelRequest(model="novels"), "NotFound", "", ""),
+        ("ListModels", messages.ListModelsRequest(), "ok", "", ""),
+        ("Abort", messages.AbortRequest(request_id="r-9"), "NotFound", "", "r-9"),
+        ("Drain", control_pb2.DrainRequest(), "ok", "", ""),
+    ],
+)
+def test_every_method_has_its_line(
+    deployment: Deployment, lines: Any, method: str, message: Any, status: str, field: str,
+    name: str,
+) -> None:  # fmt: skip
+    ask(deployment, method, message.SerializeToString())
+    (line,) = lines()
+    assert [line[key] for key in ("method", "status", "field", "request_id", "transport")] == [
+        method, status, field, name, "grpc",
+    ]  # fmt: skip
+    assert line["total_s"] >= 0
+    assert (line["finish_reason"], line["completion_tokens"], line["queue_s"]) == ("", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "name"),
+    [
+        (b"\xff\xff\xff\xff", "", ""),
+        (b"\x0a\x02\xff\xfe", "prompt", ""),
+        (request(temperature=float("nan"), request_id="r-1"), "temperature", "r-1"),
+        (request("秘" * 1000, request_id="r-1"), "prompt", "r-1"),
+    ],
+)
+def test_what_is_refused_names_the_field_not_the_words(
+    deployment: Deployment, lines: Any, data: bytes, field: str, name: str
+) -> None:
+    ask(deployment, "Generate", data)
+    with pytest.raises(GptMoeError):
+        ask(deployment, "GenerateStream", data)
+    unary, streamed = lines()
+    assert streamed["method"] == "GenerateStream"
+    for line in (unary, streamed):
+        found = (line["status"], line["field"], line["request_id"])
+        assert found == ("RequestError", field, name)
+        assert "秘" not in json.dumps(line, ensure_ascii=False)
+        assert line["first_token_s"] is None
+
+
+def test_a_caller_without_a_good_key_has_a_line(
+    deployment: Deployment, lines: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("spring-wind\n")
+    file.chmod(0o600)
+    deployment.keys = Keys(file)
+    for key in ("", "autumn-moon", "spring-wind"):
+        ask(deployment, "Generate", request(max_new_tokens=1), Asked(key))
+    with pytest.raises(GptMoeError):
+        ask(deployment, "GenerateStream", request())
+    ask(deployment, "Drain", b"", Asked("spring-wind"))
+    ask(deployment, "Drain", b"", Direct())
+    assert [(line["method"], line["status"]) for line in lines()] == [
+        ("Generate", "Unauthenticated"),
+        ("Generate", "Unauthenticated"),
+        ("Generate", "ok"),
+        ("GenerateStream", "Unauthenticated"),
+        ("Drain", "PermissionDenied"),
+        ("Drain", "ok"),
+    ]
+    assert "autumn" not in json.dumps(lines())
+
+
+def test_every_method_is_wrapped() -> None:
+    for method in METHODS:
+        found = getattr(Deployment, method.name)
+        assert found.__code__.co_filename.endswith("logged.py")
+
+
+def test_no_prompt_unless_asked_for(made: Any, lines: Any) -> None:
+    ask(made(), "Generate", request(max_new_tokens=1))
+    ask(made(prompts=True), "Generate", request(max_new_tokens=1))
     without, with_it = lines()
     assert "春风" not in json.dumps(without, ensure_ascii=False)
     assert with_it["prompt"] == "春风"
 
 
-def test_a_refused_call_names_the_field_not_the_words(
-    bridge: EngineThread, card: ModelCard, lines: Any
-) -> None:
-    secret = Call(prompt="秘" * 1000)
-    with pytest.raises(RequestError):
-        asyncio.run(made(bridge, card).complete(secret))
-    (line,) = lines()
-    assert (line["status"], line["field"]) == ("RequestError", "prompt")
-    assert "秘" not in json.dumps(line, ensure_ascii=False)
-    assert line["first_token_s"] is None
-
-
-def test_a_full_queue(bridge: EngineThread, card: ModelCard, engine: Any, lines: Any) -> None:
+def test_a_full_queue(deployment: Deployment, engine: Any, lines: Any) -> None:
     engine.capacity = 0
-    with pytest.raises(Overloaded):
-        asyncio.run(made(bridge, card).complete(call()))
+    ask(deployment, "Generate", request())
     assert lines()[0]["status"] == "Overloaded"
 
 
-def test_a_bug_of_ours(bridge: EngineThread, card: ModelCard, lines: Any) -> None:
-    service = made(bridge, card)
-
-    def broken(call: Call) -> Any:
+def test_a_bug_of_ours(deployment: Deployment, lines: Any) -> None:
+    def broken(call: Any) -> Any:
         raise ZeroDivisionError("a bug")
 
-    service._request = broken  # type: ignore[method-assign]
+    deployment.service._request = broken  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(service.complete(call()))
-    assert lines()[0]["status"] == "bug"
+        ask(deployment, "Generate", request())
+    with pytest.raises(ZeroDivisionError):
+        Browser(build(deployment.service, stall_s=60, log=deployment.access_log)).complete()
+    assert [line["status"] for line in lines()] == ["bug", "bug"]
 
 
-def test_one_who_leaves(bridge: EngineThread, card: ModelCard, lines: Any) -> None:
+def test_one_who_leaves(deployment: Deployment, lines: Any) -> None:
     """By closing the stream, and by being cancelled."""
-    service = made(bridge, card)
+    endless = request(max_new_tokens=10**9)
 
     async def close() -> None:
-        deltas = service.stream(call(tokens=10**9))
-        await anext(deltas)
-        await deltas.aclose()
+        chunks = deployment.GenerateStream(endless, Asked())
+        assert (await anext(chunks)).header.request_id
+        await anext(chunks)
+        await chunks.aclose()  # type: ignore[attr-defined]
 
     async def cancel() -> None:
         async def listen() -> None:
-            async for _ in service.stream(call(tokens=10**9)):
-                started.set()
+            async for chunk in deployment.GenerateStream(endless, Asked()):
+                if chunk.text:
+                    started.set()
 
         started = asyncio.Event()
         task = asyncio.create_task(listen())
@@ -125,18 +296,126 @@ def test_one_who_leaves(bridge: EngineThread, card: ModelCard, lines: Any) -> No
     assert [line["finish_reason"] for line in found] == ["", ""]
 
 
-def test_it_can_be_off(bridge: EngineThread, card: ModelCard, lines: Any) -> None:
-    done = asyncio.run(made(bridge, card, access=False).complete(call()))
-    assert done.text == "一二三"
+def test_it_can_be_off(made: Any, lines: Any) -> None:
+    deployment = made(access=False)
+    assert ask(deployment, "Generate", request(max_new_tokens=3)).text == "一二三"
+    assert ask(deployment, "Generate", request(top_p=0)).text == ""
     assert lines() == []
 
 
+# --- HTTP ------------------------------------------------------------------------------------
+
+
+def test_a_request_over_http_is_one_line(web: Browser, lines: Any) -> None:
+    web("POST", "/generate", json={"inputs": ["春风"], "parameters": {"max_length": 3}},
+        headers={"X-Request-Id": "r-1"})  # fmt: skip
+    assert len(events(web.complete(max_tokens=3, stream=True))) >= 2
+    whole, streamed = lines()
+    whole.pop("time")
+    assert whole == FULL | {"transport": "http", "method": "POST /generate"}
+    assert len(streamed.pop("request_id")) == 32, "the server's own"
+    streamed.pop("time")
+    others = {name: value for name, value in FULL.items() if name != "request_id"}
+    assert streamed == others | {"transport": "http", "method": "POST /v1/completions"}
+
+
+def test_several_prompts_are_one_call(web: Browser, lines: Any) -> None:
+    body = {"prompt": ["春", "风又"], "max_tokens": 2}
+    web("POST", "/v1/completions", json=body, headers={"X-Request-Id": "r-1"})
+    (line,) = lines()
+    assert (line["request_id"], line["finish_reason"]) == ("r-1", "length,length")
+    assert (line["prompt_tokens"], line["completion_tokens"]) == (3, 4)
+    assert line["queue_s"] is None, "of which of them?"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "more", "status", "field"),
+    [
+        ("POST", "/generate", {"json": {"inputs": []}}, "invalid_value", "inputs"),
+        ("POST", "/v1/completions", {"json": {"prompt": "秘", "top_p": 0}}, "RequestError",
+         "top_p"),
+        ("POST", "/v1/completions", {"json": {"prompt": "秘" * 99}}, "RequestError", "prompt"),
+        ("POST", "/v1/completions", {"json": {"prompt": "秘", "max_tokens": 0}}, "RequestError",
+         "max_tokens"),
+        ("POST", "/v1/completions", {"json": {"prompt": "秘", "model": "novels"}}, "NotFound",
+         "model"),
+        ("POST", "/generate", {"content": b"{", "headers": {"content-type": "application/json"}},
+         "not_json", ""),
+        ("POST", "/generate", {"content": b"{}"}, "unsupported_media_type", ""),
+        ("POST", "/generate", {"content": b" " * (5 * 2**20)}, "too_large", ""),
+        ("GET", "/generate", {}, "method_not_allowed", ""),
+        ("GET", "/v1/nothing", {}, "not_found", ""),
+        ("GET", "/v1/models", {}, "ok", ""),
+    ],
+)  # fmt: skip
+def test_what_http_refuses_has_its_line(
+    web: Browser, lines: Any, method: str, path: str, more: Any, status: str, field: str
+) -> None:
+    web(method, path, **more)
+    (line,) = lines()
+    assert (line["method"], line["status"], line["field"]) == (f"{method} {path}", status, field)
+    assert "秘" not in json.dumps(line, ensure_ascii=False)
+
+
+def test_a_missing_key_over_http_has_its_line(
+    deployment: Deployment, lines: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("spring-wind\n")
+    file.chmod(0o600)
+    app = build(deployment.service, stall_s=60, keys=Keys(file), log=deployment.access_log)
+    name = {"X-Request-Id": "r" * 1000}
+    Browser(app)("POST", "/v1/completions", json={"prompt": "春"}, headers=name)
+    (line,) = lines()
+    assert (line["status"], line["field"]) == ("Unauthenticated", "Authorization")
+    assert line["request_id"] == "r" * 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_who_leaves_over_http(web: Browser, lines: Any, stream: bool) -> None:
+    body = json.dumps({"prompt": "春", "max_tokens": 10**9, "stream": stream}).encode()
+
+    async def ask() -> None:
+        told, sent = [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if told:
+                return told.pop()
+            await (sent.wait() if stream else asyncio.sleep(0.05))
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if message.get("body"):
+                sent.set()
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+        headers = [(b"content-type", b"application/json")]
+        await web.app(scope | {"headers": headers}, receive, send)
+
+    asyncio.run(asyncio.wait_for(ask(), 10))
+    (line,) = lines()
+    assert (line["status"], line["method"]) == ("cancelled", "POST /v1/completions")
+    assert line["completion_tokens"] >= 1
+
+
+def test_probes_have_no_line(web: Browser, deployment: Deployment, lines: Any) -> None:
+    for path in ("/healthz", "/readyz"):
+        assert web("GET", path).status_code == 200
+    deployment.service.draining = True
+    assert web("GET", "/readyz").status_code == 503
+    assert lines() == []
+
+
+# --- the line itself -------------------------------------------------------------------------
+
+
 def test_the_engines_own_times_and_several_answers() -> None:
-    entry = Entry(call(), "poems")
+    entry = Entry("Generate", "grpc", "poems")
+    assert entry.ask("r-1", "春风") == 0
     timings = Timings(queue_s=0.125, first_token_s=0.25, total_s=2.0)
-    entry.add(Delta(request_id="r-1", token_ids=(1, 2), prompt_tokens=5, cached_tokens=4))
-    entry.add(Delta(request_id="r-1", index=1, token_ids=(3,), finish_reason="stop"))
-    entry.add(Delta(request_id="r-1", token_ids=(4,), finish_reason="length", timings=timings))
+    entry.add(0, Delta(request_id="r-1", token_ids=(1, 2), prompt_tokens=5, cached_tokens=4))
+    entry.add(0, Delta(request_id="r-1", index=1, token_ids=(3,), finish_reason="stop"))
+    entry.add(0, Delta(request_id="r-1", token_ids=(4,), finish_reason="length", timings=timings))
     line = json.loads(entry.line(prompts=False))
     assert (line["queue_s"], line["first_token_s"], line["total_s"]) == (0.125, 0.25, 2.0)
     assert (line["prompt_tokens"], line["cached_tokens"], line["completion_tokens"]) == (5, 4, 4)

@@ -1,6 +1,8 @@
 """Who gets in at the edge: TLS, certificates of callers, keys; what needs none of them."""
 
 import asyncio
+import json
+import logging
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +23,8 @@ from cluster.access import Access
 from cluster.client import AsyncClient, Client, GenerationError
 from cluster.remote import operating
 from gptmoe.errors import ClusterError, ConfigError
+from serve import access_log
+from serve.access_log import AccessLog, LogConfig
 from serve.config import EdgeConfig
 from serve.edge.backend import Replicas
 from serve.edge.server import EdgeServer, server_credentials
@@ -174,6 +178,27 @@ def test_only_an_operators_key_operates(keys_file: Path) -> None:
 
     asyncio.run(run())
     assert [method for method, _ in poet.asked] == ["Drain"]
+
+
+def test_who_is_turned_away_has_a_line_in_the_access_log(
+    keys_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_log.log, "propagate", True)
+    caplog.set_level(logging.INFO, "serve.access_log")
+
+    async def run() -> None:
+        backend, log = Replicas(Handle(Poet())), AccessLog(LogConfig(), "poems")
+        server = EdgeServer(backend, EdgeConfig(port=0), Keys(keys_file), log=log)
+        target = f"127.0.0.1:{await server.start()}"
+        assert await told(target, Access(token="autumn-moon")) == "UNAUTHENTICATED"
+        assert await told(target, Access(token="spring-wind")) == POEM, "a replica logs it"
+        await server.stop(0)
+
+    asyncio.run(run())
+    ours = [record for record in caplog.records if record.name == "serve.access_log"]
+    (line,) = [json.loads(record.getMessage()) for record in ours]
+    found = [line[name] for name in ("transport", "method", "status", "model")]
+    assert found == ["grpc", "Generate", "Unauthenticated", "poems"]
 
 
 def test_health_and_reflection_need_no_key(keys_file: Path) -> None:
