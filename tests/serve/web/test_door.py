@@ -3,11 +3,13 @@
 import asyncio
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from serve.keys import Keys
 from serve.service import Service
 from serve.web.app import build
 from tests.serve.web.browser import Browser
@@ -221,3 +223,42 @@ def test_keys_guard_a_real_server_too(talk: Service, talker: Talker) -> None:
     with served(build(talk, stall_s=60, keys=Keyring("sesame"))) as client:
         assert client.post("/generate", content=GOOD, headers=JSON).status_code == 401
         assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_keys_are_exchanged_while_the_server_runs(
+    talk: Service, talker: Talker, tmp_path: Path
+) -> None:
+    """New keys open at once, old ones no more; a spoilt file changes nothing."""
+    file = tmp_path / "keys"
+
+    def write(text: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(text)
+        new.chmod(0o600)
+        new.replace(file)
+
+    write("spring-wind\nriver-south operator\n")
+    talker.most_tokens = 2
+    with served(build(talk, stall_s=60, keys=Keys(file))) as client:
+
+        def status(token: str) -> int:
+            headers = JSON | {"authorization": f"Bearer {token}"}
+            return client.post("/v1/completions", content=GOOD, headers=headers).status_code
+
+        tokens = ("spring-wind", "river-south", "autumn-moon", "spring-win", "river-south operator")
+        assert [status(token) for token in tokens] == [200, 200, 401, 401, 401]
+        write("autumn-moon\n")
+        assert [status(token) for token in tokens] == [401, 401, 200, 401, 401]
+        write("two words\n")
+        assert [status(token) for token in tokens] == [401, 401, 200, 401, 401]
+        file.unlink()
+        assert status("autumn-moon") == 200
+        for shown, sentence in (
+            ("Bearer 春风", "not one of this server's"),
+            ("Basic c3ByaW5nLXdpbmQ=", "must be Bearer and a token"),
+        ):
+            headers = {"authorization": shown.encode()}
+            refused = client.get("/v1/models", headers=headers)
+            assert refused.status_code == 401
+            assert sentence in error_of(refused)["message"]
+            assert refused.headers["www-authenticate"] == "Bearer"
