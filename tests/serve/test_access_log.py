@@ -1,68 +1,27 @@
-"""The line about each call, whatever it comes to, of gRPC and HTTP."""
+"""The line about each call, whatever it comes to. Over HTTP: web/test_logged.py."""
 
 import asyncio
+import inspect
 import json
-import logging
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from cluster.operations import DrainRequest, DrainResponse
 from gptmoe.errors import GptMoeError
 from gptmoe.generate.delta import Delta, Timings
 from protos import control_pb2
 from protos import generation_pb2 as messages
 from serve import access_log
-from serve.access_log import AccessLog, Entry, LogConfig
+from serve.access_log import Entry
 from serve.bridge import EngineThread
-from serve.control import ControlServicer
-from serve.edge.inlet import Inlet
-from serve.guard import guarded
 from serve.keys import Keys
-from serve.logged import LoggedService, logged
 from serve.methods import METHODS
 from serve.refusals import Direct
-from serve.rpc import Servicer
-from serve.web.app import build
-from tests.characters import Characters
-from tests.serve.web.browser import Browser, events
 
 from .asking import Context, request
-from .conftest import CARD
 from .full_engine import FullEngine
-
-FULL = {
-    "transport": "grpc",
-    "method": "Generate",
-    "request_id": "r-1",
-    "model": "poems",
-    "status": "ok",
-    "field": "",
-    "finish_reason": "length",
-    "prompt_tokens": 2,
-    "cached_tokens": 1,
-    "completion_tokens": 3,
-    "queue_s": 0.25,
-    "first_token_s": 0.5,
-    "total_s": 3.0,
-}
-
-
-async def _drain(request: DrainRequest) -> DrainResponse:
-    return DrainResponse()
-
-
-@logged
-@guarded
-class Deployment(Servicer, ControlServicer, Inlet):
-    """A replica, as far as its calls are concerned."""
-
-    keys: Keys | None = None
-    access_log: AccessLog
-    operations = SimpleNamespace(drain=_drain)  # type: ignore[assignment]
+from .logged_calls import FULL, Deployment, Lines, made
 
 
 class Asked(Context):
@@ -82,38 +41,13 @@ def engine() -> FullEngine:
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The lines so far, parsed."""
-    monkeypatch.setattr(access_log.log, "propagate", True)
-    caplog.set_level(logging.INFO, "serve.access_log")
-
-    def parsed() -> list[Any]:
-        ours = [record for record in caplog.records if record.name == "serve.access_log"]
-        return [json.loads(record.getMessage()) for record in ours]
-
-    return parsed
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Lines:
+    return Lines(caplog, monkeypatch)
 
 
 @pytest.fixture
-def made(bridge: EngineThread) -> Callable[..., Deployment]:
-    def make(**settings: bool) -> Deployment:
-        deployment = Deployment()
-        deployment.service = LoggedService(bridge, Characters(), CARD)
-        deployment.access_log = AccessLog(LogConfig(**settings), CARD.name)
-        return deployment
-
-    return make
-
-
-@pytest.fixture
-def deployment(made: Any) -> Deployment:
-    deployment: Deployment = made()
-    return deployment
-
-
-@pytest.fixture
-def web(deployment: Deployment) -> Browser:
-    return Browser(build(deployment.service, stall_s=60, log=deployment.access_log))
+def deployment(bridge: EngineThread) -> Deployment:
+    return made(bridge)
 
 
 def ask(deployment: Deployment, method: str, data: bytes, context: Any = None) -> Any:
@@ -234,15 +168,17 @@ def test_a_caller_without_a_good_key_has_a_line(
     assert "autumn" not in json.dumps(lines())
 
 
-def test_every_method_is_wrapped() -> None:
+def test_every_method_is_wrapped_and_ray_serve_still_sees_the_context() -> None:
     for method in METHODS:
         found = getattr(Deployment, method.name)
         assert found.__code__.co_filename.endswith("logged.py")
+        assert "grpc_context" in inspect.signature(found).parameters
+        assert inspect.isasyncgenfunction(found) is method.streaming
 
 
-def test_no_prompt_unless_asked_for(made: Any, lines: Any) -> None:
-    ask(made(), "Generate", request(max_new_tokens=1))
-    ask(made(prompts=True), "Generate", request(max_new_tokens=1))
+def test_no_prompt_unless_asked_for(bridge: EngineThread, lines: Any) -> None:
+    ask(made(bridge), "Generate", request(max_new_tokens=1))
+    ask(made(bridge, prompts=True), "Generate", request(max_new_tokens=1))
     without, with_it = lines()
     assert "春风" not in json.dumps(without, ensure_ascii=False)
     assert with_it["prompt"] == "春风"
@@ -261,9 +197,7 @@ def test_a_bug_of_ours(deployment: Deployment, lines: Any) -> None:
     deployment.service._request = broken  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
         ask(deployment, "Generate", request())
-    with pytest.raises(ZeroDivisionError):
-        Browser(build(deployment.service, stall_s=60, log=deployment.access_log)).complete()
-    assert [line["status"] for line in lines()] == ["bug", "bug"]
+    assert [line["status"] for line in lines()] == ["bug"]
 
 
 def test_one_who_leaves(deployment: Deployment, lines: Any) -> None:
@@ -296,113 +230,10 @@ def test_one_who_leaves(deployment: Deployment, lines: Any) -> None:
     assert [line["finish_reason"] for line in found] == ["", ""]
 
 
-def test_it_can_be_off(made: Any, lines: Any) -> None:
-    deployment = made(access=False)
+def test_it_can_be_off(bridge: EngineThread, lines: Any) -> None:
+    deployment = made(bridge, access=False)
     assert ask(deployment, "Generate", request(max_new_tokens=3)).text == "一二三"
     assert ask(deployment, "Generate", request(top_p=0)).text == ""
-    assert lines() == []
-
-
-# --- HTTP ------------------------------------------------------------------------------------
-
-
-def test_a_request_over_http_is_one_line(web: Browser, lines: Any) -> None:
-    web("POST", "/generate", json={"inputs": ["春风"], "parameters": {"max_length": 3}},
-        headers={"X-Request-Id": "r-1"})  # fmt: skip
-    assert len(events(web.complete(max_tokens=3, stream=True))) >= 2
-    whole, streamed = lines()
-    whole.pop("time")
-    assert whole == FULL | {"transport": "http", "method": "POST /generate"}
-    assert len(streamed.pop("request_id")) == 32, "the server's own"
-    streamed.pop("time")
-    others = {name: value for name, value in FULL.items() if name != "request_id"}
-    assert streamed == others | {"transport": "http", "method": "POST /v1/completions"}
-
-
-def test_several_prompts_are_one_call(web: Browser, lines: Any) -> None:
-    body = {"prompt": ["春", "风又"], "max_tokens": 2}
-    web("POST", "/v1/completions", json=body, headers={"X-Request-Id": "r-1"})
-    (line,) = lines()
-    assert (line["request_id"], line["finish_reason"]) == ("r-1", "length,length")
-    assert (line["prompt_tokens"], line["completion_tokens"]) == (3, 4)
-    assert line["queue_s"] is None, "of which of them?"
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "more", "status", "field"),
-    [
-        ("POST", "/generate", {"json": {"inputs": []}}, "invalid_value", "inputs"),
-        ("POST", "/v1/completions", {"json": {"prompt": "秘", "top_p": 0}}, "RequestError",
-         "top_p"),
-        ("POST", "/v1/completions", {"json": {"prompt": "秘" * 99}}, "RequestError", "prompt"),
-        ("POST", "/v1/completions", {"json": {"prompt": "秘", "max_tokens": 0}}, "RequestError",
-         "max_tokens"),
-        ("POST", "/v1/completions", {"json": {"prompt": "秘", "model": "novels"}}, "NotFound",
-         "model"),
-        ("POST", "/generate", {"content": b"{", "headers": {"content-type": "application/json"}},
-         "not_json", ""),
-        ("POST", "/generate", {"content": b"{}"}, "unsupported_media_type", ""),
-        ("POST", "/generate", {"content": b" " * (5 * 2**20)}, "too_large", ""),
-        ("GET", "/generate", {}, "method_not_allowed", ""),
-        ("GET", "/v1/nothing", {}, "not_found", ""),
-        ("GET", "/v1/models", {}, "ok", ""),
-    ],
-)  # fmt: skip
-def test_what_http_refuses_has_its_line(
-    web: Browser, lines: Any, method: str, path: str, more: Any, status: str, field: str
-) -> None:
-    web(method, path, **more)
-    (line,) = lines()
-    assert (line["method"], line["status"], line["field"]) == (f"{method} {path}", status, field)
-    assert "秘" not in json.dumps(line, ensure_ascii=False)
-
-
-def test_a_missing_key_over_http_has_its_line(
-    deployment: Deployment, lines: Any, tmp_path: Path
-) -> None:
-    file = tmp_path / "keys"
-    file.write_text("spring-wind\n")
-    file.chmod(0o600)
-    app = build(deployment.service, stall_s=60, keys=Keys(file), log=deployment.access_log)
-    name = {"X-Request-Id": "r" * 1000}
-    Browser(app)("POST", "/v1/completions", json={"prompt": "春"}, headers=name)
-    (line,) = lines()
-    assert (line["status"], line["field"]) == ("Unauthenticated", "Authorization")
-    assert line["request_id"] == "r" * 200
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_one_who_leaves_over_http(web: Browser, lines: Any, stream: bool) -> None:
-    body = json.dumps({"prompt": "春", "max_tokens": 10**9, "stream": stream}).encode()
-
-    async def ask() -> None:
-        told, sent = [{"type": "http.request", "body": body, "more_body": False}], asyncio.Event()
-
-        async def receive() -> dict[str, Any]:
-            if told:
-                return told.pop()
-            await (sent.wait() if stream else asyncio.sleep(0.05))
-            return {"type": "http.disconnect"}
-
-        async def send(message: dict[str, Any]) -> None:
-            if message.get("body"):
-                sent.set()
-
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
-        headers = [(b"content-type", b"application/json")]
-        await web.app(scope | {"headers": headers}, receive, send)
-
-    asyncio.run(asyncio.wait_for(ask(), 10))
-    (line,) = lines()
-    assert (line["status"], line["method"]) == ("cancelled", "POST /v1/completions")
-    assert line["completion_tokens"] >= 1
-
-
-def test_probes_have_no_line(web: Browser, deployment: Deployment, lines: Any) -> None:
-    for path in ("/healthz", "/readyz"):
-        assert web("GET", path).status_code == 200
-    deployment.service.draining = True
-    assert web("GET", "/readyz").status_code == 503
     assert lines() == []
 
 
