@@ -96,6 +96,8 @@ def _in_our_words(error: GenerationError, target: str) -> GptMoeError:
         return RequestError(error.message)
     if error.code == "UNAUTHENTICATED":
         return ClusterError(f"{target}: {error.message}; --token-file names a file that holds it")
+    if error.code == "PERMISSION_DENIED":
+        return ClusterError(f"{target}: {error.message}")
     if error.code in ("FAILED_PRECONDITION", "DEADLINE_EXCEEDED", "ABORTED"):
         return ClusterError(error.message)
     if error.code == "NOT_FOUND" and _NO_REQUEST in error.message:

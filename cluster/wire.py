@@ -6,14 +6,17 @@ The only file of this folder, beside the gRPC client, that touches protobuf mess
 import typing
 from typing import TypeVar
 
+from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError
 from google.protobuf.message import Message as ProtoMessage
+from google.protobuf.unknown_fields import UnknownFieldSet
 
 from cluster import fields, messages, operations
 from gptmoe.errors import ClusterError, RequestError
 from protos import control_pb2
 
 A = TypeVar("A", bound=operations.Asked)
+M = TypeVar("M", bound=ProtoMessage)
 
 VERSION = 1
 """Of the control protocol: grows when an old peer could misread a message."""
@@ -57,13 +60,39 @@ def decode(data: bytes) -> messages.Message:
 
 
 def parse(kind: type[A], data: bytes) -> A:
-    """An operator's request from its bytes; raises RequestError if they are none."""
-    proto = getattr(control_pb2, kind.__name__)
+    """An operator's request from its bytes; raises RequestError as `request`."""
+    return typing.cast(A, fields.read(request(getattr(control_pb2, kind.__name__), data)))
+
+
+def request(kind: type[M], data: bytes) -> M:
+    """A request from its bytes; raises RequestError if they are none, for the field if it can."""
     try:
-        return typing.cast(A, fields.read(proto.FromString(data)))
+        return kind.FromString(data)
     except DecodeError as error:
-        name = proto.DESCRIPTOR.full_name
-        raise RequestError(f"the request is not a {name} with UTF-8 text: {error}") from None
+        if field := _not_utf8(kind, data):
+            raise RequestError(f"{field} must be UTF-8 text; found other bytes", field) from None
+        name = kind.DESCRIPTOR.full_name
+        raise RequestError(f"the request is not a {name}: {error}") from None
+
+
+def _not_utf8(kind: type[ProtoMessage], data: bytes) -> str:
+    """The first text of a message that is no UTF-8, which protobuf does not name; empty: none is.
+
+    To a message without fields all of them are unknown, and so are kept as they came.
+    """
+    raw = Empty()
+    try:
+        raw.ParseFromString(data)
+    except DecodeError:
+        return ""
+    texts = {it.number: it.name for it in kind.DESCRIPTOR.fields if it.type == it.TYPE_STRING}
+    for unknown in UnknownFieldSet(raw):
+        if unknown.field_number in texts and isinstance(unknown.data, bytes):
+            try:
+                unknown.data.decode()
+            except UnicodeDecodeError:
+                return texts[unknown.field_number]
+    return ""
 
 
 def to_proto(answer: operations.Answered) -> ProtoMessage:

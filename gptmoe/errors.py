@@ -11,6 +11,7 @@ GptMoeError
   NotFound          no model or running request of that name
   AlreadyRunning    a request with that id runs
   Unauthenticated   a key is missing or wrong
+  PermissionDenied  a key is good, and not for this
   DeadlineExceeded  what was asked for is not done in time
   Overloaded        a queue is full; `retry_after_s` says when to come back
 
@@ -77,6 +78,10 @@ class AlreadyRunning(GptMoeError):
 
 class Unauthenticated(GptMoeError):
     """A key is missing or wrong."""
+
+
+class PermissionDenied(GptMoeError):
+    """A key is good, and not for this."""
 
 
 class DeadlineExceeded(GptMoeError):

@@ -143,7 +143,8 @@ class AuthConfig:
     """Who may ask."""
 
     keys: Path | None = field(default=None, metadata=INPUT_PATH)
-    """A file with one bearer token a line, at this path on every node; absent: everybody may."""
+    """A file with one bearer token a line, at this path on every node; absent: everybody may.
+    Behind a token that may operate the application too: the word `operator`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

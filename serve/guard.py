@@ -5,11 +5,11 @@ from contextlib import aclosing
 from functools import wraps
 from typing import Any, Protocol, TypeVar
 
-from gptmoe.errors import Unauthenticated
+from gptmoe.errors import GptMoeError
 
 from .keys import Keys
 from .methods import METHODS, Method
-from .refusals import set_status
+from .refusals import Direct, set_status
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ class Keyed(Protocol):
 def guarded(kind: type[T]) -> type[T]:
     """Have each gRPC method of a deployment's class ask for a key before anything else.
 
-    The method itself stays at `__wrapped__`, for callers whose key was checked before (edge/).
+    Not of who calls it without gRPC (refusals.Direct): the edge has checked the key before.
     """
     for method in METHODS:
         setattr(kind, method.name, _guarded(method, getattr(kind, method.name)))
@@ -39,8 +39,8 @@ def _guarded(method: Method, unguarded: Callable[..., Any]) -> Callable[..., Any
     @wraps(unguarded)
     async def unary(self: Keyed, request: bytes, grpc_context: Any) -> Any:
         try:
-            _check(self, grpc_context)
-        except Unauthenticated as error:
+            _check(self, method, grpc_context)
+        except GptMoeError as error:
             set_status(error, grpc_context)
             return method.answer()
         return await unguarded(self, request, grpc_context)
@@ -48,8 +48,8 @@ def _guarded(method: Method, unguarded: Callable[..., Any]) -> Callable[..., Any
     @wraps(unguarded)
     async def streaming(self: Keyed, request: bytes, grpc_context: Any) -> AsyncIterator[Any]:
         try:
-            _check(self, grpc_context)
-        except Unauthenticated as error:
+            _check(self, method, grpc_context)
+        except GptMoeError as error:
             set_status(error, grpc_context)
             raise
         async with aclosing(unguarded(self, request, grpc_context)) as messages:
@@ -59,6 +59,8 @@ def _guarded(method: Method, unguarded: Callable[..., Any]) -> Callable[..., Any
     return streaming if method.streaming else unary
 
 
-def _check(deployment: Keyed, grpc_context: Any) -> None:
-    if deployment.keys is not None:
-        deployment.keys.check(authorization(grpc_context.invocation_metadata()))
+def _check(deployment: Keyed, method: Method, grpc_context: Any) -> None:
+    """Raises Unauthenticated or PermissionDenied."""
+    if deployment.keys is not None and not isinstance(grpc_context, Direct):
+        shown = authorization(grpc_context.invocation_metadata())
+        deployment.keys.check(shown, operation=method.name if method.operates else "")

@@ -2,6 +2,8 @@
 
     # the team's
     mF_9.B5f-4.1JqM
+    # may drain, refresh and scale as well
+    tGzv3JOkF0XG5Qx2TlKW operator
 
 The file is read again when it changes, so tokens are exchanged without a restart: write the new one
 beside the old, hand it out, take the old one away.
@@ -11,14 +13,33 @@ import hashlib
 import hmac
 import logging
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from gptmoe.errors import ConfigError, Unauthenticated
+from gptmoe.errors import ConfigError, PermissionDenied, Unauthenticated
 
 log = logging.getLogger(__name__)
 
+OPERATOR = "operator"
+"""Stands behind the token of a key that may change the application for all."""
+
 _SCHEME = "bearer "
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One line of a file."""
+
+    token: str = field(repr=False)
+    operator: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A key without its token."""
+
+    digest: bytes
+    operator: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +59,15 @@ class Keys:
         self._path = path
         self._seen = _state(path)
         try:
-            self._digests = _digests(path)
+            self._known = _known(path)
         except OSError as error:
             raise ConfigError(_unreadable(path, error)) from None
 
-    def check(self, authorization: str | None) -> None:
+    def check(self, authorization: str | None, operation: str = "") -> None:
         """Raise Unauthenticated unless `authorization` is "Bearer " and a token of the file.
 
-        Takes as long for a wrong token as for a right one.
+        `operation` names what only an operator may do: PermissionDenied for another key. Takes as
+        long for a wrong token as for a right one.
         """
         self._read_again_if_changed()
         if not authorization:
@@ -58,8 +80,15 @@ class Keys:
             )
         found = _digest(authorization[len(_SCHEME) :].strip())
         # All of them, always: how long it takes must not say which one was close.
-        if not sum([hmac.compare_digest(found, digest) for digest in self._digests]):
+        equal = [hmac.compare_digest(found, key.digest) for key in self._known]
+        if not sum(equal):
             raise Unauthenticated("the key is not one of this server's; ask its operator for one")
+        operator = sum(key.operator and same for key, same in zip(self._known, equal, strict=True))
+        if operation and not operator:
+            raise PermissionDenied(
+                f"{operation} wants an operator's key, and this one may only generate and look; "
+                f"show one with the word {OPERATOR} behind it in the server's keys file"
+            )
 
     def _read_again_if_changed(self) -> None:
         """A change for the worse is reported once, and the last good tokens hold."""
@@ -68,18 +97,18 @@ class Keys:
             return
         self._seen = state
         try:
-            self._digests = _digests(self._path)
+            self._known = _known(self._path)
         except (OSError, ConfigError) as error:
             log.warning("keys stay as they were file=%s reason=%s", self._path, error)
         else:
-            log.info("keys read again file=%s tokens=%d", self._path, len(self._digests))
+            log.info("keys read again file=%s tokens=%d", self._path, len(self._known))
 
 
-def read_tokens(path: Path) -> tuple[str, ...]:
-    """The tokens in a file; # begins a line that is none.
+def read_keys(path: Path) -> tuple[Key, ...]:
+    """The keys in a file; # begins a line that is none.
 
     Warns if others than its owner may read it. Raises OSError, and ConfigError if it holds no
-    token or a line that cannot be one.
+    key or a line that cannot be one.
     """
     if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         log.warning("keys can be read by other users file=%s; chmod 600 makes them yours", path)
@@ -87,32 +116,32 @@ def read_tokens(path: Path) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise ConfigError(f"the keys file {path} is not UTF-8 text") from None
-    tokens = []
+    keys = []
     for number, line in enumerate(lines, start=1):
-        token = line.strip()
-        if not token or token.startswith("#"):
+        token, *scope = line.split() or ["#"]
+        if token.startswith("#"):
             continue
-        if not (token.isascii() and token.isprintable()) or " " in token:
+        if not (token.isascii() and token.isprintable()) or scope not in ([], [OPERATOR]):
             raise ConfigError(
                 f"line {number} of the keys file {path} is no token: it must be one word of "
-                "visible ASCII characters"
+                f"visible ASCII characters, and behind it {OPERATOR} or nothing"
             )
-        tokens.append(token)
-    if not tokens:
+        keys.append(Key(token, operator=bool(scope)))
+    if not keys:
         raise ConfigError(f"the keys file {path} holds no token; write one a line")
-    return tuple(tokens)
+    return tuple(keys)
 
 
 def first_token(path: Path) -> str:
     """A token that opens, for our own calls. Raises ConfigError as Keys."""
     try:
-        return read_tokens(path)[0]
+        return read_keys(path)[0].token
     except OSError as error:
         raise ConfigError(_unreadable(path, error)) from None
 
 
-def _digests(path: Path) -> tuple[bytes, ...]:
-    return tuple(map(_digest, read_tokens(path)))
+def _known(path: Path) -> tuple[_Known, ...]:
+    return tuple(_Known(_digest(key.token), key.operator) for key in read_keys(path))
 
 
 def _digest(token: str) -> bytes:

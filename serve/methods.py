@@ -9,6 +9,8 @@ from protos import control_pb2, generation_pb2  # noqa: TID251  names and method
 
 GENERATION = "gptmoe.v1.Generation"
 CONTROL = "gptmoe.v1.ClusterControl"
+_LOOKS = ("GetTopology", "WatchTopology")
+"""What changes nothing, of ClusterControl."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +23,11 @@ class Method:
     """Whether it answers with a stream."""
     answer: Any
     """The class of what it answers with."""
+
+    @property
+    def operates(self) -> bool:
+        """Whether it changes the application for all: an operator's."""
+        return self.service == CONTROL and self.name not in _LOOKS
 
     @property
     def path(self) -> str:

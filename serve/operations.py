@@ -68,7 +68,8 @@ class Operations:
         if query.every_s and not query.every_s >= LEAST_EVERY_S:
             raise RequestError(
                 f"every_s must be at least {LEAST_EVERY_S:g}, or 0 for {EVERY_S:g}; "
-                f"found {query.every_s:g}"
+                f"found {query.every_s:g}",
+                "every_s",
             )
         state = await asyncio.to_thread(self._application.state)
         if state.states.get(self._me) == "STOPPING":
@@ -152,7 +153,8 @@ class Operations:
 
 def _deadline(within_s: float) -> float:
     if not 0 <= within_s < float("inf"):
-        raise RequestError(f"within_s must be seconds, 0 for {WITHIN_S:g}; found {within_s:g}")
+        wanted = f"within_s must be seconds, 0 for {WITHIN_S:g}; found {within_s:g}"
+        raise RequestError(wanted, "within_s")
     return time.monotonic() + (within_s or WITHIN_S)
 
 

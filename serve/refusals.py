@@ -15,9 +15,12 @@ from gptmoe.errors import (
     GptMoeError,
     NotFound,
     Overloaded,
+    PermissionDenied,
     RequestError,
     Unauthenticated,
 )
+
+from .access_log import current
 
 
 class NotWithThis(GptMoeError):
@@ -34,6 +37,7 @@ _CODES = (
     (NotFound, grpc.StatusCode.NOT_FOUND),
     (AlreadyRunning, grpc.StatusCode.ALREADY_EXISTS),
     (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
+    (PermissionDenied, grpc.StatusCode.PERMISSION_DENIED),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (Overtaken, grpc.StatusCode.ABORTED),
     (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -68,7 +72,8 @@ def code_of(error: GptMoeError) -> grpc.StatusCode:
 
 
 def set_status(error: GptMoeError, context: Context) -> None:
-    """The code and sentence of an error."""
+    """The code and sentence of an error; its kind goes into the access log."""
+    current().fail(error)
     if isinstance(context, Direct):
         context.error = error
     context.set_code(code_of(error))

@@ -24,7 +24,7 @@ from gptmoe.model.spec import ModelSpec
 from gptmoe.threads import in_brief_thread
 
 from . import access_log, registry_actor
-from .access_log import LoggedService
+from .access_log import AccessLog
 from .bridge import EngineThread
 from .checkpoints import Interchangeable
 from .config import ServeConfig
@@ -34,6 +34,7 @@ from .core import Core, opened
 from .edge.inlet import Inlet, Progress
 from .guard import guarded
 from .keys import Keys
+from .logged import LoggedService, logged
 from .metrics import EngineMetrics, RaySink
 from .operations import Operations
 from .result_cache import ResultCache
@@ -51,6 +52,7 @@ TRY_AGAIN_S = 1.0
 """Between tries to refresh while a shard is away."""
 
 
+@logged
 @guarded
 class Generator(Servicer, ControlServicer, Inlet):
     """One replica: gRPC by its methods (Servicer, ControlServicer), HTTP by what it builds.
@@ -71,6 +73,7 @@ class Generator(Servicer, ControlServicer, Inlet):
             self._bridge = EngineThread(engine, self._metrics)
             self._stack = stack.pop_all()
         access_log.to_stdout()
+        self.access_log = AccessLog(config.log, config.name)
         connect = partial(registry_actor.connected, config.name)
         self._claims = registry_actor.Claims(me, connect, self._bridge.abort)
         most_bytes = int(config.cache.results_mb * 1e6)
@@ -80,7 +83,6 @@ class Generator(Servicer, ControlServicer, Inlet):
             _card(spec, config),
             names=self._claims,
             results=ResultCache(most_bytes) if most_bytes else None,
-            config=config.log,
         )
         self._stall_s = config.health.stall_s
         self._version = 0
@@ -96,7 +98,7 @@ class Generator(Servicer, ControlServicer, Inlet):
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """What Ray Serve calls for the HTTP application."""
-        return build(self.service, self._stall_s, keys=self.keys)
+        return build(self.service, self._stall_s, keys=self.keys, log=self.access_log)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """What Ray Serve calls at the start, and whenever an operator told all replicas something.

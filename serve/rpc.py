@@ -13,13 +13,15 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
-from gptmoe.errors import GptMoeError, RequestError
+from cluster import wire
+from gptmoe.errors import GptMoeError
 from gptmoe.generate.delta import Delta, Timings, TopLogprobs
 from gptmoe.generate.params import SamplingParams, biases, check
 from protos import generation_pb2 as messages
 
+from .access_log import current
 from .completion import Choice
 from .refusals import Context, set_status
 from .scoring import ScoreCall
@@ -129,8 +131,8 @@ class Servicer:
         return messages.ScoreResponse(scores=[messages.Scored(**asdict(it)) for it in scores])
 
     async def _tokenize(self, message: messages.TokenizeRequest) -> messages.TokenizeResponse:
-        ids = await self.service.texts.tokenize(message.text)
-        return messages.TokenizeResponse(token_ids=ids, tokens=self.service.texts.each(ids))
+        ids, tokens = await self.service.texts.tokenize(message.text)
+        return messages.TokenizeResponse(token_ids=ids, tokens=tokens)
 
     async def _detokenize(self, message: messages.DetokenizeRequest) -> messages.DetokenizeResponse:
         return messages.DetokenizeResponse(
@@ -202,7 +204,6 @@ def _call(message: messages.GenerateRequest) -> Call:
         resume_ids=tuple(message.resume_token_ids),
         priority=message.priority,
         deadline_s=_deadline_s(message.deadline_ms),
-        transport="grpc",
     )
 
 
@@ -226,11 +227,10 @@ def _sampling(message: messages.GenerateRequest) -> SamplingParams:
 
 
 def _read(kind: type[M], data: bytes) -> M:
-    try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        name = kind.DESCRIPTOR.full_name
-        raise RequestError(f"the request is not a {name} with UTF-8 text: {error}") from None
+    """The request; the access log calls it by its name from here on."""
+    message = wire.request(kind, data)
+    current().name(getattr(message, "request_id", ""))
+    return message
 
 
 def _chunk(delta: Delta, completion_tokens: int) -> messages.GenerateChunk:

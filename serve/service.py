@@ -51,8 +51,6 @@ class Call:
     """Lower goes first."""
     deadline_s: float | None = None
     """Seconds from now after which nobody wants the answer."""
-    transport: str = ""
-    """How it came: "grpc" or "http"; for the log."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

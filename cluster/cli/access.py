@@ -36,9 +36,9 @@ def access_of(ca: str, cert: Path | None, token_file: Path | None) -> Access:
 
 
 def _token(file: Path) -> str:
-    """The first line that is no comment: a server's own keys file will do."""
-    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
-    for line in lines:
-        if line and not line.startswith("#"):
-            return line
+    """The first word of a line that is no comment: a server's own keys file will do."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        token, *_ = line.split() or ["#"]
+        if not token.startswith("#"):
+            return token
     raise ConfigError(f"--token-file {file} holds no token; write it into a line")

@@ -32,7 +32,7 @@ _NUMBERS = {
 }
 _WHOLE = {
     "top_k": (0, math.inf, "at least 0 (0 = all tokens)"),
-    "seed": (-math.inf, math.inf, "a whole number"),
+    "seed": (-(2**63), 2**63 - 1, "a 64-bit whole number"),
     "n": (1, MAX_ANSWERS, f"between 1 and {MAX_ANSWERS}"),
     "num_beams": (1, MAX_ANSWERS, f"between 1 (no search) and {MAX_ANSWERS}"),
     "num_beam_groups": (1, MAX_ANSWERS, f"between 1 and {MAX_ANSWERS}"),
@@ -190,6 +190,15 @@ def biases(given: Mapping[Any, float]) -> tuple[tuple[int, float], ...]:
     others.
     """
     return tuple(sorted(((_token(key), bias) for key, bias in given.items()), key=itemgetter(0)))
+
+
+def bounds(name: str) -> tuple[float, float]:
+    """The least and the most that a field of SamplingParams that is a number may be.
+
+    Infinite: no bound. The least that is `math.ulp(0.0)`: anything above 0.
+    """
+    least, most, _ = (_NUMBERS | _WHOLE)[name]
+    return least, most
 
 
 def check(good: bool, field: str, found: object, wanted: str) -> None:

@@ -12,6 +12,8 @@ import ray.serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from gptmoe.errors import ClusterError, GptMoeError
+from serve import access_log
+from serve.access_log import AccessLog
 from serve.config import ServeConfig
 from serve.keys import Keys
 
@@ -46,7 +48,9 @@ class Edge:
         self._backend = Replicas(ray.serve.get_app_handle(config.name))
         keys = Keys(config.auth.keys) if config.auth.keys else None
         sleeps = config.replicas.min == 0
-        self._server = EdgeServer(self._backend, config.edge, keys, sleeps=sleeps)
+        access_log.to_stdout()
+        log = AccessLog(config.log, config.name)
+        self._server = EdgeServer(self._backend, config.edge, keys, sleeps=sleeps, log=log)
         await self._server.start()
 
     def serving(self) -> bool:

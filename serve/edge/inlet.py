@@ -1,6 +1,5 @@
 """What the edge calls of a replica: the same methods, without Ray Serve's gRPC proxy."""
 
-import inspect
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ class Inlet:
         """Call a gRPC method that answers once."""
         context = Direct()
         try:
-            message = await self._method(method)(self, request, context)
+            message = await self._method(method)(request, context)
         except GptMoeError as error:
             return error
         return context.error or bytes(message.SerializeToString())
@@ -48,11 +47,11 @@ class Inlet:
     async def edge_stream(self, method: str, request: bytes) -> AsyncIterator[Answer]:
         """Call a gRPC method that answers with a stream; it ends as soon as this is cancelled."""
         try:
-            async with aclosing(self._method(method)(self, request, Direct())) as messages:
+            async with aclosing(self._method(method)(request, Direct())) as messages:
                 async for message in messages:
                     yield message.SerializeToString()
         except GptMoeError as error:
             yield error
 
     def _method(self, name: str) -> Any:
-        return inspect.unwrap(getattr(type(self), _METHODS[name].name))
+        return getattr(self, _METHODS[name].name)

@@ -12,7 +12,8 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from gptmoe.errors import ConfigError, Unauthenticated
+from gptmoe.errors import ConfigError, PermissionDenied, Unauthenticated
+from serve.access_log import AccessLog
 from serve.config import EdgeConfig
 from serve.guard import authorization
 from serve.keys import Keys
@@ -31,6 +32,8 @@ REFLECTION = ("grpc.reflection.v1.ServerReflection", reflection.SERVICE_NAME)
 OPEN = (health.SERVICE_NAME, *REFLECTION)
 """Services that ask for no key: probes cannot send one, and an interface is no secret."""
 
+_OPERATIONS = {method.path: method.name for method in METHODS if method.operates}
+
 _PING_TIMEOUT_S = 20.0
 _LEAST_PING_S = 10.0
 
@@ -45,10 +48,11 @@ class EdgeServer:
         keys: Keys | None = None,
         *,
         sleeps: bool = False,
+        log: AccessLog | None = None,
     ) -> None:
-        """`sleeps`: where no replica runs, a request starts one."""
+        """`sleeps`: where no replica runs, a request starts one. `log`: of whom it turns away."""
         self._backend, self._config, self._sleeps = backend, config, sleeps
-        doors = [KeyCheck(keys)] if keys else []
+        doors = [KeyCheck(keys, log)] if keys else []
         self._server = grpc.aio.server(interceptors=doors, options=_options(config))
         self._health = health.aio.HealthServicer()
         self._watch: asyncio.Task[None] | None = None
@@ -102,18 +106,23 @@ class EdgeServer:
 class KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Ends calls without a good key, whatever they call, but for the services that are open."""
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    def __init__(self, keys: Keys, log: AccessLog | None = None) -> None:
+        self._keys, self._log = keys, log
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
     ) -> Any:
         """What grpc.aio calls before each call."""
-        _, service, _ = handler_call_details.method.split("/", 2)
+        path = handler_call_details.method
+        _, service, _ = path.split("/", 2)
         if service not in OPEN:
+            shown = authorization(handler_call_details.invocation_metadata)
             try:
-                self._keys.check(authorization(handler_call_details.invocation_metadata))
-            except Unauthenticated as error:
+                self._keys.check(shown, operation=_OPERATIONS.get(path, ""))
+            except (Unauthenticated, PermissionDenied) as error:
+                if self._log:
+                    with self._log.call(path.rpartition("/")[2], "grpc") as entry:
+                        entry.fail(error)
                 return _refusing(statuses.status_of(error))
         return await continuation(handler_call_details)
 

@@ -15,11 +15,13 @@ from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from gptmoe.errors import Unavailable
+from serve.access_log import AccessLog
 from serve.service import ModelCard, Service
 
 from . import chat, completions, eas
 from .answers import PlainRefusal, refusals
 from .door import MAX_BODY_BYTES, OPEN, Door, Keys
+from .logged import Logged
 from .openai import models_router
 from .refusals import install
 
@@ -35,6 +37,7 @@ def build(
     stall_s: float,
     keys: Keys | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    log: AccessLog | None = None,
 ) -> FastAPI:
     """The application; unhealthy after a step of `stall_s` seconds, open to all without `keys`."""
     app = _Application(keyed=keys is not None)
@@ -44,6 +47,8 @@ def build(
     app.include_router(eas.router(service), tags=["EAS"])
     app.include_router(_about(service, stall_s), tags=["server"])
     app.add_middleware(Door, keys=keys, max_body_bytes=max_body_bytes)
+    if log:
+        app.add_middleware(Logged, log=log)  # the last one added is the outermost
     return app
 
 

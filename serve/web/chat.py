@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from gptmoe.generate.delta import Delta
-from gptmoe.generate.params import MAX_STOPS, MAX_TOP_LOGPROBS, SamplingParams, check
+from gptmoe.generate.params import MAX_STOPS, SamplingParams, check
 from serve.service import Call, Service
 
 from .answers import (
@@ -30,7 +30,7 @@ from .answers import (
     MessageDelta,
 )
 from .door import JsonRoute
-from .fields import RequestId, Strict, Whole, described, listed
+from .fields import RequestId, StopString, Strict, Whole, described, listed, sampled
 from .logprobs import chat_logprobs
 from .openai import EVENTS, REFUSALS, Head, Tally, answered, failed, finish_reason, pieces, tally_of
 from .options import NAMES, Options
@@ -41,6 +41,13 @@ SPEAKERS = {"system": "系统", "developer": "系统", "user": "用户", "assist
 
 NEXT_LINE = f"\n{SPEAKERS['user']}："
 """Here a model that only continues text would speak for the user."""
+
+MOST_STOPS = MAX_STOPS - 1
+"""Stop strings of a caller's: NEXT_LINE is one too."""
+
+Stops = Annotated[
+    list[StopString], pydantic.Field(fail_fast=True, json_schema_extra={"maxItems": MOST_STOPS})
+]
 
 
 class TextPart(Strict):
@@ -79,16 +86,14 @@ class ChatBody(Options):
     """A talk so far, and how to go on. What else OpenAI's API knows is refused unless it is off."""
 
     messages: Annotated[list[Message], listed(1)]
-    max_completion_tokens: Whole | None = described(
-        None, "New tokens at most. Absent: as many as the context has room for.", minimum=1
+    stop: StopString | Stops | None = described(None, "The answer ends before these.")
+    max_completion_tokens: Whole | None = sampled(
+        "max_new_tokens", None, "New tokens at most. Absent: as many as the context has room for."
     )
-    max_tokens: Whole | None = described(None, "The same, by its older name.", minimum=1)
+    max_tokens: Whole | None = sampled("max_new_tokens", None, "The same, by its older name.")
     logprobs: bool | None = described(None, "Also the log-probability of each token.")
-    top_logprobs: Whole | None = described(
-        None,
-        "And of so many of the likeliest; only with logprobs.",
-        minimum=0,
-        maximum=MAX_TOP_LOGPROBS,
+    top_logprobs: Whole | None = sampled(
+        "top_logprobs", None, "And of so many of the likeliest; only with logprobs."
     )
     metadata: dict[str, str] | None = described(None, "Ignored.")
     safety_identifier: str | None = described(None, "Ignored.")
@@ -129,7 +134,6 @@ class ChatBody(Options):
             request_id=head.request_id,
             named=head.named,
             seeded=self.seed is not None,
-            transport="http",
             model=self.model or "",
             priority=self.priority,
             deadline_s=self.deadline_s,
@@ -148,8 +152,8 @@ class ChatBody(Options):
             f"{self.top_logprobs} without",
             "absent, or sent with logprobs=true",
         )
-        most = MAX_STOPS - 1
-        check(len(self.stops) <= most, "stop", len(self.stops), f"at most {most} of them")
+        given = len(self.stops)
+        check(given <= MOST_STOPS, "stop", given, f"at most {MOST_STOPS} of them")
         asked = [n for n in (self.max_tokens, self.max_completion_tokens) if n is not None]
         return self.sampling(
             max_new_tokens=asked[0] if asked else max_seq_len,

@@ -8,12 +8,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from gptmoe.generate.delta import Delta, TokenScore
-from gptmoe.generate.params import MAX_TOP_LOGPROBS, check
+from gptmoe.generate.params import check
 from serve.service import Call, Service
 
 from .answers import Completion, TextChoice
 from .door import JsonRoute
-from .fields import PromptText, RequestId, TokenId, Whole, described, listed
+from .fields import PromptText, RequestId, TokenId, Whole, described, listed, sampled
 from .logprobs import TextScores, joined
 from .openai import EVENTS, REFUSALS, Head, Tally, answered, failed, finish_reason, pieces, tally_of
 from .options import NAMES, Options
@@ -39,16 +39,15 @@ class CompletionBody(Options):
     prompt: Prompt = pydantic.Field(
         description=f"A text, its token ids, or up to {MAX_PROMPTS} of either."
     )
-    max_tokens: Whole | None = described(16, "New tokens at most.", minimum=1)
-    logprobs: Whole | None = described(
+    max_tokens: Whole | None = sampled("max_new_tokens", 16, "New tokens at most.")
+    logprobs: Whole | None = sampled(
+        "top_logprobs",
         None,
         "Also the log-probability of each token, and of so many of the likeliest.",
-        minimum=0,
-        maximum=MAX_TOP_LOGPROBS,
     )
     echo: bool | None = described(None, "The answer begins with the prompt.")
-    best_of: Whole | None = described(
-        None, "Only n itself; with use_beam_search the number of beams.", minimum=1
+    best_of: Whole | None = sampled(
+        "num_beams", None, "Only n itself; with use_beam_search the number of beams."
     )
     suffix: Literal[""] | None = described(None, "Only empty: text is continued, not filled in.")
 
@@ -97,7 +96,6 @@ class CompletionBody(Options):
                 request_id=name,
                 named=head.named,
                 seeded=self.seed is not None,
-                transport="http",
                 model=self.model or "",
                 priority=self.priority,
                 deadline_s=self.deadline_s,

@@ -5,7 +5,7 @@ the body is read, a large body as soon as it is known to be one.
 """
 
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol
 
 from fastapi import Request
@@ -15,7 +15,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gptmoe.errors import Unauthenticated
+from gptmoe.errors import RequestError, Unauthenticated
+from gptmoe.generate.params import is_unicode
 
 from .refusals import path_of, respond
 
@@ -82,9 +83,11 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:
+            asked = _JsonRequest(request.scope, request.receive)
             if self.body_field:
                 _check_type(request.headers.get("content-type", ""))
-            return await handle(_JsonRequest(request.scope, request.receive))
+                _check_text(await asked.body())
+            return await handle(asked)
 
         return handle_json
 
@@ -98,16 +101,43 @@ def _parsed(body: bytes) -> Any:
     """Raises HTTPException with one sentence; JSONDecodeError, which FastAPI explains."""
     try:
         return json.loads(body.decode())
-    except UnicodeDecodeError as error:
-        raise HTTPException(
-            400, f"the body is not UTF-8 text at byte {error.start}; send UTF-8"
-        ) from None
     except json.JSONDecodeError:
         raise
     except RecursionError:
         raise HTTPException(400, "the body is not a request: it is nested too deeply") from None
     except ValueError:
         raise HTTPException(400, "the body holds a number with too many digits") from None
+
+
+def _check_text(body: bytes) -> None:
+    """Raises RequestError for a body that is no UTF-8, with the field that is none if it can."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as error:
+        name = _spoilt(body)
+        found = f"found other bytes at byte {error.start} of the body"
+        raise RequestError(f"{name or 'the body'} must be UTF-8 text; {found}", name) from None
+
+
+def _spoilt(body: bytes) -> str:
+    """Where in a JSON body the first text stands that is no UTF-8; empty: in none of its values."""
+    try:
+        found = [("", json.loads(body.decode(errors="surrogateescape")))]
+    except (ValueError, RecursionError):
+        return ""
+    while found:
+        name, value = found.pop()
+        if isinstance(value, str) and not is_unicode(value):
+            return name
+        found += reversed([(f"{name}.{key}".lstrip("."), item) for key, item in _inside(value)])
+    return ""
+
+
+def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
+    """What a JSON value is made of, by its place."""
+    if isinstance(value, list):
+        return enumerate(value)
+    return value.items() if isinstance(value, dict) else ()
 
 
 def _check_type(content_type: str) -> None:

@@ -19,7 +19,7 @@ from fastapi.responses import JSONResponse, Response
 
 from gptmoe.errors import GptMoeError
 from gptmoe.generate.delta import Delta
-from gptmoe.generate.params import MAX_ANSWERS, SamplingParams
+from gptmoe.generate.params import SamplingParams
 from serve.service import Call, Service
 
 from .answers import EVENT_CONTENT, PlainRefusal, refusals
@@ -36,6 +36,7 @@ from .fields import (
     Whole,
     described,
     listed,
+    sampled,
 )
 from .refusals import as_plain, named, refusal_of
 from .streams import answer_events, collected, while_connected
@@ -56,25 +57,23 @@ def sent(text: str) -> str:
 class Parameters(Strict):
     """How to sample; max_length counts new tokens."""
 
-    max_length: Whole = described(_DEFAULT.max_new_tokens, "New tokens at most.", minimum=1)
-    temperature: float = described(_DEFAULT.temperature, "0: greedy.", minimum=0, maximum=100)
-    top_k: Whole = described(_DEFAULT.top_k, "0: all tokens.", minimum=0)
-    top_p: float = described(_DEFAULT.top_p, "1: all tokens.", exclusiveMinimum=0, maximum=1)
-    min_p: float = described(_DEFAULT.min_p, "0: all tokens.", minimum=0, maximum=1)
-    repetition_penalty: float = described(
-        _DEFAULT.repetition_penalty, "1: none.", exclusiveMinimum=0, maximum=100
+    max_length: Whole = sampled("max_new_tokens", _DEFAULT.max_new_tokens, "New tokens at most.")
+    temperature: float = sampled("temperature", _DEFAULT.temperature, "0: greedy.")
+    top_k: Whole = sampled("top_k", _DEFAULT.top_k, "0: all tokens.")
+    top_p: float = sampled("top_p", _DEFAULT.top_p, "1: all tokens.")
+    min_p: float = sampled("min_p", _DEFAULT.min_p, "0: all tokens.")
+    repetition_penalty: float = sampled(
+        "repetition_penalty", _DEFAULT.repetition_penalty, "1: none."
     )
-    presence_penalty: float = described(0.0, "0: none.", minimum=-100, maximum=100)
-    frequency_penalty: float = described(0.0, "0: none.", minimum=-100, maximum=100)
-    seed: int = described(
-        _DEFAULT.seed, "The same seed, the same text.", minimum=-(2**63), maximum=2**63 - 1
-    )
+    presence_penalty: float = sampled("presence_penalty", 0.0, "0: none.")
+    frequency_penalty: float = sampled("frequency_penalty", 0.0, "0: none.")
+    seed: int = sampled("seed", _DEFAULT.seed, "The same seed, the same text.")
     stop: StopStrings = described([], "The text ends before these.")
     stop_token_ids: StopTokens = described([], "The text ends before these tokens.")
-    num_beams: Whole = described(1, "1: no beam search.", minimum=1, maximum=MAX_ANSWERS)
-    num_beam_groups: Whole = described(1, "Of beams that differ.", minimum=1, maximum=MAX_ANSWERS)
-    diversity_penalty: float = described(0.0, "Between groups.", minimum=0, maximum=1e6)
-    length_penalty: float = described(1.0, "Of beams.", minimum=-100, maximum=100)
+    num_beams: Whole = sampled("num_beams", 1, "1: no beam search.")
+    num_beam_groups: Whole = sampled("num_beam_groups", 1, "Of beams that differ.")
+    diversity_penalty: float = sampled("diversity_penalty", 0.0, "Between groups.")
+    length_penalty: float = sampled("length_penalty", 1.0, "Of beams.")
     deadline_ms: Milliseconds | None = DEADLINE
     priority: Whole = PRIORITY
 
@@ -111,7 +110,6 @@ class GenerateBody(Strict):
             prompt=self.prompt,
             sampling=asked.sampling(),
             seeded="seed" in asked.model_fields_set,
-            transport="http",
             priority=asked.priority,
             deadline_s=asked.deadline_ms / 1000 if asked.deadline_ms else None,
         )

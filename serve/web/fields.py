@@ -1,15 +1,16 @@
 """How the bodies of requests are declared: strictly, with their bounds in the schema.
 
-SamplingParams checks the bounds of sampling, for all front ends alike. Here they are written down
-once more, for those who read the OpenAPI schema; a test holds the two together.
+SamplingParams checks the bounds of sampling, for all front ends alike. Those who read the OpenAPI
+schema are told the same ones; tests send each of them.
 """
 
+import math
 from typing import Annotated, Any
 
 import pydantic
 from fastapi import Header
 
-from gptmoe.generate.params import MAX_STOP_CHARACTERS, MAX_STOPS
+from gptmoe.generate.params import MAX_BIAS, MAX_STOP_CHARACTERS, MAX_STOPS, bounds
 from gptmoe.generate.request import MAX_ID_CHARACTERS, MOST_PRIORITY
 
 from .door import MAX_BODY_BYTES
@@ -28,7 +29,22 @@ class Strict(pydantic.BaseModel):
 
 def described(default: Any, text: str, **schema: Any) -> Any:
     """A field with a default, a sentence, and bounds that only the schema states."""
-    return pydantic.Field(default, description=text, json_schema_extra=schema or None)
+    if not schema:  # json_schema_extra=None would hide the type's own
+        return pydantic.Field(default, description=text)
+    return pydantic.Field(default, description=text, json_schema_extra=schema)
+
+
+def sampled(name: str, default: Any, text: str, **schema: Any) -> Any:
+    """A field with the bounds of the number `name` in SamplingParams, but for what `schema` says.
+
+    They are in the schema alone: SamplingParams refuses what is out of range, in its own words.
+    """
+    least, most = bounds(name)
+    found = {"minimum": least, "maximum": most}
+    if least == math.ulp(0.0):
+        found = {"exclusiveMinimum": 0, "maximum": most}
+    finite = {key: bound for key, bound in found.items() if math.isfinite(bound)}
+    return described(default, text, **finite | schema)
 
 
 def listed(least: int, most: int | None = None) -> Any:
@@ -59,7 +75,11 @@ StopTokens = Annotated[
     pydantic.Field(fail_fast=True, json_schema_extra={"maxItems": MAX_STOPS}),
 ]
 
-Biases = dict[Annotated[str, pydantic.Field(pattern=r"^[0-9]{1,9}$")], float]
+Bias = Annotated[
+    float, pydantic.Field(json_schema_extra={"minimum": -MAX_BIAS, "maximum": MAX_BIAS})
+]
+
+Biases = dict[Annotated[str, pydantic.Field(pattern=r"^[0-9]{1,9}$")], Bias]
 """From a token's id, written as a string, to what is added to its score."""
 
 RequestId = Annotated[

@@ -3,7 +3,6 @@
 from typing import Any, Literal
 
 from gptmoe.generate.params import (
-    MAX_ANSWERS,
     MAX_BIASES,
     SamplingParams,
     biases,
@@ -21,6 +20,7 @@ from .fields import (
     Strict,
     Whole,
     described,
+    sampled,
 )
 
 _SAME = (
@@ -50,56 +50,47 @@ class Options(Strict):
     model: str | None = described(None, "Its name; absent: the one that is served.")
     stream: bool | None = described(False, "Answer piece by piece: server-sent events.")
     stream_options: StreamOptions | None = described(None, "Only with stream.")
-    temperature: float | None = described(
-        None, "0: greedy. Absent: 1; with beams 0.", minimum=0, maximum=100
+    temperature: float | None = sampled("temperature", None, "0: greedy. Absent: 1; with beams 0.")
+    top_p: float | None = sampled(
+        "top_p", None, "Only the likeliest tokens that together reach it."
     )
-    top_p: float | None = described(
-        None, "Only the likeliest tokens that together reach it.", exclusiveMinimum=0, maximum=1
-    )
-    n: Whole | None = described(None, "Answers to each prompt.", minimum=1, maximum=MAX_ANSWERS)
+    n: Whole | None = sampled("n", None, "Answers to each prompt.")
     stop: StopString | StopStrings | None = described(None, "The answer ends before these.")
-    presence_penalty: float | None = described(
-        None, "Taken from the scores of tokens generated already.", minimum=-100, maximum=100
+    presence_penalty: float | None = sampled(
+        "presence_penalty", None, "Taken from the scores of tokens generated already."
     )
-    frequency_penalty: float | None = described(
-        None, "The same, times how often they were.", minimum=-100, maximum=100
+    frequency_penalty: float | None = sampled(
+        "frequency_penalty", None, "The same, times how often they were."
     )
     logit_bias: Biases | None = described(
-        None, "Added to the scores of these tokens: -100 to 100.", maxProperties=MAX_BIASES
+        None, "Added to the scores of these tokens.", maxProperties=MAX_BIASES
     )
-    seed: int | None = described(
-        None,
-        "The same seed, the same text. Absent: 0, not chance.",
-        minimum=-(2**63),
-        maximum=2**63 - 1,
-    )
+    seed: int | None = sampled("seed", None, "The same seed, the same text. Absent: 0, not chance.")
     user: str | None = described(None, "Ignored.")
 
-    top_k: Whole | None = described(
-        None, "Only so many of the likeliest tokens; 0 or -1: all.", minimum=-1
+    top_k: Whole | None = sampled(
+        "top_k", None, "Only so many of the likeliest tokens; 0 or -1: all.", minimum=-1
     )
-    min_p: float | None = described(
-        None, "Only tokens so likely, as a part of the likeliest one.", minimum=0, maximum=1
+    min_p: float | None = sampled(
+        "min_p", None, "Only tokens so likely, as a part of the likeliest one."
     )
-    repetition_penalty: float | None = described(
-        None, "Divides the scores of tokens present already.", exclusiveMinimum=0, maximum=100
+    repetition_penalty: float | None = sampled(
+        "repetition_penalty", None, "Divides the scores of tokens present already."
     )
     stop_token_ids: StopTokens | None = described(None, "The answer ends before these tokens.")
     ignore_eos: bool | None = described(None, "Go on after the model's end token.")
     use_beam_search: bool | None = described(
         None, "A beam search with num_beams beams; absent: best_of or n beams."
     )
-    num_beams: Whole | None = described(
-        None, "Beams, of which the best n are answered.", minimum=1, maximum=MAX_ANSWERS
+    num_beams: Whole | None = sampled("num_beams", None, "Beams, of which the best n are answered.")
+    num_beam_groups: Whole | None = sampled(
+        "num_beam_groups", None, "Groups of beams that shall differ."
     )
-    num_beam_groups: Whole | None = described(
-        None, "Groups of beams that shall differ.", minimum=1, maximum=MAX_ANSWERS
+    diversity_penalty: float | None = sampled(
+        "diversity_penalty", None, "What a token costs that another group chose."
     )
-    diversity_penalty: float | None = described(
-        None, "What a token costs that another group chose.", minimum=0, maximum=1e6
-    )
-    length_penalty: float | None = described(
-        None, "Beams compare by log-probability / length ** this.", minimum=-100, maximum=100
+    length_penalty: float | None = sampled(
+        "length_penalty", None, "Beams compare by log-probability / length ** this."
     )
     deadline_ms: Milliseconds | None = DEADLINE
     priority: Whole = PRIORITY

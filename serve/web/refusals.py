@@ -24,10 +24,12 @@ from gptmoe.errors import (
     GptMoeError,
     NotFound,
     Overloaded,
+    PermissionDenied,
     RequestError,
     Unauthenticated,
     Unavailable,
 )
+from serve.access_log import current
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,7 @@ class Refusal:
 _KINDS: tuple[tuple[type[GptMoeError], int, str, str], ...] = (
     (RequestError, 400, "", "invalid_value"),
     (Unauthenticated, 401, "Authorization", "invalid_api_key"),
+    (PermissionDenied, 403, "Authorization", "permission_denied"),
     (NotFound, 404, "model", "model_not_found"),
     (DeadlineExceeded, 408, "deadline_ms", "deadline_exceeded"),
     (AlreadyRunning, 409, "X-Request-Id", "already_running"),
@@ -108,6 +111,10 @@ def _sendable(text: str) -> str:
 def respond(path: str, error: Exception) -> Response:
     """The refusal of a request for `path`."""
     refusal = refusal_of(error)
+    if isinstance(error, GptMoeError):
+        current().fail(error, refusal.field)
+    else:
+        current().refuse(refusal.code or "", refusal.field)
     shape = as_openai if path.startswith("/v1/") else as_plain
     return JSONResponse(shape(refusal), refusal.status, refusal.headers)
 
@@ -131,6 +138,7 @@ def install(app: FastAPI) -> None:
         return respond(path_of(request.scope), error)
 
     async def forget(request: Request, error: Exception) -> Response:
+        current().leave()
         return Response(status_code=499)  # nobody reads it
 
     for kind in (GptMoeError, RequestValidationError, HTTPException, Exception):

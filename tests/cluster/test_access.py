@@ -21,7 +21,7 @@ def test_options_become_access(tmp_path: Path) -> None:
     ca, cert, keys = (tmp_path / name for name in ("ca.pem", "me.pem", "keys"))
     for file in (ca, cert):
         file.touch()
-    keys.write_text("# ours\n\nspring-wind\nriver-south\n")
+    keys.write_text("# ours\n\nspring-wind operator\nriver-south\n")
     access = access_of(str(ca), cert, keys)
     assert access == Access(ca=ca, cert=cert, token="spring-wind")
     assert access.encrypted

@@ -173,6 +173,14 @@ def test_an_operators_refusal_is_one_sentence(
     assert run("scale", "2", "--target", served_at) == (2, "", "error: it scales itself\n")
 
 
+def test_one_who_is_no_operator_is_told_so(
+    run: Run, served_at: str, control: ControlServer
+) -> None:
+    control.refusal = (grpc.StatusCode.PERMISSION_DENIED, "Drain wants an operator's key")
+    expected = f"error: {served_at}: Drain wants an operator's key\n"
+    assert run("drain", "--target", served_at) == (2, "", expected)
+
+
 @pytest.mark.parametrize("words", [["--target"], ["run"]])
 def test_a_watch_goes_on_until_ctrl_c(words: list[str], served_at: str, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()

@@ -87,6 +87,7 @@ def test_what_a_server_refuses_is_in_our_words(target: str) -> None:
             "no such application, or several of them: --name",
         ),
         ("UNAUTHENTICATED", "a key is wanted", "a key is wanted; --token-file names a file"),
+        ("PERMISSION_DENIED", "Drain wants an operator's key", "1:1: Drain wants an operator's k"),
         ("ABORTED", "another operator wants 4 replicas", "^another operator"),
     ],
 )

@@ -1,5 +1,6 @@
 """Control messages survive the wire, and nothing else does."""
 
+from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from cluster import messages, operations, wire
 from cluster.messages import ExpertRange, Heartbeat, Owner, Shard, Topology
 from gptmoe.errors import ClusterError, RequestError
-from protos import control_pb2
+from protos import control_pb2, generation_pb2
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 numbers = st.integers(0, 2**32 - 1)
@@ -77,8 +78,32 @@ def test_what_an_operator_asks_is_read_or_refused(kind: Any) -> None:
         setattr(message, field.name, value)
     parsed = wire.parse(kind, message.SerializeToString())
     assert all(getattr(parsed, name.name) == getattr(message, name.name) for name in fields(kind))
-    with pytest.raises(RequestError, match=f"not a gptmoe.v1.{asked} with UTF-8 text"):
+    with pytest.raises(RequestError, match=f"not a gptmoe.v1.{asked}: "):
         wire.parse(kind, b"\xff\xff\xff\xff")
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (generation_pb2.GenerateRequest(model="poems", prompt="@@", seed=7), "prompt"),
+        (generation_pb2.GenerateRequest(stop=["fine", "@@"], logit_bias={3: 1.0}), "stop"),
+        (generation_pb2.GenerateRequest(prompt="春", request_id="@@"), "request_id"),
+        (generation_pb2.ScoreRequest(prompt="春", continuations=["@@"]), "continuations"),
+        (control_pb2.RefreshRequest(checkpoint="@@", within_s=1), "checkpoint"),
+    ],
+)
+def test_a_text_that_is_no_utf8_is_named(message: Any, field: str) -> None:
+    data = message.SerializeToString().replace(b"@@", b"\xb4\xba")  # 春 in GBK
+    with pytest.raises(RequestError) as error:
+        wire.request(type(message), data)
+    assert error.value.field == field
+    assert str(error.value) == f"{field} must be UTF-8 text; found other bytes"
+
+
+@given(st.binary(max_size=64))
+def test_random_bytes_are_a_request_or_a_refusal_of_it(data: bytes) -> None:
+    with suppress(RequestError):
+        wire.request(generation_pb2.GenerateRequest, data)
 
 
 @given(st.binary(max_size=64))

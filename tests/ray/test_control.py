@@ -105,7 +105,7 @@ def test_a_watch_goes_on_until_its_caller_leaves(client: Client) -> None:
     ("method", "data", "sentence"),
     [
         ("GetTopology", b"\xff\xff\xff\xff", "not a gptmoe.v1.ControlQuery"),
-        ("Refresh", b"\x0a\x02\xff\xfe", "not a gptmoe.v1.RefreshRequest with UTF-8 text"),
+        ("Refresh", b"\x0a\x02\xff\xfe", "checkpoint must be UTF-8 text; found other bytes"),
         ("Scale", b"", "replicas must be at least 1; found 0"),
     ],
 )

@@ -41,7 +41,7 @@ def access(tmp_path_factory: pytest.TempPathFactory) -> Access:
     made = authority(folder, "authority")
     made.issue("server")
     keys = folder / "keys"
-    keys.write_text("spring-wind\n")
+    keys.write_text("spring-wind operator\n")
     keys.chmod(0o600)
     return Access(ca=made.own.cert, token="spring-wind")
 

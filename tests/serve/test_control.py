@@ -9,6 +9,7 @@ import grpc
 import pytest
 
 from cluster.messages import Topology
+from cluster.operations import ControlQuery, DrainRequest, RefreshRequest, ScaleRequest
 from gptmoe.errors import ClusterError, GptMoeError, RequestError
 from protos import control_pb2 as messages
 from serve.control import ControlServicer
@@ -196,7 +197,24 @@ def test_a_refusal_changes_nothing(
 def test_unreadable_bytes_are_an_invalid_argument(call: Any, method: str) -> None:
     _, context = call(method, data=b"\xff\xff\xff\xff")
     assert context.code == Code.INVALID_ARGUMENT
-    assert "with UTF-8 text" in context.details
+    assert "the request is not a gptmoe.v1." in context.details
+
+
+@pytest.mark.parametrize(
+    ("ask", "field"),
+    [
+        (lambda them: them.topology(ControlQuery(every_s=float("nan"))), "every_s"),
+        (lambda them: them.topology(ControlQuery(every_s=-1)), "every_s"),
+        (lambda them: them.drain(DrainRequest(within_s=float("inf"))), "within_s"),
+        (lambda them: them.refresh(RefreshRequest(checkpoint="/b", within_s=-1)), "within_s"),
+        (lambda them: them.scale(ScaleRequest(replicas=1, within_s=-1)), "within_s"),
+        (lambda them: them.scale(ScaleRequest(replicas=0)), "replicas"),
+    ],
+)
+def test_a_refusal_names_its_field(call: Any, ask: Any, field: str) -> None:
+    with pytest.raises(RequestError, match=f"^{field} must be") as error:
+        asyncio.run(ask(call.servicer.operations))
+    assert error.value.field == field
 
 
 def busy(**changed: Any) -> State:

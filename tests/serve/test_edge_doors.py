@@ -1,9 +1,11 @@
 """Who gets in at the edge: TLS, certificates of callers, keys; what needs none of them."""
 
 import asyncio
+import json
+import logging
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,10 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 
 from cluster.access import Access
 from cluster.client import AsyncClient, Client, GenerationError
-from gptmoe.errors import ConfigError
+from cluster.remote import operating
+from gptmoe.errors import ClusterError, ConfigError
+from serve import access_log
+from serve.access_log import AccessLog, LogConfig
 from serve.config import EdgeConfig
 from serve.edge.backend import Replicas
 from serve.edge.server import EdgeServer, server_credentials
@@ -48,7 +53,7 @@ def tls(ours: Authority) -> dict[str, Path]:
 @pytest.fixture
 def keys_file(tmp_path: Path) -> Path:
     file = tmp_path / "keys"
-    file.write_text("spring-wind\nriver-south\n")
+    file.write_text("spring-wind\nriver-south operator\n")
     file.chmod(0o600)
     return file
 
@@ -149,6 +154,51 @@ def test_no_method_of_ours_goes_without_a_key(keys_file: Path) -> None:
 
     asyncio.run(run())
     assert not poet.asked
+
+
+def test_only_an_operators_key_operates(keys_file: Path) -> None:
+    """The command of one who may not is one sentence."""
+    poet = Poet()
+
+    def drain(target: str, token: str) -> None:
+        with operating(target, access=Access(token=token)) as client:
+            client.drain()
+
+    async def run() -> None:
+        async with edge(Handle(poet), Keys(keys_file)) as target:
+            with pytest.raises(ClusterError) as error:
+                await asyncio.to_thread(drain, target, "spring-wind")
+            assert str(error.value) == (
+                f"{target}: Drain wants an operator's key, and this one may only generate and "
+                "look; show one with the word operator behind it in the server's keys file"
+            )
+            assert not poet.asked
+            with suppress(ClusterError):  # what a poet answers is no DrainResponse
+                await asyncio.to_thread(drain, target, "river-south")
+
+    asyncio.run(run())
+    assert [method for method, _ in poet.asked] == ["Drain"]
+
+
+def test_who_is_turned_away_has_a_line_in_the_access_log(
+    keys_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_log.log, "propagate", True)
+    caplog.set_level(logging.INFO, "serve.access_log")
+
+    async def run() -> None:
+        backend, log = Replicas(Handle(Poet())), AccessLog(LogConfig(), "poems")
+        server = EdgeServer(backend, EdgeConfig(port=0), Keys(keys_file), log=log)
+        target = f"127.0.0.1:{await server.start()}"
+        assert await told(target, Access(token="autumn-moon")) == "UNAUTHENTICATED"
+        assert await told(target, Access(token="spring-wind")) == POEM, "a replica logs it"
+        await server.stop(0)
+
+    asyncio.run(run())
+    ours = [record for record in caplog.records if record.name == "serve.access_log"]
+    (line,) = [json.loads(record.getMessage()) for record in ours]
+    found = [line[name] for name in ("transport", "method", "status", "model")]
+    assert found == ["grpc", "Generate", "Unauthenticated", "poems"]
 
 
 def test_health_and_reflection_need_no_key(keys_file: Path) -> None:

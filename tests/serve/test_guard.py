@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import pickle
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import grpc
 import pytest
 
 from cluster.operations import DrainRequest, DrainResponse
-from gptmoe.errors import NotFound, Overloaded, RequestError, Unauthenticated
+from gptmoe.errors import GptMoeError, NotFound, Overloaded, RequestError, Unauthenticated
 from protos import control_pb2
 from protos import generation_pb2 as messages
 from serve.control import ControlServicer
@@ -24,6 +25,7 @@ from serve.rpc import Servicer
 from serve.service import Service
 
 KEY = (("authorization", "Bearer spring-wind"),)
+OPERATOR = (("authorization", "Bearer river-south"),)
 
 
 async def _drain(request: DrainRequest) -> DrainResponse:
@@ -62,7 +64,7 @@ def deployment(service: Service) -> Deployment:
 @pytest.fixture
 def keyed(deployment: Deployment, tmp_path: Path) -> Deployment:
     file = tmp_path / "keys"
-    file.write_text("spring-wind\n")
+    file.write_text("spring-wind\nriver-south operator\n")
     file.chmod(0o600)
     deployment.keys = Keys(file)
     return deployment
@@ -114,6 +116,23 @@ def test_the_key_opens(keyed: Deployment) -> None:
     assert asyncio.run(keyed.Generate(request(), Context(KEY))).text == "一二三"
     chunks = asyncio.run(read(keyed.GenerateStream(request(), Context(KEY))))
     assert "".join(chunk.text for chunk in chunks) == "一二三"
+
+
+def test_what_operates_wants_an_operators_key(keyed: Deployment) -> None:
+    refused = set()
+    for method in METHODS:
+        context = Context(KEY)
+        with suppress(AttributeError, GptMoeError):  # this deployment can do little else
+            answer = getattr(keyed, method.name)(b"", context)
+            asyncio.run(read(answer) if method.streaming else answer)
+        if context.code == grpc.StatusCode.PERMISSION_DENIED:
+            assert context.details.startswith(f"{method.name} wants an operator's key")
+            refused.add(method.name)
+    assert refused == {"Drain", "Refresh", "Scale"}
+    context = Context(OPERATOR)
+    assert asyncio.run(keyed.Drain(b"", context)) == control_pb2.DrainResponse()
+    assert context.code is None
+    assert asyncio.run(keyed.Generate(request(), Context(OPERATOR))).text == "一二三"
 
 
 def test_the_inlet_answers_in_bytes_without_asking_again(keyed: Deployment) -> None:

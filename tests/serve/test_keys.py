@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gptmoe.errors import ConfigError, Unauthenticated
+from gptmoe.errors import ConfigError, PermissionDenied, Unauthenticated
 from serve.keys import Keys, first_token
 
 
@@ -69,7 +69,25 @@ def test_a_new_file_takes_effect_without_a_restart(file: Path) -> None:
     assert not opens(keys, "spring-wind")
 
 
-@pytest.mark.parametrize("text", ["", "# none\n", "two words\n", "春风\n"])
+def test_only_an_operators_key_operates(file: Path) -> None:
+    keys = Keys(file)
+    sentence = "^Drain wants an operator's key, and this one may only generate and look; show one"
+    with pytest.raises(PermissionDenied, match=sentence):
+        keys.check("Bearer spring-wind", operation="Drain")
+    with pytest.raises(Unauthenticated):
+        keys.check("Bearer autumn-moon", operation="Drain")
+    replace(file, "autumn-moon operator\nspring-wind\n")
+    keys.check("Bearer autumn-moon", operation="Drain")
+    keys.check("Bearer autumn-moon")
+    keys.check("Bearer spring-wind")
+    assert first_token(file) == "autumn-moon"
+    for token in ("autumn-moon operator", "operator"):
+        assert not opens(keys, token)
+    with pytest.raises(PermissionDenied):
+        keys.check("Bearer spring-wind", operation="Drain")
+
+
+@pytest.mark.parametrize("text", ["", "# none\n", "two words\n", "a operator b\n", "春风\n"])
 def test_a_spoilt_file_leaves_the_last_good_tokens(
     file: Path, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -104,6 +122,7 @@ def test_a_file_that_is_gone_leaves_the_last_good_tokens(
         ("", "holds no token; write one a line"),
         ("# only this\n", "holds no token"),
         ("good\ntwo words\n", "line 2 of the keys file .* is no token"),
+        ("good operators\n", "visible ASCII characters, and behind it operator or nothing"),
         ("春风\n", "line 1 of the keys file .* is no token"),
     ],
 )

@@ -68,7 +68,7 @@ def servicer(service: Service) -> Servicer:
         (request(priority=101), "priority must be a whole number between -100 and 100; found 101"),
         (request(deadline_ms=-1), "deadline_ms must be at least 0 (0 = none); found -1"),
         (request(request_id="春" * 201), "request_id must be at most 200 characters"),
-        (b"\x0a\x02\xff\xfe", "not a gptmoe.v1.GenerateRequest with UTF-8 text"),
+        (b"\x0a\x02\xff\xfe", "prompt must be UTF-8 text; found other bytes"),
         (b"\xff\xff\xff\xff", "not a gptmoe.v1.GenerateRequest"),
         (b"\x0a\x7f", "not a gptmoe.v1.GenerateRequest"),
     ],
@@ -142,6 +142,11 @@ def test_an_unknown_model_is_not_found(servicer: Servicer, name: str) -> None:
             "Detokenize",
             messages.DetokenizeRequest(token_ids=[5, -1]),
             "token_ids must be token ids from 0 to 1114111; found -1",
+        ),
+        (
+            "Detokenize",
+            messages.DetokenizeRequest(token_ids=[5] * 16385),
+            "token_ids must be at most 16384 token ids; found 16385 token ids",
         ),
         (
             "Score",

@@ -1,19 +1,21 @@
 """What a Service answers beside new text: kept answers, scores, tokens."""
 
-import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
 import pytest
 
 from gptmoe.errors import AlreadyRunning, DeadlineExceeded, Overloaded
 from gptmoe.generate.params import SamplingParams
+from gptmoe.text import load_tokenizer
 from serve.bridge import EngineThread
 from serve.result_cache import ResultCache
 from serve.scoring import ScoreCall
 from serve.service import SCORES_AT_ONCE, Service
+from serve.texts import Texts
 from tests.characters import Characters
 
 from .conftest import CARD
@@ -130,19 +132,39 @@ def test_a_refused_score_is_one_plain_error(service: Service, engine: FullEngine
 # --- texts -----------------------------------------------------------------------------------
 
 
-def test_long_texts_leave_the_event_loop_free(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    threads: list[str] = []
-    to_thread: Callable[..., Any] = asyncio.to_thread
+class Watched(Characters):
+    """Notes in which threads it works."""
 
-    async def remembered(method: Any, *given: Any) -> Any:
-        threads.append(method.__name__)
-        return await to_thread(method, *given)
+    def __init__(self) -> None:
+        self.threads: dict[str, set[str]] = {"encode": set(), "decode": set()}
 
-    monkeypatch.setattr(asyncio, "to_thread", remembered)
-    run(service.texts.tokenize("长" * 100))
-    assert threads == []
-    assert run(service.texts.tokenize("长" * 3000)) == (ord("长"),) * 3000
-    assert run(service.texts.detokenize((ord("长"),) * 3000)) == "长" * 3000
-    assert threads == ["encode", "decode"]
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        self.threads["encode"].add(threading.current_thread().name)
+        return super().encode(text)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special: bool = False) -> str:
+        self.threads["decode"].add(threading.current_thread().name)
+        return super().decode(token_ids)
+
+
+def test_long_texts_leave_the_event_loop_free() -> None:
+    """Encoding one, and decoding it: as a whole, and token by token."""
+    here = threading.current_thread().name
+    words = Watched()
+    texts = Texts(words, max_seq_len=64)
+    assert run(texts.tokenize("长短" * 50)) == ((ord("长"), ord("短")) * 50, ["长", "短"] * 50)
+    assert words.threads == {"encode": {here}, "decode": {here}}
+    words = Watched()
+    texts = Texts(words, max_seq_len=64)
+    assert run(texts.tokenize("长" * 3000)) == ((ord("长"),) * 3000, ["长"] * 3000)
+    assert run(texts.detokenize((ord("长"),) * 3000)) == "长" * 3000
+    assert here not in words.threads["encode"] | words.threads["decode"]
+
+
+def test_what_tokenize_answers_detokenize_takes() -> None:
+    """The longest text, of characters that are four tokens each."""
+    texts = Texts(load_tokenizer(Path(__file__).parents[2] / "configs" / "corpus"), max_seq_len=8)
+    text = "\U0001f9ff" * 512
+    ids, tokens = run(texts.tokenize(text))
+    assert len(ids) == len(tokens) >= len(text)
+    assert run(texts.detokenize(ids)) == text

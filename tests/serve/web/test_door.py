@@ -3,11 +3,13 @@
 import asyncio
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from serve.keys import Keys
 from serve.service import Service
 from serve.web.app import build
 from tests.serve.web.browser import Browser
@@ -74,8 +76,14 @@ def test_a_large_body_is_413(guarded: Browser, path: str, told: bool) -> None:
     [
         (b"{", "the body is not valid JSON"),
         (b"", "the body is missing"),
-        (b'{"inputs": ["\xff"], "prompt": "\xff"}', "the body is not UTF-8 text at byte 13"),
-        ('{"prompt": "春"}'.encode("utf-16"), "the body is not UTF-8 text at byte 0"),
+        (
+            b'{"inputs": ["\xff"], "prompt": "\xff"}',
+            " must be UTF-8 text; found other bytes at byte 13 of the body",
+        ),
+        (
+            '{"prompt": "春"}'.encode("utf-16"),
+            "the body must be UTF-8 text; found other bytes at byte 0",
+        ),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", "a is not a known field"),
         (b'{"a": ' + b"1" * 5000 + b"}", "too many digits"),
@@ -90,6 +98,30 @@ def test_unreadable_bodies_are_400(
     messages = error_of(response)["message"]
     assert response.status_code == 400
     assert sentence in messages or (sentence.startswith("a is") and "is missing" in messages)
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "name"),
+    [
+        ("/v1/completions", '{"user": "\\u6625", "prompt": "春"}', "prompt"),
+        ("/v1/completions", '{"prompt": "a", "stop": ["b", "春"]}', "stop.1"),
+        ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "春"}]}',
+         "messages.0.content"),
+        ("/generate", '{"inputs": ["春"], "parameters": {"stop": ["夏"]}}', "inputs.0"),
+        ("/generate", '{"inputs": ["a"], "春": 1}', ""),
+        ("/generate", '{"inputs": ["春"]', ""),
+    ],
+)  # fmt: skip
+def test_a_text_that_is_no_utf8_is_named(
+    talking: Browser, path: str, content: str, name: str
+) -> None:
+    response = talking("POST", path, content=content.encode("gbk"), headers=JSON)
+    error = error_of(response)
+    assert response.status_code == 400
+    assert (error.get("param", error.get("field")) or "") == name
+    start = len(content.partition("春")[0])
+    expected = f"{name or 'the body'} must be UTF-8 text; found other bytes at byte {start}"
+    assert error["message"] == f"{expected} of the body"
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
@@ -191,3 +223,42 @@ def test_keys_guard_a_real_server_too(talk: Service, talker: Talker) -> None:
     with served(build(talk, stall_s=60, keys=Keyring("sesame"))) as client:
         assert client.post("/generate", content=GOOD, headers=JSON).status_code == 401
         assert client.get("/healthz").json() == {"status": "ok"}
+
+
+def test_keys_are_exchanged_while_the_server_runs(
+    talk: Service, talker: Talker, tmp_path: Path
+) -> None:
+    """New keys open at once, old ones no more; a spoilt file changes nothing."""
+    file = tmp_path / "keys"
+
+    def write(text: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(text)
+        new.chmod(0o600)
+        new.replace(file)
+
+    write("spring-wind\nriver-south operator\n")
+    talker.most_tokens = 2
+    with served(build(talk, stall_s=60, keys=Keys(file))) as client:
+
+        def status(token: str) -> int:
+            headers = JSON | {"authorization": f"Bearer {token}"}
+            return client.post("/v1/completions", content=GOOD, headers=headers).status_code
+
+        tokens = ("spring-wind", "river-south", "autumn-moon", "spring-win", "river-south operator")
+        assert [status(token) for token in tokens] == [200, 200, 401, 401, 401]
+        write("autumn-moon\n")
+        assert [status(token) for token in tokens] == [401, 401, 200, 401, 401]
+        write("two words\n")
+        assert [status(token) for token in tokens] == [401, 401, 200, 401, 401]
+        file.unlink()
+        assert status("autumn-moon") == 200
+        for shown, sentence in (
+            ("Bearer 春风", "not one of this server's"),
+            ("Basic c3ByaW5nLXdpbmQ=", "must be Bearer and a token"),
+        ):
+            headers = {"authorization": shown.encode()}
+            refused = client.get("/v1/models", headers=headers)
+            assert refused.status_code == 401
+            assert sentence in error_of(refused)["message"]
+            assert refused.headers["www-authenticate"] == "Bearer"

@@ -139,8 +139,8 @@ def test_a_bad_parameter_is_400_and_named(
     [
         (b"{", "the body is not valid JSON"),
         (b"", "the body is missing"),
-        (b"\xff\xfe{}", "not UTF-8 text at byte 0"),
-        (b'{"inputs": ["\xff"]}', "the body is not UTF-8 text"),
+        (b"\xff\xfe{}", "the body must be UTF-8 text"),
+        (b'{"inputs": ["\xff"]}', "inputs.0 must be UTF-8 text"),
         (b'{"inputs": ["\\ud800"]}', "inputs"),
         (b'{"inputs": ["a"], "parameters": {"temperature": NaN}}', "finite number, found nan"),
         (b'{"inputs": ["a"], "parameters": {"temperature": Infinity}}', "finite number, found inf"),

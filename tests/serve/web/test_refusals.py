@@ -1,7 +1,9 @@
 """Each error of the service as a status, in both shapes, before a stream and within one."""
 
+import logging
 from typing import Any
 
+import httpx
 import pytest
 
 from gptmoe.errors import (
@@ -10,6 +12,7 @@ from gptmoe.errors import (
     DeadlineExceeded,
     GptMoeError,
     Overloaded,
+    PermissionDenied,
     Unavailable,
 )
 from serve.service import Service
@@ -17,6 +20,7 @@ from tests.serve.web.browser import Browser, events
 from tests.serve.web.talker import Talker
 
 ERRORS = [
+    (PermissionDenied("not yours"), 403, "Authorization", "permission_denied", None),
     (AlreadyRunning("a runs"), 409, "X-Request-Id", "already_running", None),
     (DeadlineExceeded("late"), 408, "deadline_ms", "deadline_exceeded", None),
     (Overloaded("full", 1.2), 429, "", "overloaded", "2"),
@@ -81,14 +85,28 @@ def test_a_deadline_of_0_is_none(talking: Browser, talker: Talker) -> None:
 
 
 def test_a_bug_of_ours_says_nothing_of_itself(
-    talking: Browser, talk: Service, monkeypatch: pytest.MonkeyPatch
+    client: httpx.Client,
+    talk: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(call: object) -> None:
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(talk, "stream", fail)
-    with pytest.raises(ZeroDivisionError):  # the server's log gets it
-        talking.complete()
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "propagate", True)
+    sentence = "the server failed at this request; its log says why"
+    with monkeypatch.context() as broken:
+        broken.setattr(talk, "stream", fail)
+        close = {"connection": "close"}  # as the server does after a bug
+        plain = client.post("/generate", json={"inputs": ["春"]}, headers=close)
+        openai = client.post("/v1/completions", json={"prompt": "春"}, headers=close)
+    assert (plain.status_code, openai.status_code) == (500, 500)
+    assert plain.json() == {"error": {"message": sentence, "field": ""}}
+    assert openai.json()["error"] == {
+        "message": sentence, "type": "server_error", "param": None, "code": "internal",
+    }  # fmt: skip
+    assert "ZeroDivisionError: secret" in caplog.text
+    assert client.post("/generate", json={"inputs": ["春"]}).status_code == 200
 
 
 def test_ready_and_alive(talking: Browser, talker: Talker, talk: Service) -> None:

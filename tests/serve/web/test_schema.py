@@ -5,6 +5,7 @@ fail with 500, answer with a status, a header or a body that the schema does not
 schema forbids, or answer without the key.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +17,12 @@ from schemathesis.checks import load_all_checks
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from gptmoe.errors import RequestError
-from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.params import MAX_ANSWERS, SamplingParams
 from serve.service import Service
 from serve.web.app import build
 from serve.web.chat import ChatBody
 from serve.web.completions import CompletionBody
+from serve.web.door import MAX_BODY_BYTES
 from serve.web.eas import Parameters
 from tests.serve.web.browser import Browser
 from tests.serve.web.talker import Keyring, Talker, served
@@ -93,8 +95,8 @@ def test_no_route_is_left_out(talking: Browser) -> None:
 
 
 @pytest.mark.parametrize("model", [CompletionBody, ChatBody, Parameters])
-def test_bounds_in_the_schema_are_those_of_the_engine(model: Any) -> None:
-    """One step outside each is refused, and so is the bound itself where it is excluded."""
+def test_one_step_outside_a_bound_is_refused_by_the_engine(model: Any) -> None:
+    """And so is the bound itself where it is excluded."""
     steps = {"minimum": -1, "maximum": 1, "exclusiveMinimum": 0}
     fields = model.model_json_schema()["properties"]
     checked = 0
@@ -107,6 +109,74 @@ def test_bounds_in_the_schema_are_those_of_the_engine(model: Any) -> None:
                 SamplingParams(**{name: value})
             checked += 1
     assert checked >= 15
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "num_beams": {"temperature": 0},
+    "num_beam_groups": {"temperature": 0, "num_beams": MAX_ANSWERS},
+    "best_of": {"temperature": 0, "use_beam_search": True},
+    "top_logprobs": {"logprobs": True},
+}
+"""What a field wants beside it to be of any use."""
+
+ITEMS: dict[str, Any] = {"string": "春", "integer": 1, "array": [1], "null": None}
+
+
+def ends(schema: Any) -> list[Any]:
+    """A value for each bound that a field's schema states, which just keeps it."""
+    found: list[Any] = []
+    outer = {name: value for name, value in schema.items() if name != "anyOf"}
+    for one in schema.get("anyOf", [schema]):
+        kind, bounds = one.get("type"), one | outer
+        items = bounds.get("items", {})
+        if kind in ("integer", "number"):
+            found += [bounds[name] for name in ("minimum", "maximum") if name in bounds]
+        if "exclusiveMinimum" in bounds and kind == "number":
+            found.append(math.nextafter(bounds["exclusiveMinimum"], math.inf))
+        if kind == "string" and bounds.get("maxLength") != MAX_BODY_BYTES:
+            found += ["春" * bounds[name] for name in ("minLength", "maxLength") if name in bounds]
+        if kind == "array" and "type" in items:
+            item = items.get("const", ITEMS[items["type"]])
+            found += [[item] * bounds[name] for name in ("minItems", "maxItems") if name in bounds]
+        if kind == "object" and "maxProperties" in bounds:
+            found.append({str(key): 1.0 for key in range(bounds["maxProperties"])})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "least"),
+    [("/v1/completions", CompletionBody, 40), ("/v1/chat/completions", ChatBody, 40),
+     ("/generate", Parameters, 30)],
+)  # fmt: skip
+def test_every_bound_in_the_schema_is_itself_accepted(
+    talking: Browser, talker: Talker, path: str, model: Any, least: int
+) -> None:
+    talker.most_tokens = 2
+    bodies = {
+        "/v1/completions": {"prompt": "春"},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "春"}]},
+        "/generate": {"inputs": ["春"]},
+    }
+    asked = 0
+    for name, schema in model.model_json_schema()["properties"].items():
+        for value in ends(schema):
+            given = BESIDE.get(name, {}) | {name: value}
+            more = {"parameters": given} if model is Parameters else given
+            response = talking("POST", path, json=bodies[path] | more)
+            assert response.status_code == 200, (name, value, response.text)
+            asked += 1
+    assert asked >= least
+
+
+@pytest.mark.parametrize(("bias", "status"), [(-100, 200), (100, 200), (-101, 400), (101, 400)])
+def test_the_schema_bounds_biases_as_the_engine_does(
+    talking: Browser, bias: float, status: int
+) -> None:
+    for model in (CompletionBody, ChatBody):
+        one, _ = model.model_json_schema()["properties"]["logit_bias"]["anyOf"]
+        [bounds] = one["patternProperties"].values()
+        assert (bounds["minimum"] <= bias <= bounds["maximum"]) == (status == 200)
+    assert talking.complete(logit_bias={"5": bias}, max_tokens=1).status_code == status
 
 
 def test_keys_are_in_the_schema_where_they_are_needed(schema: Any, talking: Browser) -> None:
