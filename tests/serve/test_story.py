@@ -71,6 +71,20 @@ def test_another_story_is_refused(poem: str) -> None:
         go_on()
 
 
+def test_an_abort_ends_a_story_before_all_of_it_was_repeated() -> None:
+    story = Story()
+    heard = [story.tell(chunk) for chunk in chunks(Poet(tokens_a_chunk=9))[:3]]
+    assert len(story.resume()) == 9
+    (header, again, *_) = chunks(Poet(tokens_a_chunk=4), resume_token_ids=TOKENS[:9])
+    finish = messages.StreamFinish(reason=messages.FINISH_REASON_ABORT, completion_tokens=4)
+    end = messages.GenerateChunk(finish=finish).SerializeToString()
+    assert [story.tell(header), story.tell(again)] == [None, None], "nothing that is new"
+    last = messages.GenerateChunk.FromString(story.tell(end) or b"")
+    assert last.finish.reason == messages.FINISH_REASON_ABORT
+    assert last.finish.completion_tokens == 18, "all that was heard"
+    assert len(heard) == 3 and not last.token_ids
+
+
 def test_fields_are_added_behind_what_came() -> None:
     request = messages.GenerateRequest(prompt="静夜", deadline_ms=5000, request_id="mine")
     data = request.SerializeToString()
