@@ -19,6 +19,8 @@ from gptmoe.errors import (
     Unauthenticated,
 )
 
+from .names import ALONE, Ticket
+
 
 class NotWithThis(GptMoeError):
     """The request is right, and does not go with this application."""
@@ -50,9 +52,13 @@ class Context(Protocol):
 
 
 class Direct:
-    """The context of a method that is called without gRPC: it keeps the error itself."""
+    """The context of a method that is called without gRPC: it keeps the error itself.
 
-    def __init__(self) -> None:
+    `ticket` is that of the caller's call, for a request that may go on at another replica.
+    """
+
+    def __init__(self, ticket: Ticket = ALONE) -> None:
+        self.ticket = ticket
         self.error: GptMoeError | None = None
 
     def set_code(self, code: grpc.StatusCode) -> None:
@@ -65,6 +71,11 @@ class Direct:
 def code_of(error: GptMoeError) -> grpc.StatusCode:
     """The code that says what kind of error it is."""
     return next(code for kind, code in _CODES if isinstance(error, kind))
+
+
+def ticket_of(context: Context) -> Ticket:
+    """Of a call that came through the edge; ALONE for all others."""
+    return context.ticket if isinstance(context, Direct) else ALONE
 
 
 def set_status(error: GptMoeError, context: Context) -> None:

@@ -25,12 +25,13 @@ def status_of(error: GptMoeError, request_id: str = "") -> Any:
     return rpc_status.to_status(status)
 
 
-def broken() -> Any:
-    """The status for our own bugs, which the log explains."""
+def broken(request_id: str) -> Any:
+    """The status for our own bugs, which the log explains under the request's id."""
     return rpc_status.to_status(
         status_pb2.Status(
             code=grpc.StatusCode.INTERNAL.value[0],
             message="the server failed on this request; its log says why",
+            details=[_packed(error_details_pb2.RequestInfo(request_id=request_id))],
         )
     )
 

@@ -20,6 +20,7 @@ from gptmoe.errors import (
 )
 from protos import generation_pb2 as messages
 from serve.edge.inlet import Answer
+from serve.names import Ticket
 from tests.edge_calls import (
     Stub,
     ask,
@@ -84,9 +85,24 @@ def test_errors_are_statuses_with_details(error: Any, code: grpc.StatusCode) -> 
     ask(Handle(Poet(error=error)), use)
 
 
+def test_a_refusal_says_which_request_it_was_though_its_caller_did_not() -> None:
+    poets = [Poet(error=NotFound("no model of that name")), Poet(error=ZeroDivisionError("a bug"))]
+
+    async def use(stub: Stub) -> None:
+        for _ in poets:
+            call = stub.Generate(request())
+            await refusal(call)
+            (detail,) = await details(call)
+            drawn.append(detail.request_id)
+
+    drawn: list[str] = []
+    ask(Handle(*poets), use)
+    assert drawn == [poet.tickets[0].holder for poet in poets]
+
+
 def test_an_error_that_was_raised_across_ray_is_the_same() -> None:
     class Raising(Poet):
-        async def edge_unary(self, method: str, data: bytes) -> Answer:
+        async def edge_unary(self, method: str, data: bytes, ticket: Ticket) -> Answer:
             raise NotFound("no model of that name")
 
     async def use(stub: Stub) -> None:

@@ -67,6 +67,15 @@ def test_an_id_that_runs_elsewhere_is_refused_and_stays(
     assert (engine.seen, names.calls) == ([], [])
 
 
+def test_who_resumes_a_text_has_no_right_to_an_id_that_runs(
+    service: Service, names: Told, engine: FullEngine
+) -> None:
+    names.elsewhere.add("mine")
+    with pytest.raises(AlreadyRunning):
+        complete(service, call(named=True, resume_ids=(ord("一"),)))
+    assert (engine.seen, names.calls) == ([], [])
+
+
 def test_leaving_and_refusals_let_the_id_go(
     service: Service, names: Told, engine: FullEngine
 ) -> None:
