@@ -38,11 +38,11 @@ class Names(Protocol):
         """Say that a request of a fresh id runs here."""
         ...
 
-    async def release(self, request_id: str) -> None:
+    async def release(self, request_id: str, ticket: Ticket) -> None:
         """Free an id, and return when any replica can take it."""
         ...
 
-    def let_go(self, request_id: str) -> None:
+    def let_go(self, request_id: str, ticket: Ticket) -> None:
         """The same without waiting."""
         ...
 
@@ -60,10 +60,10 @@ class Alone:
     def note(self, request_id: str, ticket: Ticket) -> None:
         """See Names.note."""
 
-    async def release(self, request_id: str) -> None:
+    async def release(self, request_id: str, ticket: Ticket) -> None:
         """See Names.release."""
 
-    def let_go(self, request_id: str) -> None:
+    def let_go(self, request_id: str, ticket: Ticket) -> None:
         """See Names.let_go."""
 
     async def abort(self, request_id: str) -> None:

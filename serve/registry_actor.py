@@ -148,9 +148,14 @@ class Claims:
     async def claim(self, request_id: str, ticket: Ticket = ALONE) -> None:
         """Take an id that the caller chose; raises AlreadyRunning if it runs on any replica.
 
-        Unless it is the same request that runs there, or did: then it is this replica's from now.
+        Unless it is the same request that ran there: it is this replica's from now, and one that
+        still runs here for nobody is ended.
         """
-        if request_id in self._running or not await self._claimed(request_id, ticket):
+        held = self._running.get(request_id)
+        free = held is None or ticket.follows(held)
+        if free and held is not None:
+            await self._abort_here(request_id)
+        if not free or not await self._claimed(request_id, ticket):
             raise AlreadyRunning(
                 f"request_id {request_id!r} is running; wait for it, or use another id"
             )
@@ -174,19 +179,26 @@ class Claims:
         self._running[request_id] = self._began[request_id] = ticket
         self._news.set()
 
-    async def release(self, request_id: str) -> None:
+    async def release(self, request_id: str, ticket: Ticket = ALONE) -> None:
         """Free an id, and return when any replica can take it."""
-        ticket = self._running.pop(request_id, ALONE)
+        self._free(request_id, ticket)
         if self._actor is not None:
             try:
                 await _within(self._actor.note.remote(self._replica, {}, {request_id: ticket}))
             except (ray.exceptions.RayError, TimeoutError) as error:
                 log.warning("no release request_id=%s error=%s", request_id, _first_line(error))
 
-    def let_go(self, request_id: str) -> None:
-        """The same in the background; no effect on an id that is free."""
-        if request_id in self._running:
-            self._end(request_id, self._running.pop(request_id))
+    def let_go(self, request_id: str, ticket: Ticket = ALONE) -> None:
+        """The same in the background; no effect on an id that is free, or taken again."""
+        if self._free(request_id, ticket):
+            self._end(request_id, ticket)
+
+    def _free(self, request_id: str, ticket: Ticket) -> bool:
+        """Whether it ran here with this ticket until now."""
+        ran = self._running.get(request_id) == ticket
+        if ran:
+            del self._running[request_id]
+        return ran
 
     async def abort(self, request_id: str) -> None:
         """Have the replica that runs a request end it.

@@ -112,7 +112,7 @@ class Service:
         raise DeadlineExceeded when the call's time is over, ClusterError if the engine stops.
         """
         request = await self._request(call)
-        if call.named:
+        if call.named or call.ticket.turn:  # another replica has told of this id
             await self._names.claim(call.request_id, call.ticket)
         else:
             self._names.note(call.request_id, call.ticket)
@@ -122,7 +122,7 @@ class Service:
             async with source as found, aclosing(self._followed(call, found, keep)) as deltas:
                 yield Running(request, deltas)
         finally:
-            self._names.let_go(call.request_id)
+            self._names.let_go(call.request_id, call.ticket)
 
     async def stream(self, call: Call) -> AsyncGenerator[Delta, None]:
         """Yield the deltas of the call; errors as in `opened`. Leaving early ends the request."""
@@ -258,7 +258,7 @@ class Service:
             if not unfinished and keep:
                 keep(deltas)
             if not unfinished and call.named:  # who has the last delta may use the id again
-                await self._names.release(call.request_id)
+                await self._names.release(call.request_id, call.ticket)
             yield delta
 
 

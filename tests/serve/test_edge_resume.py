@@ -140,13 +140,12 @@ def test_other_weights_do_not_go_on_with_the_text() -> None:
     ask(Handle(Poet(dies_after=3, tokens_a_chunk=3), other), use, tries=2)
 
 
-def test_a_replica_that_still_knows_the_id_is_waited_for() -> None:
-    poets = [Poet(dies_after=3), Poet(error=AlreadyRunning("mine runs already")), Poet()]
+def test_an_id_that_somebody_else_has_is_refused_after_a_loss_too() -> None:
+    async def use(stub: Stub) -> None:
+        error = await refusal(streamed(stub, request_id="mine"))
+        assert error.code() == grpc.StatusCode.ALREADY_EXISTS
 
-    async def use(stub: Stub) -> str:
-        return "".join(chunk.text for chunk in await streamed(stub, request_id="mine"))
-
-    assert ask(Handle(*poets), use) == POEM
+    ask(Handle(Poet(dies_after=0), Poet(error=AlreadyRunning("mine runs already"))), use)
 
 
 def test_a_stream_that_has_begun_waits_for_room() -> None:

@@ -286,10 +286,27 @@ def test_a_replica_that_is_asked_again_keeps_its_claim_though_its_first_end_come
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.replicas["a"], cluster.replicas["b"]
         await a.claim("mine", HERE)
-        a.let_go("mine")  # told in the background
+        a.let_go("mine", HERE)  # told in the background
         await a.claim("mine", THERE)
         await cluster.calls("note", 1)
         with pytest.raises(AlreadyRunning):
             await b.claim("mine")
+
+    on_cluster(scenario)
+
+
+def test_what_still_runs_for_nobody_ends_where_its_request_goes_on() -> None:
+    """The edge lost the replica, not the other way round, and asks it again."""
+
+    async def scenario(cluster: Cluster) -> None:
+        a = cluster.replicas["a"]
+        await a.claim("mine", HERE)
+        await a.claim("mine", THERE)
+        assert cluster.aborted["a"] == ["mine"]
+        a.let_go("mine", HERE)  # the end of the first one
+        await cluster.replicas["b"].abort("mine")
+        await until(lambda: cluster.aborted["a"] == ["mine"] * 2)
+        with pytest.raises(AlreadyRunning):
+            await a.claim("mine", HERE)
 
     on_cluster(scenario)

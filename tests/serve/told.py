@@ -39,12 +39,12 @@ class Told:
         self._say("note", request_id)
         self.taken.add(request_id)
 
-    async def release(self, request_id: str) -> None:
+    async def release(self, request_id: str, ticket: Ticket) -> None:
         await asyncio.sleep(0.01)
         self._say("release", request_id)
         self.taken.discard(request_id)
 
-    def let_go(self, request_id: str) -> None:
+    def let_go(self, request_id: str, ticket: Ticket) -> None:
         if request_id in self.taken:
             self._say("let_go", request_id)
             self.taken.discard(request_id)
