@@ -8,6 +8,7 @@ from typing import Protocol
 
 import grpc
 
+from cluster.answers import RETRY_AFTER
 from gptmoe.errors import (
     AlreadyRunning,
     ClusterError,
@@ -17,9 +18,12 @@ from gptmoe.errors import (
     Overloaded,
     RequestError,
     Unauthenticated,
+    Unavailable,
 )
 
 from .names import ALONE, Ticket
+
+Metadata = list[tuple[str, str]]
 
 
 class NotWithThis(GptMoeError):
@@ -49,6 +53,7 @@ class Context(Protocol):
 
     def set_code(self, code: grpc.StatusCode) -> None: ...
     def set_details(self, details: str) -> None: ...
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None: ...
 
 
 class Direct:
@@ -67,6 +72,9 @@ class Direct:
     def set_details(self, details: str) -> None:
         """Not wanted either."""
 
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None:
+        """Nor this."""
+
 
 def code_of(error: GptMoeError) -> grpc.StatusCode:
     """The code that says what kind of error it is."""
@@ -79,8 +87,21 @@ def ticket_of(context: Context) -> Ticket:
 
 
 def set_status(error: GptMoeError, context: Context) -> None:
-    """The code and sentence of an error."""
+    """The code and sentence of an error, and when to come again.
+
+    With Ray Serve 2.60 the last reaches only callers of unary methods: of a stream that is refused
+    its proxy learns the code and the sentence.
+    """
     if isinstance(context, Direct):
         context.error = error
     context.set_code(code_of(error))
     context.set_details(str(error))
+    if found := retry_metadata(error):
+        context.set_trailing_metadata(found)
+
+
+def retry_metadata(error: GptMoeError) -> Metadata:
+    """The trailing metadata of an error that passes; empty for others."""
+    if not isinstance(error, Overloaded | Unavailable):
+        return []
+    return [(RETRY_AFTER, str(round(1000 * error.retry_after_s)))]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster import answers
 from gptmoe.errors import (
     AlreadyRunning,
     DeadlineExceeded,
@@ -72,12 +73,16 @@ def test_errors_are_statuses_with_details(error: Any, code: grpc.StatusCode) -> 
             with pytest.raises(grpc.aio.AioRpcError) as found:
                 await (call if hasattr(call, "__await__") else call.read())
             assert (found.value.code(), found.value.details()) == (code, str(error))
+            passes = isinstance(error, Overloaded | Unavailable)
+            assert answers.failure(found.value).retry_after_s == (
+                error.retry_after_s if passes else None
+            )
             kinds = {type(detail).__name__: detail for detail in await details(call)}
             assert kinds.pop("RequestInfo").request_id == "mine"
             if isinstance(error, RequestError):
                 (violation,) = kinds.pop("BadRequest").field_violations
                 assert (violation.field, violation.description) == ("top_p", str(error))
-            if isinstance(error, Overloaded | Unavailable):
+            if passes:
                 delay = kinds.pop("RetryInfo").retry_delay
                 assert delay.ToTimedelta().total_seconds() == error.retry_after_s
             assert not kinds

@@ -93,6 +93,7 @@ def test_a_full_queue_is_resource_exhausted(servicer: Servicer, engine: Any) -> 
         _, context = call(servicer, request())
         assert context.code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "queue is full" in context.details
+        assert context.trailing == [("grpc-retry-pushback-ms", "1500")]
 
 
 def test_a_stopped_engine_is_unavailable(servicer: Servicer, service: Service) -> None:
