@@ -11,13 +11,24 @@ TopLogprobs = tuple[tuple[int, float], ...]
 """The likeliest tokens at one place with their log-probabilities, likeliest first."""
 
 
-class GenerationError(Exception):
-    """A call failed: `code` is gRPC's name for the kind (INVALID_ARGUMENT, ...)."""
+RETRY_AFTER = "grpc-retry-pushback-ms"
+"""The trailing metadata in which a server says, in milliseconds, when to come again.
 
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(code, message)
+https://github.com/grpc/proposal/blob/master/A6-client-retries.md#pushback
+"""
+
+
+class GenerationError(Exception):
+    """A call failed: `code` is gRPC's name for the kind (INVALID_ARGUMENT, ...).
+
+    `retry_after_s`: seconds after which the server wants to be asked again; None if it did not say.
+    """
+
+    def __init__(self, code: str, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(code, message, retry_after_s)
         self.code = code
         self.message = message
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}"
@@ -173,6 +184,14 @@ class Model:
     d_model: int
     num_heads: int
     num_experts: tuple[int, ...]
+
+
+def failure(error: Any) -> GenerationError:
+    """From a grpc.RpcError."""
+    said = {key: value for key, value in error.trailing_metadata() or () if key == RETRY_AFTER}
+    wait_ms = str(said.get(RETRY_AFTER, ""))
+    retry_after_s = int(wait_ms) / 1000 if wait_ms.isdecimal() else None
+    return GenerationError(error.code().name, error.details() or "", retry_after_s)
 
 
 def generation(message: Any) -> Generation:

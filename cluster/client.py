@@ -264,7 +264,7 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except grpc.RpcError as error:
-        raise GenerationError(error.code().name, error.details() or "") from None
+        raise answers.failure(error) from None
 
 
 def _request(prompt: Prompt, sampling: Sampling) -> messages.GenerateRequest:

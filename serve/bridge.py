@@ -147,6 +147,8 @@ class EngineThread:
         done: Future[None] = Future()
 
         def run() -> None:
+            if not done.set_running_or_notify_cancel():
+                return  # who asked has left; a cancelled future takes no result
             try:
                 call()
                 done.set_result(None)

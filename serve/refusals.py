@@ -8,6 +8,7 @@ from typing import Protocol
 
 import grpc
 
+from cluster.answers import RETRY_AFTER
 from gptmoe.errors import (
     AlreadyRunning,
     ClusterError,
@@ -18,9 +19,13 @@ from gptmoe.errors import (
     PermissionDenied,
     RequestError,
     Unauthenticated,
+    Unavailable,
 )
 
 from .access_log import current
+from .names import ALONE, Ticket
+
+Metadata = list[tuple[str, str]]
 
 
 class NotWithThis(GptMoeError):
@@ -51,12 +56,17 @@ class Context(Protocol):
 
     def set_code(self, code: grpc.StatusCode) -> None: ...
     def set_details(self, details: str) -> None: ...
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None: ...
 
 
 class Direct:
-    """The context of a method that is called without gRPC: it keeps the error itself."""
+    """The context of a method that is called without gRPC: it keeps the error itself.
 
-    def __init__(self) -> None:
+    `ticket` is that of the caller's call, for a request that may go on at another replica.
+    """
+
+    def __init__(self, ticket: Ticket = ALONE) -> None:
+        self.ticket = ticket
         self.error: GptMoeError | None = None
 
     def set_code(self, code: grpc.StatusCode) -> None:
@@ -65,16 +75,37 @@ class Direct:
     def set_details(self, details: str) -> None:
         """Not wanted either."""
 
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None:
+        """Nor this."""
+
 
 def code_of(error: GptMoeError) -> grpc.StatusCode:
     """The code that says what kind of error it is."""
     return next(code for kind, code in _CODES if isinstance(error, kind))
 
 
+def ticket_of(context: Context) -> Ticket:
+    """Of a call that came through the edge; ALONE for all others."""
+    return context.ticket if isinstance(context, Direct) else ALONE
+
+
 def set_status(error: GptMoeError, context: Context) -> None:
-    """The code and sentence of an error; its kind goes into the access log."""
+    """The code and sentence of an error, and when to come again; its kind goes into the access log.
+
+    With Ray Serve 2.60 the last reaches only callers of unary methods: of a stream that is refused
+    its proxy learns the code and the sentence.
+    """
     current().fail(error)
     if isinstance(context, Direct):
         context.error = error
     context.set_code(code_of(error))
     context.set_details(str(error))
+    if found := retry_metadata(error):
+        context.set_trailing_metadata(found)
+
+
+def retry_metadata(error: GptMoeError) -> Metadata:
+    """The trailing metadata of an error that passes; empty for others."""
+    if not isinstance(error, Overloaded | Unavailable):
+        return []
+    return [(RETRY_AFTER, str(round(1000 * error.retry_after_s)))]

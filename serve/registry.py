@@ -1,11 +1,13 @@
 """Which replica runs which request: a pure account of claims, by request id and replica.
 
-A claim lasts until its replica releases it or is silent for SILENT_S: a dead replica's requests are
-dead too. Ray is in registry_actor.py.
+A claim lasts until its replica releases it, or is silent for SILENT_S (a dead replica's requests
+are dead too), or another replica goes on with the same request. Ray is in registry_actor.py.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from .names import ALONE, Ticket
 
 SILENT_S = 15.0
 """A replica that was not heard of for longer is taken for dead."""
@@ -18,45 +20,65 @@ class _Replica:
     aborts: list[str] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class _Claim:
+    replica: str
+    ticket: Ticket
+    aborted: bool = False
+
+
 class Registry:
     """Claims of all replicas of one application. Not thread safe; `clock` gives seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._owners: dict[str, str] = {}
+        self._claims: dict[str, _Claim] = {}
         self._replicas: dict[str, _Replica] = {}
 
-    def greet(self, replica: str, running: Iterable[str]) -> None:
+    def greet(self, replica: str, running: Mapping[str, Ticket]) -> None:
         """A replica introduces itself with what it runs; another's claim stays the other's."""
         self._heard(replica).greeted = True
-        for request_id in running:
-            self.claim(request_id, replica)
+        for request_id, ticket in running.items():
+            self.claim(request_id, replica, ticket)
 
     def knows(self, replica: str) -> bool:
         """Hear of a replica. False: it has to greet, as this registry or its claims were lost."""
         return self._heard(replica).greeted
 
-    def claim(self, request_id: str, replica: str) -> bool:
-        """Whether the request is this replica's to run: False if it runs, anywhere."""
+    def claim(self, request_id: str, replica: str, ticket: Ticket = ALONE) -> bool:
+        """Whether the request is this replica's to run: False if another one of that id runs.
+
+        One that goes on here is taken over, with an abort that its last replica may have missed.
+        """
         self._heard(replica)
-        if request_id in self._owners:
+        held = self._claims.get(request_id)
+        if held is not None and not ticket.follows(held.ticket):
             return False
-        self._owners[request_id] = replica
+        self._claims[request_id] = _Claim(replica, ticket)
+        if held is not None and held.aborted:
+            self.abort(request_id)
         return True
 
-    def release(self, request_id: str, replica: str) -> None:
-        """The replica runs it no longer; no effect on another's claim."""
+    def release(self, request_id: str, replica: str, ticket: Ticket = ALONE) -> None:
+        """The replica runs it no longer; no effect on another's claim or a later one of its own."""
         self._heard(replica)
-        if self._owners.get(request_id) == replica:
-            del self._owners[request_id]
+        held = self._claims.get(request_id)
+        if held is not None and (held.replica, held.ticket) == (replica, ticket):
+            del self._claims[request_id]
 
     def abort(self, request_id: str) -> str | None:
         """The replica that runs it, which finds the id in its `take_aborts`; None if none does."""
         self._forget_silent()
-        owner = self._owners.get(request_id)
-        if owner is not None:
-            self._replicas[owner].aborts.append(request_id)
-        return owner
+        held = self._claims.get(request_id)
+        if held is None:
+            return None
+        held.aborted = True
+        self._replicas[held.replica].aborts.append(request_id)
+        return held.replica
+
+    def has_aborts(self, replica: str) -> bool:
+        """Whether there is something for it to take."""
+        return replica in self._replicas and bool(self._replicas[replica].aborts)
 
     def take_aborts(self, replica: str) -> tuple[str, ...]:
         """What this replica has to abort, each once."""
@@ -67,7 +89,7 @@ class Registry:
     def forget(self, replica: str) -> None:
         """Drop a replica and all of its claims."""
         self._replicas.pop(replica, None)
-        self._owners = {key: owner for key, owner in self._owners.items() if owner != replica}
+        self._claims = {key: it for key, it in self._claims.items() if it.replica != replica}
 
     @property
     def alone(self) -> bool:
@@ -78,7 +100,7 @@ class Registry:
     @property
     def num_claims(self) -> int:
         """Requests that run."""
-        return len(self._owners)
+        return len(self._claims)
 
     def _heard(self, replica: str) -> _Replica:
         self._forget_silent()  # also this one: others may have its requests by now

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import ray
@@ -20,6 +20,7 @@ import ray.exceptions
 from cluster.coordinator_actor import NAMESPACE
 from gptmoe.errors import AlreadyRunning, NotFound, Unavailable
 
+from .names import ALONE, Ticket
 from .registry import SILENT_S, Registry
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ POLL_S = 5.0
 ANSWER_WITHIN_S = 2.0
 """The longest that a request waits for its claim: then it runs without."""
 CONNECT_AGAIN_S = 1.0
+ABORT_AGAIN_S, ABORT_TRIES = 0.02, 25
 
 
 class RegistryActor:
@@ -40,28 +42,33 @@ class RegistryActor:
         self._news: dict[str, asyncio.Event] = {}
         self._watch: asyncio.Task[None] | None = None
 
-    async def greet(self, replica: str, running: Sequence[str]) -> None:
+    async def greet(self, replica: str, running: Mapping[str, Ticket]) -> None:
         """See Registry.greet."""
         self._registry.greet(replica, running)
         self._watch = self._watch or asyncio.create_task(self._leave_when_alone())
 
-    async def claim(self, request_id: str, replica: str) -> bool:
+    async def claim(self, request_id: str, replica: str, ticket: Ticket) -> bool:
         """See Registry.claim."""
-        return self._registry.claim(request_id, replica)
+        claimed = self._registry.claim(request_id, replica, ticket)
+        self._wake(replica)
+        return claimed
 
-    async def note(self, replica: str, began: Sequence[str], ended: Sequence[str]) -> None:
+    async def note(
+        self, replica: str, began: Mapping[str, Ticket], ended: Mapping[str, Ticket]
+    ) -> None:
         """Requests that a replica runs since, and runs no longer."""
-        for request_id in began:
-            self._registry.claim(request_id, replica)
-        for request_id in ended:
-            self._registry.release(request_id, replica)
+        for request_id, ticket in began.items():
+            self._registry.claim(request_id, replica, ticket)
+        for request_id, ticket in ended.items():
+            self._registry.release(request_id, replica, ticket)
+        self._wake(replica)
 
     async def abort(self, request_id: str) -> bool:
         """Have the replica that runs a request abort it; False if none does."""
         owner = self._registry.abort(request_id)
         if owner is None:
             return False
-        self._event(owner).set()
+        self._wake(owner)
         return True
 
     async def next_aborts(self, replica: str, within_s: float = POLL_S) -> tuple[str, ...] | None:
@@ -77,6 +84,10 @@ class RegistryActor:
                 await event.wait()
         event.clear()
         return self._registry.take_aborts(replica) if self._registry.knows(replica) else None
+
+    def _wake(self, replica: str) -> None:
+        if self._registry.has_aborts(replica):
+            self._event(replica).set()
 
     def _event(self, replica: str) -> asyncio.Event:
         return self._news.setdefault(replica, asyncio.Event())
@@ -114,9 +125,9 @@ class Claims:
     ) -> None:
         """`connect` blocks until it has a handle; `abort` ends a request that runs here."""
         self._replica, self._connect, self._abort_here = replica, connect, abort
-        self._running: set[str] = set()
-        self._began: list[str] = []
-        self._ended: list[str] = []
+        self._running: dict[str, Ticket] = {}
+        self._began: dict[str, Ticket] = {}
+        self._ended: dict[str, Ticket] = {}
         self._news = asyncio.Event()
         self._known = asyncio.Event()
         self._actor: Any = None
@@ -134,46 +145,60 @@ class Claims:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._actor = None
 
-    async def claim(self, request_id: str) -> None:
-        """Take an id that the caller chose; raises AlreadyRunning if it runs on any replica."""
-        if request_id in self._running or not await self._claimed(request_id):
+    async def claim(self, request_id: str, ticket: Ticket = ALONE) -> None:
+        """Take an id that the caller chose; raises AlreadyRunning if it runs on any replica.
+
+        Unless it is the same request that ran there: it is this replica's from now, and one that
+        still runs here for nobody is ended.
+        """
+        held = self._running.get(request_id)
+        free = held is None or ticket.follows(held)
+        if free and held is not None:
+            await self._abort_here(request_id)
+        if not free or not await self._claimed(request_id, ticket):
             raise AlreadyRunning(
                 f"request_id {request_id!r} is running; wait for it, or use another id"
             )
-        self._running.add(request_id)
+        self._running[request_id] = ticket
 
-    async def _claimed(self, request_id: str) -> bool:
+    async def _claimed(self, request_id: str, ticket: Ticket) -> bool:
         if self._actor is None:
             return True
         try:
-            return bool(await _within(self._actor.claim.remote(request_id, self._replica)))
+            answer = self._actor.claim.remote(request_id, self._replica, ticket)
+            return bool(await _within(answer))
         except asyncio.CancelledError:  # the caller left, and the claim may come to be
-            self._end(request_id)
+            self._end(request_id, ticket)
             raise
         except (ray.exceptions.RayError, TimeoutError) as error:
             log.warning("no claim request_id=%s error=%s", request_id, _first_line(error))
             return True
 
-    def note(self, request_id: str) -> None:
+    def note(self, request_id: str, ticket: Ticket = ALONE) -> None:
         """Say in the background that a request of a fresh id runs here."""
-        self._running.add(request_id)
-        self._began.append(request_id)
+        self._running[request_id] = self._began[request_id] = ticket
         self._news.set()
 
-    async def release(self, request_id: str) -> None:
+    async def release(self, request_id: str, ticket: Ticket = ALONE) -> None:
         """Free an id, and return when any replica can take it."""
-        self._running.discard(request_id)
+        self._free(request_id, ticket)
         if self._actor is not None:
             try:
-                await _within(self._actor.note.remote(self._replica, (), (request_id,)))
+                await _within(self._actor.note.remote(self._replica, {}, {request_id: ticket}))
             except (ray.exceptions.RayError, TimeoutError) as error:
                 log.warning("no release request_id=%s error=%s", request_id, _first_line(error))
 
-    def let_go(self, request_id: str) -> None:
-        """The same in the background; no effect on an id that is free."""
-        if request_id in self._running:
-            self._running.discard(request_id)
-            self._end(request_id)
+    def let_go(self, request_id: str, ticket: Ticket = ALONE) -> None:
+        """The same in the background; no effect on an id that is free, or taken again."""
+        if self._free(request_id, ticket):
+            self._end(request_id, ticket)
+
+    def _free(self, request_id: str, ticket: Ticket) -> bool:
+        """Whether it ran here with this ticket until now."""
+        ran = self._running.get(request_id) == ticket
+        if ran:
+            del self._running[request_id]
+        return ran
 
     async def abort(self, request_id: str) -> None:
         """Have the replica that runs a request end it.
@@ -192,8 +217,8 @@ class Claims:
         if not known:
             raise NotFound(f"no request {request_id!r} is running; it may have ended")
 
-    def _end(self, request_id: str) -> None:
-        self._ended.append(request_id)
+    def _end(self, request_id: str, ticket: Ticket) -> None:
+        self._ended[request_id] = ticket
         self._news.set()
 
     async def _follow(self) -> None:
@@ -204,21 +229,27 @@ class Claims:
                 while True:
                     await self._greet(actor)
                     while (aborts := await self._aborts_of(actor)) is not None:
-                        for request_id in aborts:
-                            await self._abort_here(request_id)
+                        await asyncio.gather(*map(self._aborted, aborts))
             except (ray.exceptions.RayError, TimeoutError, ValueError) as error:
                 log.warning("the registry of requests is away error=%s", _first_line(error))
                 self._actor = None
                 self._known.clear()
             await asyncio.sleep(CONNECT_AGAIN_S)
 
+    async def _aborted(self, request_id: str) -> None:
+        """One that goes on here may have been aborted before the engine has it."""
+        for _ in range(ABORT_TRIES):
+            if await self._abort_here(request_id) or request_id not in self._running:
+                return
+            await asyncio.sleep(ABORT_AGAIN_S)
+
     async def _greet(self, actor: Any) -> None:
-        told = tuple(self._running)
+        told = dict(self._running)
         await _within(actor.greet.remote(self._replica, told), SILENT_S)
         self._actor = actor
         self._known.set()
-        for request_id in set(told) - self._running:  # ended meanwhile
-            self._end(request_id)
+        for request_id in told.keys() - self._running.keys():  # ended meanwhile
+            self._end(request_id, told[request_id])
 
     async def _aborts_of(self, actor: Any) -> tuple[str, ...] | None:
         answer = actor.next_aborts.remote(self._replica, POLL_S)
@@ -229,14 +260,14 @@ class Claims:
         while True:
             await self._news.wait()
             self._news.clear()
-            began, self._began = self._began, []
-            ended, self._ended = self._ended, []
+            began, self._began = self._began, {}
+            ended, self._ended = self._ended, {}
             if self._actor is None:
                 continue  # a new registry is told what runs then
             try:
                 await _within(self._actor.note.remote(self._replica, began, ended))
             except (ray.exceptions.RayError, TimeoutError):
-                self._began, self._ended = began + self._began, ended + self._ended
+                self._began, self._ended = began | self._began, ended | self._ended
                 self._news.set()
                 await asyncio.sleep(CONNECT_AGAIN_S)
 

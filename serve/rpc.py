@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, fields
+from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -23,7 +24,8 @@ from protos import generation_pb2 as messages
 
 from .access_log import current
 from .completion import Choice
-from .refusals import Context, set_status
+from .names import Ticket
+from .refusals import Context, set_status, ticket_of
 from .scoring import ScoreCall
 from .service import Call, Service
 
@@ -49,13 +51,14 @@ class Servicer:
 
     async def Generate(self, request: bytes, grpc_context: Context) -> messages.GenerateResponse:
         asked, answer = messages.GenerateRequest, messages.GenerateResponse
-        return await _unary(request, asked, self._generate, answer, grpc_context)
+        method = partial(self._generate, ticket_of(grpc_context))
+        return await _unary(request, asked, method, answer, grpc_context)
 
     async def GenerateStream(
         self, request: bytes, grpc_context: Context
     ) -> AsyncIterator[messages.GenerateChunk]:
         try:
-            call = _call(_read(messages.GenerateRequest, request))
+            call = _call(_read(messages.GenerateRequest, request), ticket_of(grpc_context))
             tokens: Counter[int] = Counter()
             async with self.service.opened(call) as running, _begun(running.deltas) as first:
                 yield messages.GenerateChunk(
@@ -100,8 +103,10 @@ class Servicer:
         asked, answer = messages.AbortRequest, messages.AbortResponse
         return await _unary(request, asked, self._abort, answer, grpc_context)
 
-    async def _generate(self, message: messages.GenerateRequest) -> messages.GenerateResponse:
-        done = await self.service.complete(_call(message))
+    async def _generate(
+        self, ticket: Ticket, message: messages.GenerateRequest
+    ) -> messages.GenerateResponse:
+        done = await self.service.complete(_call(message, ticket))
         first = done.choices[0]
         return messages.GenerateResponse(
             text=first.text,
@@ -187,7 +192,8 @@ async def _unary(
         return answer()
 
 
-def _call(message: messages.GenerateRequest) -> Call:
+def _call(message: messages.GenerateRequest, ticket: Ticket) -> Call:
+    """A request as the service takes it; what its caller has not named has its ticket's name."""
     check(
         not (message.prompt and message.prompt_token_ids),
         "prompt",
@@ -197,8 +203,9 @@ def _call(message: messages.GenerateRequest) -> Call:
     return Call(
         prompt=tuple(message.prompt_token_ids) or message.prompt,
         sampling=_sampling(message),
-        request_id=message.request_id or uuid.uuid4().hex,
+        request_id=message.request_id or ticket.holder or uuid.uuid4().hex,
         named=bool(message.request_id),
+        ticket=ticket,
         seeded=message.HasField("seed"),
         model=message.model,
         resume_ids=tuple(message.resume_token_ids),

@@ -20,7 +20,7 @@ from gptmoe.text import Tokenizer
 
 from .bridge import EngineThread
 from .completion import Completion, completion
-from .names import Alone, Names
+from .names import ALONE, Alone, Names, Ticket
 from .result_cache import ResultCache, key_of
 from .scoring import ScoreCall, Scored, score_requests, scored
 from .texts import Texts, apart
@@ -41,6 +41,8 @@ class Call:
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     named: bool = False
     """Whether the caller chose request_id: then no replica may run another request of that id."""
+    ticket: Ticket = ALONE
+    """Tells one that goes on elsewhere from another one of that id."""
     seeded: bool = False
     """Whether the caller chose the seed: then the answer may come from the result cache."""
     model: str = ""
@@ -108,18 +110,17 @@ class Service:
         raise DeadlineExceeded when the call's time is over, ClusterError if the engine stops.
         """
         request = await self._request(call)
-        broke_off = bool(call.resume_ids)  # who resumes knows: no need to wait for a dead claim
-        if call.named and not broke_off:
-            await self._names.claim(call.request_id)
+        if call.named or call.ticket.turn:  # another replica has told of this id
+            await self._names.claim(call.request_id, call.ticket)
         else:
-            self._names.note(call.request_id)
+            self._names.note(call.request_id, call.ticket)
         try:
             kept, keep = self._known(call, request)
             source = nullcontext(_each(kept)) if kept else self._admitted(request)
             async with source as found, aclosing(self._followed(call, found, keep)) as deltas:
                 yield Running(request, deltas)
         finally:
-            self._names.let_go(call.request_id)
+            self._names.let_go(call.request_id, call.ticket)
 
     async def stream(self, call: Call) -> AsyncGenerator[Delta, None]:
         """Yield the deltas of the call; errors as in `opened`. Leaving early ends the request."""
@@ -255,7 +256,7 @@ class Service:
             if not unfinished and keep:
                 keep(deltas)
             if not unfinished and call.named:  # who has the last delta may use the id again
-                await self._names.release(call.request_id)
+                await self._names.release(call.request_id, call.ticket)
             yield delta
 
 

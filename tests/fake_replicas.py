@@ -13,6 +13,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from gptmoe.errors import GptMoeError
 from protos import generation_pb2 as messages
 from serve.edge.inlet import Answer, Progress
+from serve.names import Ticket
 
 POEM = "床前明月光，疑是地上霜。"
 
@@ -45,10 +46,12 @@ class Poet:
     progress: Progress | None = IDLE
     """None: it does not answer."""
     asked: list[tuple[str, bytes]] = field(default_factory=list)
+    tickets: list[Ticket] = field(default_factory=list)
     cancelled: int = 0
 
-    async def edge_unary(self, method: str, data: bytes) -> Answer:
+    async def edge_unary(self, method: str, data: bytes, ticket: Ticket) -> Answer:
         self.asked.append((method, data))
+        self.tickets.append(ticket)
         if isinstance(self.error, GptMoeError):
             return self.error
         if self.error:
@@ -59,14 +62,17 @@ class Poet:
             await self._for_ever()
         return messages.GenerateResponse(text=self.poem).SerializeToString()
 
-    async def edge_stream(self, method: str, data: bytes) -> AsyncIterator[Answer]:
+    async def edge_stream(self, method: str, data: bytes, ticket: Ticket) -> AsyncIterator[Answer]:
         self.asked.append((method, data))
+        self.tickets.append(ticket)
         if isinstance(self.error, GptMoeError):
             yield self.error
             return
         if self.error:
             raise self.error
-        for number, chunk in enumerate(self._chunks(messages.GenerateRequest.FromString(data))):
+        request = messages.GenerateRequest.FromString(data)
+        request.request_id = request.request_id or ticket.holder
+        for number, chunk in enumerate(self._chunks(request)):
             if number == self.dies_after:
                 raise Died
             if number and self.hangs:

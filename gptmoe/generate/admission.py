@@ -55,4 +55,6 @@ def check_queue(
     full = waiting >= config.max_queue + free
     if full or (waiting and tokens > config.max_queue_tokens):
         bound = f"{config.max_queue} requests" if full else f"{config.max_queue_tokens} tokens"
-        raise Overloaded(f"the queue of {bound} is full; try again later", retry_after_s)
+        raise Overloaded(
+            f"the queue of {bound} is full; try again in about {retry_after_s:.1f} s", retry_after_s
+        )

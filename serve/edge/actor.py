@@ -76,6 +76,7 @@ class Edges:
         self._config = config
         self._actors: dict[str, Any] = {}
         self._stopping = threading.Event()
+        self._following = threading.Thread(target=self._follow, name="edges", daemon=True)
 
     def start(self) -> None:
         """Start one on each node, and come back when this one's answers.
@@ -85,11 +86,13 @@ class Edges:
         self._keep_up()
         for actor in self._actors.values():
             self._await(actor)
-        threading.Thread(target=self._follow, name="edges", daemon=True).start()
+        self._following.start()
 
     def stop(self, grace_s: float) -> None:
         """Stop them all at once; running calls get `grace_s`."""
         self._stopping.set()
+        if self._following.is_alive():
+            self._following.join(_STOP_S)  # or a node that comes now would keep its edge
         calls = [actor.stop.remote(grace_s) for actor in self._actors.values()]
         with suppress(ray.exceptions.RayError):
             ray.get(calls, timeout=grace_s + _STOP_S)

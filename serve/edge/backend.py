@@ -10,6 +10,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from gptmoe.errors import GptMoeError, Overloaded, Unavailable
+from serve.names import Ticket
 
 from .inlet import Answer, Progress
 from .patience import ReplicaLost
@@ -22,11 +23,11 @@ _ANSWER_WITHIN_S = 5.0
 class Backend(Protocol):
     """What the edge needs of an application."""
 
-    async def unary(self, method: str, request: bytes) -> bytes:
+    async def unary(self, method: str, request: bytes, ticket: Ticket) -> bytes:
         """One answer. Raises GptMoeError; cancelled, it cancels the replica's work."""
         ...
 
-    def stream(self, method: str, request: bytes) -> AsyncIterator[bytes]:
+    def stream(self, method: str, request: bytes, ticket: Ticket) -> AsyncIterator[bytes]:
         """A stream of answers. Raises GptMoeError; left early, it cancels the replica's work."""
         ...
 
@@ -43,14 +44,14 @@ class Replicas:
         self._unary = handle.options(method_name="edge_unary")
         self._stream = handle.options(method_name="edge_stream", stream=True)
 
-    async def unary(self, method: str, request: bytes) -> bytes:
+    async def unary(self, method: str, request: bytes, ticket: Ticket) -> bytes:
         """See Backend.unary."""
-        with _typed(), _cancelling(self._unary.remote(method, request)) as response:
+        with _typed(), _cancelling(self._unary.remote(method, request, ticket)) as response:
             return _answer(await response)
 
-    async def stream(self, method: str, request: bytes) -> AsyncIterator[bytes]:
+    async def stream(self, method: str, request: bytes, ticket: Ticket) -> AsyncIterator[bytes]:
         """See Backend.stream."""
-        with _typed(), _cancelling(self._stream.remote(method, request)) as response:
+        with _typed(), _cancelling(self._stream.remote(method, request, ticket)) as response:
             async for message in response:
                 yield _answer(message)
 

@@ -5,7 +5,9 @@ waiting and writing, and whatever ends it reaches the replica as a cancel.
 """
 
 import asyncio
+import itertools
 import logging
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -16,6 +18,7 @@ import grpc
 from gptmoe.errors import DeadlineExceeded, GptMoeError
 from serve.config import EdgeConfig
 from serve.methods import GENERATION, Method
+from serve.names import ALONE, Ticket
 
 from . import statuses, wire
 from .backend import Backend
@@ -40,31 +43,32 @@ class Forward:
 
     async def unary(self, method: Method, request: bytes, context: Any) -> bytes:
         """One answer; sent again as it is where a replica dies: the same request, the same text."""
-        asked = wire.read(method.name, request, context.time_remaining())
+        asked = _asked(method, request, context)
         async with _answering(context, asked):
             patience = self._patience(method)
-            while True:
+            for turn in itertools.count():
                 try:
-                    return await self._backend.unary(method.name, asked.data)
+                    ticket = Ticket(asked.holder, turn)
+                    return await self._backend.unary(method.name, asked.data, ticket)
                 except GptMoeError as error:
                     wait_s = patience.wait_s(error)
-                    log.warning("a request is asked again reason=%s", error)
+                    log.warning("a request is asked again id=%s reason=%s", asked.request_id, error)
                 await asyncio.sleep(wait_s)
         raise AssertionError("aborted before")
 
     async def stream(self, method: Method, request: bytes, context: Any) -> None:
         """A stream of answers; a text goes on where a replica dies."""
-        asked = wire.read(method.name, request, context.time_remaining())
+        asked = _asked(method, request, context)
         async with _answering(context, asked):
             if method.service != GENERATION:
-                async with aclosing(self._chunks(method, asked.data)) as chunks:
+                async with aclosing(self._chunks(method, asked.data, ALONE)) as chunks:
                     async for chunk in chunks:
                         await context.write(chunk)
             else:
                 await self._tell(method, asked, context.write)
 
-    def _chunks(self, method: Method, data: bytes) -> Any:
-        return self._backend.stream(method.name, data)
+    def _chunks(self, method: Method, data: bytes, ticket: Ticket) -> Any:
+        return self._backend.stream(method.name, data, ticket)
 
     def _patience(self, method: Method) -> Patience:
         """What operators ask is not asked twice: it may have been done."""
@@ -75,9 +79,10 @@ class Forward:
     ) -> None:
         """Raises what ends the story before its finish."""
         story, patience, data = Story(), self._patience(method), asked.data
-        while True:
+        for turn in itertools.count():
             try:
-                async with _taken_over(self._chunks(method, data), patience) as chunks:
+                source = self._chunks(method, data, Ticket(asked.holder, turn))
+                async with _taken_over(source, patience) as chunks:
                     async for chunk in chunks:
                         told = story.tell(chunk)
                         if told is not None:
@@ -93,6 +98,10 @@ class Forward:
             await asyncio.sleep(wait_s)
             if story.begun:
                 data = wire.resuming(asked.data, story.resume())
+
+
+def _asked(method: Method, request: bytes, context: Any) -> wire.Asked:
+    return wire.read(method.name, request, context.time_remaining(), uuid.uuid4().hex)
 
 
 @asynccontextmanager
@@ -130,4 +139,4 @@ async def _answering(context: Any, asked: wire.Asked) -> AsyncIterator[None]:
         await context.abort_with_status(status)
     except Exception:
         log.exception("a request failed id=%s", asked.request_id)
-        await context.abort_with_status(statuses.broken())
+        await context.abort_with_status(statuses.broken(asked.request_id))

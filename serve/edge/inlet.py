@@ -7,6 +7,7 @@ from typing import Any
 
 from gptmoe.errors import GptMoeError
 from serve.methods import METHODS
+from serve.names import Ticket
 from serve.refusals import Direct
 
 Answer = bytes | GptMoeError
@@ -32,22 +33,24 @@ class Inlet:
 
     Bytes in, bytes out. What a method refuses with is handed over as a value: raised, it would
     cross Ray in an envelope of text, and Ray Serve would log it with its traceback. Keys were
-    checked before.
+    checked before. The ticket says whose a request for text is; no gRPC caller can send one.
     """
 
-    async def edge_unary(self, method: str, request: bytes) -> Answer:
+    async def edge_unary(self, method: str, request: bytes, ticket: Ticket) -> Answer:
         """Call a gRPC method that answers once."""
-        context = Direct()
+        context = Direct(ticket)
         try:
             message = await self._method(method)(request, context)
         except GptMoeError as error:
             return error
         return context.error or bytes(message.SerializeToString())
 
-    async def edge_stream(self, method: str, request: bytes) -> AsyncIterator[Answer]:
+    async def edge_stream(
+        self, method: str, request: bytes, ticket: Ticket
+    ) -> AsyncIterator[Answer]:
         """Call a gRPC method that answers with a stream; it ends as soon as this is cancelled."""
         try:
-            async with aclosing(self._method(method)(request, Direct())) as messages:
+            async with aclosing(self._method(method)(request, Direct(ticket))) as messages:
                 async for message in messages:
                     yield message.SerializeToString()
         except GptMoeError as error:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from gptmoe.errors import AlreadyRunning, ClusterError, GptMoeError, Overloaded, Unavailable
+from gptmoe.errors import ClusterError, GptMoeError, Overloaded, Unavailable
 
 _AGAIN_AFTER_S = 0.5
 
@@ -45,9 +45,7 @@ class Patience:
         """
         lost = _is_lost(error)
         self._losses += lost
-        # The replica that is gone, or a record of it, may still hold the request's name.
-        named = isinstance(error, AlreadyRunning) and self._losses > 0
-        passes = named or (begun and isinstance(error, Unavailable | Overloaded))
+        passes = begun and isinstance(error, Unavailable | Overloaded)
         if isinstance(error, OtherText) or not (lost or passes):
             raise error
         if self._since_s is None:

@@ -9,28 +9,31 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from gptmoe.errors import GptMoeError, Overloaded, RequestError, Unavailable
-from serve.refusals import code_of
+from serve.refusals import code_of, retry_metadata
 
 
 def status_of(error: GptMoeError, request_id: str = "") -> Any:
     """The grpc.Status of an error (https://google.aip.dev/193), for `abort_with_status`.
 
-    BadRequest names the field, RetryInfo says when to come again, RequestInfo which request it was.
+    BadRequest names the field, RetryInfo says when to come again (the metadata too, for
+    clients that know no details), RequestInfo which request it was.
     """
     status = status_pb2.Status(
         code=code_of(error).value[0],
         message=str(error),
         details=[_packed(detail) for detail in _details(error, request_id)],
     )
-    return rpc_status.to_status(status)
+    told = rpc_status.to_status(status)
+    return told._replace(trailing_metadata=(*told.trailing_metadata, *retry_metadata(error)))
 
 
-def broken() -> Any:
-    """The status for our own bugs, which the log explains."""
+def broken(request_id: str) -> Any:
+    """The status for our own bugs, which the log explains under the request's id."""
     return rpc_status.to_status(
         status_pb2.Status(
             code=grpc.StatusCode.INTERNAL.value[0],
             message="the server failed on this request; its log says why",
+            details=[_packed(error_details_pb2.RequestInfo(request_id=request_id))],
         )
     )
 

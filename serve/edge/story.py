@@ -69,7 +69,7 @@ class Story:
         ids, text = self._repeated_ids, self._repeated_text
         count, length = min(len(ids), len(chunk.token_ids)), min(len(text), len(chunk.text))
         same = list(chunk.token_ids[:count]) == ids[:count] and chunk.text[:length] == text[:length]
-        if not same or (chunk.HasField("finish") and (ids[count:] or text[length:])):
+        if not same or (_ends_by_itself(chunk) and (ids[count:] or text[length:])):
             raise OtherText(
                 "the replica that wrote this text is gone, and the others would write another one: "
                 "their weights have changed; send the request again"
@@ -99,3 +99,8 @@ class Story:
         if finish.HasField("timings"):
             finish.timings.first_token_s = self._first_token_s or 0.0
             finish.timings.total_s = self._clock() - self._began_s
+
+
+def _ends_by_itself(chunk: messages.GenerateChunk) -> bool:
+    """An abort may come before all was repeated: that text is not another one."""
+    return chunk.HasField("finish") and chunk.finish.reason != messages.FINISH_REASON_ABORT

@@ -61,9 +61,11 @@ class Server(services.GenerationServicer):
         self.requests: list[Any] = []
         self.metadata: dict[str, str] = {}
         self.left = threading.Event()
+        self.pushback: str | None = None
 
     def Generate(self, request: messages.GenerateRequest, context: Any) -> Any:
         self.requests.append(request)
+        self._refuse_if_full(request, context)
         if request.prompt == "bad":
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "top_k must be at least 0; found -1")
         first = {"text": "一", "token_ids": [1], "logprobs": [-0.5]}
@@ -87,6 +89,7 @@ class Server(services.GenerationServicer):
     def GenerateStream(self, request: messages.GenerateRequest, context: Any) -> Iterator[Any]:
         self.requests.append(request)
         context.add_callback(self.left.set)
+        self._refuse_if_full(request, context)
         header = messages.StreamHeader(request_id="mine", prompt_tokens=2, model="poems")
         yield messages.GenerateChunk(header=header)
         yield messages.GenerateChunk(
@@ -105,6 +108,12 @@ class Server(services.GenerationServicer):
             cumulative_logprob=-0.5,
         )
         yield messages.GenerateChunk(text="二三", token_ids=[2, 3], index=1, finish=finish)
+
+    def _refuse_if_full(self, request: messages.GenerateRequest, context: Any) -> None:
+        if request.prompt == "full":
+            if self.pushback is not None:
+                context.set_trailing_metadata([("grpc-retry-pushback-ms", self.pushback)])
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full")
 
     def Score(self, request: messages.ScoreRequest, context: Any) -> Any:
         self.requests.append(request)

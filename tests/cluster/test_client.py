@@ -1,6 +1,7 @@
 """The client against a server of its own process: what is sent, what comes back, what is raised."""
 
 import asyncio
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -199,6 +200,20 @@ def test_a_refusal_is_raised_with_code_and_sentence(connect: Any) -> None:
         connect().generate("bad")
     assert error.value.code == "INVALID_ARGUMENT"
     assert str(error.value) == "INVALID_ARGUMENT: top_k must be at least 0; found -1"
+
+
+@pytest.mark.parametrize(
+    ("said", "wait_s"), [("2300", 2.3), ("0", 0.0), ("-1", None), ("soon", None), (None, None)]
+)
+def test_a_refusal_says_when_to_come_again(
+    connect: Any, server: Server, said: str | None, wait_s: float | None
+) -> None:
+    server.pushback = said
+    for ask in (lambda: connect().generate("full"), lambda: list(connect().stream("full"))):
+        with pytest.raises(GenerationError, match="RESOURCE_EXHAUSTED") as error:
+            ask()
+        assert error.value.retry_after_s == wait_s
+        assert pickle.loads(pickle.dumps(error.value)).retry_after_s == wait_s
 
 
 def test_a_stream_that_breaks_raises(connect: Any) -> None:

@@ -218,3 +218,23 @@ def test_a_stream_goes_on_with_the_same_text_when_its_replica_dies(
     assert sum(len(chunk.token_ids) for chunk in chunks) == LONG["max_new_tokens"]
     assert {chunk.request_id for chunk in chunks} == {"mine"}
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["length"]
+
+
+def test_the_headers_id_aborts_a_stream_that_went_on_elsewhere(
+    endpoints: Endpoints, client: Client
+) -> None:
+    """At once, though the registry takes the dead replica for alive for some seconds more."""
+    deadline_s = time.monotonic() + 120
+    while len(replicas(endpoints)) < 2 or not answers(client):
+        assert time.monotonic() < deadline_s, "no new replicas"
+        time.sleep(0.5)
+    stream = client.stream("春风", **LONG)
+    request_id = next(stream).request_id
+    for actor in replicas(endpoints):
+        ray.kill(ray.get_actor(actor.name, namespace="serve"), no_restart=True)
+        list(itertools.islice(stream, 20))
+    client.abort(request_id)
+    began_s = time.monotonic()
+    *_, last = stream
+    assert last.finish_reason == "abort"
+    assert time.monotonic() - began_s < 5

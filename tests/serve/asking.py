@@ -17,12 +17,16 @@ class Context:
     def __init__(self) -> None:
         self.code: grpc.StatusCode | None = None
         self.details = ""
+        self.trailing: list[tuple[str, str]] = []
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
 
     def set_details(self, details: str) -> None:
         self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        self.trailing = trailing_metadata
 
 
 def request(prompt: str = "春风", **fields: Any) -> bytes:

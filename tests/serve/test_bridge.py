@@ -216,6 +216,28 @@ def test_stopping_ends_running_streams(
     run(stop())
 
 
+def test_who_leaves_while_he_waits_for_an_abort_does_not_harm_the_engine(
+    bridge: EngineThread, engine: Any, make_request: Make
+) -> None:
+    async def scenario() -> list[str]:
+        stream = bridge.stream(make_request(max_new_tokens=10**9))
+        await anext(stream)
+        engine.gate.clear()
+        engine.in_step.clear()
+        await asyncio.to_thread(engine.in_step.wait)  # now no command is obeyed
+        abort = asyncio.create_task(bridge.abort("a"))
+        await asyncio.sleep(0.01)
+        abort.cancel()
+        await asyncio.gather(abort, return_exceptions=True)
+        engine.gate.set()
+        assert (await anext(stream)).token_ids, "the engine goes on"
+        await stream.aclose()
+        bridge.check(10.0)
+        return [delta.finish_reason async for delta in bridge.stream(make_request("b"))]
+
+    assert run(scenario())[-1] == "length"
+
+
 def test_a_caller_whose_loop_is_gone_does_not_harm_the_engine(
     bridge: EngineThread, engine: Any, make_request: Make
 ) -> None:

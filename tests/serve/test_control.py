@@ -73,6 +73,9 @@ class Context:
     def set_details(self, details: str) -> None:
         self.details = details
 
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        self.trailing = trailing_metadata
+
 
 def check(wanted: str) -> str:
     if wanted == "/other":

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster import answers
 from gptmoe.errors import (
     AlreadyRunning,
     DeadlineExceeded,
@@ -19,6 +20,7 @@ from gptmoe.errors import (
 )
 from protos import generation_pb2 as messages
 from serve.edge.inlet import Answer
+from serve.names import Ticket
 from tests.edge_calls import (
     Stub,
     ask,
@@ -70,12 +72,16 @@ def test_errors_are_statuses_with_details(error: Any, code: grpc.StatusCode) -> 
             with pytest.raises(grpc.aio.AioRpcError) as found:
                 await (call if hasattr(call, "__await__") else call.read())
             assert (found.value.code(), found.value.details()) == (code, str(error))
+            passes = isinstance(error, Overloaded | Unavailable)
+            assert answers.failure(found.value).retry_after_s == (
+                error.retry_after_s if passes else None
+            )
             kinds = {type(detail).__name__: detail for detail in await details(call)}
             assert kinds.pop("RequestInfo").request_id == "mine"
             if isinstance(error, RequestError):
                 (violation,) = kinds.pop("BadRequest").field_violations
                 assert (violation.field, violation.description) == ("top_p", str(error))
-            if isinstance(error, Overloaded | Unavailable):
+            if passes:
                 delay = kinds.pop("RetryInfo").retry_delay
                 assert delay.ToTimedelta().total_seconds() == error.retry_after_s
             assert not kinds
@@ -83,9 +89,24 @@ def test_errors_are_statuses_with_details(error: Any, code: grpc.StatusCode) -> 
     ask(Handle(Poet(error=error)), use)
 
 
+def test_a_refusal_says_which_request_it_was_though_its_caller_did_not() -> None:
+    poets = [Poet(error=NotFound("no model of that name")), Poet(error=ZeroDivisionError("a bug"))]
+
+    async def use(stub: Stub) -> None:
+        for _ in poets:
+            call = stub.Generate(request())
+            await refusal(call)
+            (detail,) = await details(call)
+            drawn.append(detail.request_id)
+
+    drawn: list[str] = []
+    ask(Handle(*poets), use)
+    assert drawn == [poet.tickets[0].holder for poet in poets]
+
+
 def test_an_error_that_was_raised_across_ray_is_the_same() -> None:
     class Raising(Poet):
-        async def edge_unary(self, method: str, data: bytes) -> Answer:
+        async def edge_unary(self, method: str, data: bytes, ticket: Ticket) -> Answer:
             raise NotFound("no model of that name")
 
     async def use(stub: Stub) -> None:

@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2
 from gptmoe.errors import AlreadyRunning, ClusterError, Overloaded, Unavailable
 from protos import generation_pb2 as messages
 from serve.edge.inlet import Answer
+from serve.names import Ticket
 from tests.edge_calls import Stub, ask, details, drain, edge, refusal, request, streamed
 from tests.fake_replicas import POEM, Handle, Poet
 
@@ -57,6 +58,28 @@ def test_one_replica_after_the_other_dies_and_the_text_goes_on() -> None:
     assert ask(Handle(*poets), use, tries=4) == POEM
     resumed = [messages.GenerateRequest.FromString(poet.asked[0][1]) for poet in poets]
     assert [len(one.resume_token_ids) for one in resumed] == [0, 4, 4, 4]
+
+
+def test_each_replica_hears_whose_request_goes_on() -> None:
+    """One holder for a call, another for the next; the id of a call without one is its holder."""
+    poets = [Poet(dies_after=0), Poet(dies_after=3), Poet()]
+
+    async def use(stub: Stub) -> list[messages.GenerateChunk]:
+        return await streamed(stub)
+
+    (first, *_) = ask(Handle(*poets), use)
+    holder = first.header.request_id
+    assert [poet.tickets for poet in poets] == [[Ticket(holder, turn)] for turn in range(3)]
+    assert len(holder) == 32
+    again = [Poet(dies_after=0), Poet()]
+
+    async def whole(stub: Stub) -> str:
+        return str((await stub.Generate(request(request_id="mine"))).text)
+
+    assert ask(Handle(*again), whole) == POEM
+    (one,), (two,) = (poet.tickets for poet in again)
+    assert (one.turn, two.turn) == (0, 1)
+    assert one.holder == two.holder not in (holder, "mine")
 
 
 def test_tokens_of_the_callers_own_resuming_stay_in_front() -> None:
@@ -117,13 +140,12 @@ def test_other_weights_do_not_go_on_with_the_text() -> None:
     ask(Handle(Poet(dies_after=3, tokens_a_chunk=3), other), use, tries=2)
 
 
-def test_a_replica_that_still_knows_the_id_is_waited_for() -> None:
-    poets = [Poet(dies_after=3), Poet(error=AlreadyRunning("mine runs already")), Poet()]
+def test_an_id_that_somebody_else_has_is_refused_after_a_loss_too() -> None:
+    async def use(stub: Stub) -> None:
+        error = await refusal(streamed(stub, request_id="mine"))
+        assert error.code() == grpc.StatusCode.ALREADY_EXISTS
 
-    async def use(stub: Stub) -> str:
-        return "".join(chunk.text for chunk in await streamed(stub, request_id="mine"))
-
-    assert ask(Handle(*poets), use) == POEM
+    ask(Handle(Poet(dies_after=0), Poet(error=AlreadyRunning("mine runs already"))), use)
 
 
 def test_a_stream_that_has_begun_waits_for_room() -> None:
@@ -140,9 +162,11 @@ def test_a_stream_that_has_begun_waits_for_room() -> None:
 
 def test_a_shard_that_is_away_in_mid_stream_is_waited_for() -> None:
     class Stumbling(Poet):
-        async def edge_stream(self, method: str, data: bytes) -> AsyncIterator[Answer]:
+        async def edge_stream(
+            self, method: str, data: bytes, ticket: Ticket
+        ) -> AsyncIterator[Answer]:
             count = 0
-            async for chunk in super().edge_stream(method, data):
+            async for chunk in super().edge_stream(method, data, ticket):
                 yield chunk
                 count += 1
                 if count == 3 and len(self.asked) == 1:
@@ -157,7 +181,9 @@ def test_a_shard_that_is_away_in_mid_stream_is_waited_for() -> None:
 
 def test_nobody_takes_over_in_time() -> None:
     class Busy(Poet):
-        async def edge_stream(self, method: str, data: bytes) -> AsyncIterator[Answer]:
+        async def edge_stream(
+            self, method: str, data: bytes, ticket: Ticket
+        ) -> AsyncIterator[Answer]:
             await self._for_ever()
             yield b""
 

@@ -21,6 +21,7 @@ from serve.edge.inlet import Inlet
 from serve.guard import guarded
 from serve.keys import Keys
 from serve.methods import METHODS
+from serve.names import ALONE
 from serve.rpc import Servicer
 from serve.service import Service
 
@@ -52,6 +53,9 @@ class Context:
 
     def set_details(self, details: str) -> None:
         self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        self.trailing = trailing_metadata
 
 
 @pytest.fixture
@@ -136,22 +140,22 @@ def test_what_operates_wants_an_operators_key(keyed: Deployment) -> None:
 
 
 def test_the_inlet_answers_in_bytes_without_asking_again(keyed: Deployment) -> None:
-    answer = asyncio.run(keyed.edge_unary("Generate", request(request_id="mine")))
+    answer = asyncio.run(keyed.edge_unary("Generate", request(request_id="mine"), ALONE))
     assert messages.GenerateResponse.FromString(answer).text == "一二三"
-    chunks = asyncio.run(read(keyed.edge_stream("GenerateStream", request())))
+    chunks = asyncio.run(read(keyed.edge_stream("GenerateStream", request(), ALONE)))
     texts = [messages.GenerateChunk.FromString(chunk).text for chunk in chunks]
     assert "".join(texts) == "一二三"
     drain = control_pb2.DrainRequest().SerializeToString()
-    assert asyncio.run(keyed.edge_unary("Drain", drain)) == b""
+    assert asyncio.run(keyed.edge_unary("Drain", drain, ALONE)) == b""
 
 
 def test_the_inlet_hands_errors_over_as_they_are(deployment: Deployment, engine: Any) -> None:
     for data, kind in ((request(top_p=7), RequestError), (request(model="another"), NotFound)):
-        assert isinstance(asyncio.run(deployment.edge_unary("Generate", data)), kind)
-        (error,) = asyncio.run(read(deployment.edge_stream("GenerateStream", data)))
+        assert isinstance(asyncio.run(deployment.edge_unary("Generate", data, ALONE)), kind)
+        (error,) = asyncio.run(read(deployment.edge_stream("GenerateStream", data, ALONE)))
         assert isinstance(error, kind)
     engine.capacity = 0
-    error = asyncio.run(deployment.edge_unary("Generate", request()))
+    error = asyncio.run(deployment.edge_unary("Generate", request(), ALONE))
     assert isinstance(error, Overloaded)
     assert pickle.loads(pickle.dumps(error)).retry_after_s == 1.5
 
@@ -160,7 +164,7 @@ def test_leaving_the_inlet_frees_the_place(
     deployment: Deployment, engine: Any, wait_until: Any
 ) -> None:
     async def leave() -> None:
-        stream = deployment.edge_stream("GenerateStream", request(request_id="mine"))
+        stream = deployment.edge_stream("GenerateStream", request(request_id="mine"), ALONE)
         await anext(stream)
         await stream.aclose()  # type: ignore[attr-defined]
 
@@ -172,4 +176,4 @@ def test_leaving_the_inlet_frees_the_place(
 def test_the_inlet_knows_only_our_methods(deployment: Deployment) -> None:
     for name in ("edge_unary", "__del__", "Nothing"):
         with pytest.raises(KeyError):
-            asyncio.run(deployment.edge_unary(name, b""))
+            asyncio.run(deployment.edge_unary(name, b"", ALONE))

@@ -54,7 +54,7 @@ def test_a_text_that_has_begun_waits_for_room_until_its_time_is_over() -> None:
     for error, wait_s in (
         (Overloaded("full", 2.0), 2.0),
         (Unavailable("a shard is away", 30.0), 10.0),
-        (AlreadyRunning("mine"), 0.5),
+        (Unavailable("for a moment", 0.0), 0.5),
     ):
         assert patience.wait_s(error, begun=True) == wait_s
     clock.now_s += 4

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve.names import ALONE, Ticket
 from serve.registry import SILENT_S, Registry
 
 
@@ -56,25 +57,69 @@ def test_a_silent_replica_is_dead_and_so_are_its_requests(registry: Registry, cl
 
 
 def test_a_replica_that_was_taken_for_dead_greets_anew(registry: Registry, clock: Clock) -> None:
-    registry.greet("a", ["mine", "other"])
+    registry.greet("a", {"mine": ALONE, "other": ALONE})
     assert registry.knows("a")
     clock.now_s += SILENT_S + 1
     assert registry.claim("mine", "b")
     assert not registry.knows("a")
-    registry.greet("a", ["mine", "other"])
+    registry.greet("a", {"mine": ALONE, "other": ALONE})
     assert registry.knows("a")
     assert (registry.abort("mine"), registry.abort("other")) == ("b", "a")
 
 
 def test_the_registry_is_alone_without_replicas(registry: Registry, clock: Clock) -> None:
     assert registry.alone
-    registry.greet("a", [])
+    registry.greet("a", {})
     assert not registry.alone
     clock.now_s += SILENT_S + 1
     assert registry.alone
-    registry.greet("a", [])
+    registry.greet("a", {})
     registry.forget("a")
     assert registry.alone
+
+
+FIRST, SECOND, THIRD = (Ticket("one call", turn) for turn in range(3))
+
+
+def test_a_request_that_goes_on_elsewhere_is_taken_over(registry: Registry) -> None:
+    assert registry.claim("mine", "a", FIRST)
+    assert not registry.claim("mine", "b"), "another request of that id"
+    assert not registry.claim("mine", "b", Ticket("another call", 1))
+    assert registry.claim("mine", "b", SECOND)
+    assert registry.abort("mine") == "b"
+
+
+def test_no_end_of_the_first_replica_forgets_what_goes_on(registry: Registry, clock: Clock) -> None:
+    registry.claim("mine", "a", FIRST)
+    registry.claim("mine", "b", SECOND)
+    registry.release("mine", "a", FIRST)
+    assert registry.abort("mine") == "b"
+    clock.now_s += SILENT_S
+    registry.knows("b")
+    clock.now_s += 1  # now "a" is dead
+    assert registry.abort("mine") == "b"
+
+
+def test_a_replica_that_was_frozen_takes_nothing_back(registry: Registry) -> None:
+    registry.claim("mine", "a", FIRST)
+    registry.claim("mine", "b", SECOND)
+    registry.greet("a", {"mine": FIRST})
+    assert not registry.claim("mine", "a", FIRST)
+    assert registry.abort("mine") == "b"
+    assert registry.claim("mine", "a", THIRD), "unless it is asked again"
+    registry.release("mine", "a", FIRST)
+    assert registry.abort("mine") == "a", "its own first end is not the end of it"
+
+
+def test_an_abort_goes_along_with_its_request(registry: Registry) -> None:
+    registry.claim("mine", "a", FIRST)
+    registry.abort("mine")
+    registry.take_aborts("a")  # and dies
+    for replica, ticket in (("b", SECOND), ("c", THIRD)):
+        assert not registry.has_aborts(replica)
+        registry.claim("mine", replica, ticket)
+        assert registry.has_aborts(replica)
+        assert registry.take_aborts(replica) == ("mine",)
 
 
 STEPS = st.lists(

@@ -10,39 +10,10 @@ import ray.exceptions
 
 from gptmoe.errors import AlreadyRunning, NotFound, Unavailable
 from serve import registry_actor
+from serve.names import ALONE, Ticket
 from serve.registry_actor import Claims, RegistryActor
 
-
-class Handle:
-    """A Ray actor's handle, of a registry in this process. `dead` as Ray says it."""
-
-    def __init__(self, actor: RegistryActor) -> None:
-        self._actor = actor
-        self.dead = False
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return Method(self, name, getattr(self._actor, name))
-
-
-class Method:
-    def __init__(self, handle: Handle, name: str, method: Callable[..., Awaitable[Any]]) -> None:
-        self._handle, self._name, self._method = handle, name, method
-
-    def remote(self, *given: Any) -> Awaitable[Any]:
-        self._handle.calls.append(self._name)
-        return asyncio.ensure_future(self._answer(given))
-
-    async def _answer(self, given: tuple[Any, ...]) -> Any:
-        if self._handle.dead:
-            raise ray.exceptions.ActorDiedError
-        call = asyncio.ensure_future(self._method(*given))
-        while not call.done():
-            await asyncio.wait((call,), timeout=0.01)
-            if self._handle.dead:
-                call.cancel()
-                raise ray.exceptions.ActorDiedError
-        return call.result()
+from .near_registry import Handle, until
 
 
 class Cluster:
@@ -75,12 +46,6 @@ class Cluster:
     async def stopped(self) -> None:
         for replica in self.replicas.values():
             await replica.stop()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 def on_cluster(scenario: Callable[[Cluster], Awaitable[None]]) -> None:
@@ -190,7 +155,7 @@ def test_a_registry_that_hangs_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(registry_actor._within, "__defaults__", (0.05,))
 
     class Hanging(RegistryActor):
-        async def claim(self, request_id: str, replica: str) -> bool:
+        async def claim(self, request_id: str, replica: str, ticket: Ticket) -> bool:
             return bool(await asyncio.Event().wait())
 
         async def abort(self, request_id: str) -> bool:
@@ -231,7 +196,7 @@ def test_a_poll_without_news_ends_and_a_stranger_has_to_greet() -> None:
     async def scenario() -> None:
         actor = RegistryActor()
         assert await actor.next_aborts("a", 0.01) is None
-        await actor.greet("a", ())
+        await actor.greet("a", {})
         assert await actor.next_aborts("a", 0.01) == ()
 
     asyncio.run(scenario())
@@ -253,5 +218,95 @@ def test_a_replica_that_has_just_started_waits_a_moment_for_the_registry() -> No
         await young.abort("mine")
         await until(lambda: cluster.aborted["a"] == ["mine"])
         await young.stop()
+
+    on_cluster(scenario)
+
+
+HERE, THERE = Ticket("one call", 0), Ticket("one call", 1)
+
+
+def test_what_goes_on_elsewhere_is_aborted_there() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        a, b, c = cluster.replicas.values()
+        await a.claim("mine", HERE)
+        a.note("fresh", HERE)
+        await cluster.calls("note", 1)
+        await a.stop()  # it is dead, and the registry does not know
+        await b.claim("mine", THERE)
+        b.note("fresh", THERE)
+        await cluster.calls("note", 2)
+        await c.abort("mine")
+        await c.abort("fresh")
+        await until(lambda: sorted(cluster.aborted["b"]) == ["fresh", "mine"])
+        for other in (ALONE, Ticket("another call", 7)):
+            with pytest.raises(AlreadyRunning):
+                await c.claim("mine", other)
+
+    on_cluster(scenario)
+
+
+def test_an_abort_that_a_dead_replica_was_told_reaches_the_next_one() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        a, b, c = cluster.replicas.values()
+        await a.claim("mine", HERE)
+        a.note("fresh", HERE)
+        await cluster.calls("note", 1)
+        for request_id in ("mine", "fresh"):
+            await c.abort(request_id)
+        await until(lambda: sorted(cluster.aborted["a"]) == ["fresh", "mine"])
+        await b.claim("mine", THERE)
+        b.note("fresh", THERE)
+        await until(lambda: sorted(cluster.aborted["b"]) == ["fresh", "mine"])
+
+    on_cluster(scenario)
+
+
+def test_an_abort_waits_for_a_request_that_the_engine_is_about_to_have() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        tried: list[str] = []
+
+        async def abort(request_id: str) -> bool:
+            tried.append(request_id)
+            return len(tried) == 3
+
+        slow = Claims("slow", lambda: cluster.handle, abort)
+        slow.start()
+        await cluster.calls("greet", 4)
+        await slow.claim("mine")
+        await cluster.replicas["a"].abort("mine")
+        await until(lambda: len(tried) == 3)
+        await asyncio.sleep(0.1)
+        assert tried == ["mine"] * 3
+        await slow.stop()
+
+    on_cluster(scenario)
+
+
+def test_a_replica_that_is_asked_again_keeps_its_claim_though_its_first_end_comes_late() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        a, b = cluster.replicas["a"], cluster.replicas["b"]
+        await a.claim("mine", HERE)
+        a.let_go("mine", HERE)  # told in the background
+        await a.claim("mine", THERE)
+        await cluster.calls("note", 1)
+        with pytest.raises(AlreadyRunning):
+            await b.claim("mine")
+
+    on_cluster(scenario)
+
+
+def test_what_still_runs_for_nobody_ends_where_its_request_goes_on() -> None:
+    """The edge lost the replica, not the other way round, and asks it again."""
+
+    async def scenario(cluster: Cluster) -> None:
+        a = cluster.replicas["a"]
+        await a.claim("mine", HERE)
+        await a.claim("mine", THERE)
+        assert cluster.aborted["a"] == ["mine"]
+        a.let_go("mine", HERE)  # the end of the first one
+        await cluster.replicas["b"].abort("mine")
+        await until(lambda: cluster.aborted["a"] == ["mine"] * 2)
+        with pytest.raises(AlreadyRunning):
+            await a.claim("mine", HERE)
 
     on_cluster(scenario)

@@ -2,10 +2,12 @@
 
 import asyncio
 from typing import Any
+from unittest.mock import MagicMock
 
 import grpc
 import pytest
 from google.protobuf.message import Message
+from ray.serve.grpc_util import RayServegRPCContext
 
 from gptmoe.errors import CheckpointError
 from protos import generation_pb2 as messages
@@ -93,6 +95,24 @@ def test_a_full_queue_is_resource_exhausted(servicer: Servicer, engine: Any) -> 
         _, context = call(servicer, request())
         assert context.code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "queue is full" in context.details
+        assert context.trailing == [("grpc-retry-pushback-ms", "1500")]
+
+
+def test_ray_serves_own_context_carries_the_time_to_come_back(
+    servicer: Servicer, engine: Any
+) -> None:
+    """Beside what Ray Serve says itself; its proxy sets all of it on the call."""
+    engine.capacity = 0
+    call = MagicMock()
+    call.invocation_metadata.return_value = []
+    call.trailing_metadata.return_value = [("request_id", "of Ray Serve")]
+    context = RayServegRPCContext(call)
+    asyncio.run(servicer.Generate(request(), context))
+    context._set_on_grpc_context(call)
+    call.set_code.assert_called_once_with(grpc.StatusCode.RESOURCE_EXHAUSTED)
+    call.set_trailing_metadata.assert_called_once_with(
+        [("request_id", "of Ray Serve"), ("grpc-retry-pushback-ms", "1500")]
+    )
 
 
 def test_a_stopped_engine_is_unavailable(servicer: Servicer, service: Service) -> None:

@@ -9,6 +9,7 @@ import pytest
 from gptmoe.errors import AlreadyRunning, DeadlineExceeded, NotFound, Overloaded, Unavailable
 from gptmoe.generate.delta import Delta
 from serve.bridge import EngineThread
+from serve.names import Ticket
 from serve.result_cache import ResultCache
 from serve.scoring import ScoreCall
 from serve.service import Service
@@ -64,6 +65,20 @@ def test_an_id_that_runs_elsewhere_is_refused_and_stays(
     names.elsewhere.add("mine")
     with pytest.raises(AlreadyRunning):
         complete(service, call(named=True))
+    assert (engine.seen, names.calls) == ([], [])
+
+
+def test_an_id_of_the_servers_that_went_on_here_is_claimed(service: Service, names: Told) -> None:
+    complete(service, call(request_id="fresh", ticket=Ticket("fresh", 1)))
+    assert names.calls[0] == "claim fresh 0"
+
+
+def test_who_resumes_a_text_has_no_right_to_an_id_that_runs(
+    service: Service, names: Told, engine: FullEngine
+) -> None:
+    names.elsewhere.add("mine")
+    with pytest.raises(AlreadyRunning):
+        complete(service, call(named=True, resume_ids=(ord("一"),)))
     assert (engine.seen, names.calls) == ([], [])
 
 

@@ -71,18 +71,34 @@ def test_another_story_is_refused(poem: str) -> None:
         go_on()
 
 
+def test_an_abort_ends_a_story_before_all_of_it_was_repeated() -> None:
+    story = Story()
+    heard = [story.tell(chunk) for chunk in chunks(Poet(tokens_a_chunk=9))[:3]]
+    assert len(story.resume()) == 9
+    (header, again, *_) = chunks(Poet(tokens_a_chunk=4), resume_token_ids=TOKENS[:9])
+    finish = messages.StreamFinish(reason=messages.FINISH_REASON_ABORT, completion_tokens=4)
+    end = messages.GenerateChunk(finish=finish).SerializeToString()
+    assert [story.tell(header), story.tell(again)] == [None, None], "nothing that is new"
+    last = messages.GenerateChunk.FromString(story.tell(end) or b"")
+    assert last.finish.reason == messages.FINISH_REASON_ABORT
+    assert last.finish.completion_tokens == 18, "all that was heard"
+    assert len(heard) == 3
+    assert not last.token_ids
+
+
 def test_fields_are_added_behind_what_came() -> None:
     request = messages.GenerateRequest(prompt="静夜", deadline_ms=5000, request_id="mine")
     data = request.SerializeToString()
     for remaining_s, deadline_ms in ((None, 5000), (9.0, 5000), (1.5, 1500), (0.0, 1)):
-        asked = wire.read("Generate", data, remaining_s)
+        asked = wire.read("Generate", data, remaining_s, "drawn")
         assert asked.data.startswith(data)
         assert messages.GenerateRequest.FromString(asked.data).deadline_ms == deadline_ms
-        assert asked.request_id == "mine"
-    assert wire.read("Generate", data, 9.0).deadline_s == 5.0
-    assert wire.read("Generate", data, 1.5).deadline_s == 1.5
-    assert wire.read("Generate", request_without_deadline(), 2.0).deadline_s == 2.0
-    assert wire.read("Generate", request_without_deadline(), None).deadline_s is None
+        assert (asked.request_id, asked.holder) == ("mine", "drawn")
+    assert wire.read("Generate", data, 9.0, "drawn").deadline_s == 5.0
+    assert wire.read("Generate", data, 1.5, "drawn").deadline_s == 1.5
+    assert wire.read("Generate", request_without_deadline(), 2.0, "drawn").deadline_s == 2.0
+    assert wire.read("Generate", request_without_deadline(), None, "drawn").deadline_s is None
+    assert wire.read("Generate", request_without_deadline(), None, "drawn").request_id == "drawn"
     resumed = wire.resuming(
         messages.GenerateRequest(resume_token_ids=[1, 2]).SerializeToString(), [3, 4]
     )
@@ -95,19 +111,20 @@ def request_without_deadline() -> bytes:
 
 def test_a_deadline_that_is_wrong_is_left_for_the_replica_to_refuse() -> None:
     data = messages.GenerateRequest(deadline_ms=-5, request_id="a").SerializeToString()
-    assert wire.read("Generate", data, 3.0).data == data
+    assert wire.read("Generate", data, 3.0, "drawn").data == data
 
 
 def test_scores_have_deadlines_and_other_requests_pass() -> None:
     data = messages.ScoreRequest(prompt="静", continuations=["夜"]).SerializeToString()
-    asked = wire.read("Score", data, 2.0)
+    asked = wire.read("Score", data, 2.0, "drawn")
     assert messages.ScoreRequest.FromString(asked.data).deadline_ms == 2000
     assert not asked.resumable
     for method in ("Abort", "GetModel", "Scale"):
-        assert wire.read(method, b"\xff", 2.0) == wire.Asked(data=b"\xff", deadline_s=2.0)
+        asked = wire.read(method, b"\xff", 2.0, "drawn")
+        assert asked == wire.Asked(data=b"\xff", holder="drawn", request_id="drawn", deadline_s=2.0)
 
 
 @given(st.binary(max_size=50))
 def test_no_bytes_are_too_strange_to_read(data: bytes) -> None:
     for method in ("Generate", "GenerateStream", "Score"):
-        assert wire.read(method, data, 1.0).data.startswith(data)
+        assert wire.read(method, data, 1.0, "drawn").data.startswith(data)

@@ -7,6 +7,7 @@ from typing import Any
 from gptmoe.errors import AlreadyRunning, NotFound
 from gptmoe.generate.params import SamplingParams
 from serve.completion import Completion
+from serve.names import Ticket
 from serve.service import Call, Service
 
 from .full_engine import FullEngine
@@ -28,22 +29,22 @@ class Told:
     def _say(self, what: str, request_id: str) -> None:
         self.calls.append(f"{what} {request_id} {len(self.engine.seen)}")
 
-    async def claim(self, request_id: str) -> None:
+    async def claim(self, request_id: str, ticket: Ticket) -> None:
         if request_id in self.taken | self.elsewhere:
             raise AlreadyRunning(f"request_id {request_id!r} is running")
         self._say("claim", request_id)
         self.taken.add(request_id)
 
-    def note(self, request_id: str) -> None:
+    def note(self, request_id: str, ticket: Ticket) -> None:
         self._say("note", request_id)
         self.taken.add(request_id)
 
-    async def release(self, request_id: str) -> None:
+    async def release(self, request_id: str, ticket: Ticket) -> None:
         await asyncio.sleep(0.01)
         self._say("release", request_id)
         self.taken.discard(request_id)
 
-    def let_go(self, request_id: str) -> None:
+    def let_go(self, request_id: str, ticket: Ticket) -> None:
         if request_id in self.taken:
             self._say("let_go", request_id)
             self.taken.discard(request_id)

@@ -303,6 +303,8 @@ def test_a_queue_is_full_by_tokens_too(tokenizer: Tokenizer) -> None:
     with pytest.raises(Overloaded, match="the queue of 30 tokens is full") as caught:
         running.add(request("late", [FIRST] * 10, max_new_tokens=10))
     assert 0.1 <= caught.value.retry_after_s <= 60
+    in_about = f"full; try again in about {caught.value.retry_after_s:.1f} s"
+    assert str(caught.value).endswith(in_about)
     assert running.stats.refused == 1
     assert running.stats.waiting_tokens == 20
 
