@@ -292,7 +292,7 @@ class Engine:
 
     def _forget(self, entry: Entry) -> None:
         self._scheduler.remove(entry)
-        if entry.version != self.version:
+        if entry.version not in (-1, self.version):
             self.executor.keep(self._scheduler.versions())
 
 
