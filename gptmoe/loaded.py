@@ -273,6 +273,8 @@ class LoadedModel:
         def pieces() -> Iterator[str]:
             while engine.has_work:
                 for delta in engine.step():
+                    if delta.error:
+                        raise delta.error
                     if delta.text:
                         yield delta.text
 

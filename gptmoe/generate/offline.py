@@ -33,11 +33,16 @@ def in_buckets(requests: Iterable[Request]) -> list[Request]:
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[Delta]]:
-    """All that is said of each request, by its id. The engine's queue must hold them all."""
+    """All that is said of each request, by its id. The engine's queue must hold them all.
+
+    Raises what ends one of them early.
+    """
     said: dict[str, list[Delta]] = {request.request_id: [] for request in requests}
     for request in in_buckets(requests):
         engine.add(request)
     while engine.has_work:
         for delta in engine.step():
+            if delta.error:
+                raise delta.error
             said[delta.request_id].append(delta)
     return said

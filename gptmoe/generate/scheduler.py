@@ -127,18 +127,18 @@ class Scheduler:
         """Put an entry in line."""
         insort(self.waiting, entry, key=lambda other: other.rank)
 
-    def remove(self, entry: Entry) -> None:
-        """Forget an entry wherever it is; what it computed stays in the prefix cache."""
+    def remove(self, entry: Entry, *, damaged: bool = False) -> None:
+        """Forget an entry wherever it is; what it computed stays in the prefix cache, if sound."""
         if entry in self.waiting:
             self.waiting.remove(entry)
             return
         for lane in list(entry.live):
-            self.end(entry, lane)
+            self.end(entry, lane, damaged=damaged)
 
-    def end(self, entry: Entry, lane: Lane) -> None:
+    def end(self, entry: Entry, lane: Lane, *, damaged: bool = False) -> None:
         """Free a lane's slot; with the last lane the entry is gone."""
         content = None
-        if self.config.prefix_cache and not lane.branch and not lane.idle:
+        if self.config.prefix_cache and not (lane.branch or lane.idle or damaged):
             content = Content(lane.tokens[: lane.computed], entry.version)
         self.pool.give_back(lane.slot, content)
         lane.slot, lane.branch = -1, None

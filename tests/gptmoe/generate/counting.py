@@ -28,6 +28,8 @@ class Counting:
         self.steps: list[StepPlan] = []
         self.kept: list[set[int]] = []
         self.loses = False
+        self.spoilt: int | None = None
+        """The token after which all scores are no numbers."""
         self.strides = dict[int, int]()
         """What weights of a version add to a token, where that is not 1."""
 
@@ -50,6 +52,8 @@ class Counting:
         stride = self.strides.get(plan.version, 1)
         for row, token in enumerate(last):
             logits_SV[row, (token + stride) % self.vocab_size] = 5.0
+            if token == self.spoilt:
+                logits_SV[row] = torch.nan
         return logits_SV
 
 
