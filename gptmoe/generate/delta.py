@@ -52,7 +52,8 @@ class Delta:
     prompt_scores: tuple[TokenScore, ...] = ()
     """Of the prompt's tokens from Request.score_from on, with the first tokens of index 0."""
     cumulative_logprob: float = 0.0
-    """Of all tokens of this answer so far, where `logprobs` are asked for or beams compared."""
+    """Of all tokens of this answer so far, where log-probabilities are asked for or beams compared;
+    else 0."""
     version: int = 0
     """Of the weights that chose the last token."""
     timings: Timings | None = None

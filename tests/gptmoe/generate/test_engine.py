@@ -107,8 +107,11 @@ def test_logprobs_only_where_asked_for(tokenizer: Tokenizer) -> None:
     running = engine(tokenizer)
     running.add(request("a", logprobs=True))
     running.add(request("b"))
+    running.add(request("c", top_logprobs=2))
     for delta in run_out(running):
-        assert len(delta.logprobs) == (delta.request_id == "a")
+        asked = delta.request_id != "b"
+        assert len(delta.logprobs) == asked
+        assert (delta.cumulative_logprob < 0) == asked
 
 
 actions = st.lists(
