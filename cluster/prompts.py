@@ -1,18 +1,20 @@
 """Prompts to answers: by a checkpoint in this process (a server: `remote.py`), and as JSON files.
 
-A file of prompts is `[{"id": ..., "txt": "..."}]`; its answers are
-`[{"id": ..., "prompt": "...", "output_TASK": "..."}]`, where the output repeats the prompt.
+A file of prompts is `[{"id": ..., "txt": "..."}]`, where an item may have `"max_new_tokens": 32` of
+its own; its answers are `[{"id": ..., "prompt": "...", "output_TASK": "..."}]`, where the output
+repeats the prompt.
 """
 
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from gptmoe.errors import DataError
+from gptmoe.generate.params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +23,19 @@ class Item:
 
     id: Any
     txt: str
+    max_new_tokens: int = 0
+    """Of its answer; 0: as many as the others."""
+
+    def sampling(self, common: SamplingParams) -> SamplingParams:
+        """What is common to all prompts, with what is its own."""
+        return replace(common, max_new_tokens=self.max_new_tokens or common.max_new_tokens)
 
 
 class Answerer(Protocol):
     """Continues prompts; texts come without their prompt."""
 
-    def generate(self, prompts: Sequence[str]) -> list[str]:
-        """Continue each prompt."""
+    def generate(self, items: Sequence[Item]) -> Iterator[tuple[int, str]]:
+        """Continue each prompt: its index and text, as each is done."""
 
     def stream(self, prompt: str) -> Iterator[str]:
         """Continue one prompt, piece by piece."""
@@ -36,17 +44,17 @@ class Answerer(Protocol):
 class Local:
     """A loaded checkpoint in this process."""
 
-    def __init__(self, model: Any, sampling: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, sampling: SamplingParams) -> None:
         self._model, self._sampling = model, sampling
 
-    def generate(self, prompts: Sequence[str]) -> list[str]:
-        """Continue all prompts as one batch."""
-        texts: list[str] = self._model.generate(list(prompts), **self._sampling)
-        return texts
+    def generate(self, items: Sequence[Item]) -> Iterator[tuple[int, str]]:
+        """Continue all prompts in one engine: its index and text, as each is done."""
+        sampling = [item.sampling(self._sampling) for item in items]
+        return iter(self._model.generate_each([item.txt for item in items], sampling))
 
     def stream(self, prompt: str) -> Iterator[str]:
         """Continue one prompt, piece by piece."""
-        return iter(self._model.stream(prompt, **self._sampling))
+        return iter(self._model.stream(prompt, **asdict(self._sampling)))
 
 
 def read(path: Path) -> list[Item]:
@@ -90,4 +98,10 @@ def _item(path: Path, number: int, item: Any) -> Item:
         raise DataError(f'{path}, item {number} must be an object with "id" and "txt"')
     if not isinstance(item["txt"], str) or not item["txt"]:
         raise DataError(f'{path}, item {number}: "txt" must be a text of at least one character')
-    return Item(item["id"], item["txt"])
+    most = item.get("max_new_tokens", 0)
+    if "max_new_tokens" in item and (type(most) is not int or most < 1):
+        raise DataError(
+            f'{path}, item {number}: "max_new_tokens" must be a whole number of at least 1; found '
+            f"{most!r}; leave it out for that of all"
+        )
+    return Item(item["id"], item["txt"], most)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from typing import cast
@@ -13,6 +13,7 @@ from gptmoe.generate.params import SamplingParams
 from .access import OPEN, Access
 from .client import Client, GenerationError, Sampling
 from .operations import Topologies
+from .prompts import Item
 
 _CALLS_AT_ONCE = 8
 _AGAIN_S = 0.5
@@ -27,25 +28,30 @@ class Remote:
     def __init__(self, target: str, sampling: SamplingParams, access: Access = OPEN) -> None:
         self._target = target
         self._client = Client(target, access=access)
-        self._sampling = _asked(sampling)
+        self._sampling = sampling
 
-    def generate(self, prompts: Sequence[str]) -> list[str]:
-        """Continue the prompts, some at a time: the server batches them."""
+    def generate(self, items: Sequence[Item]) -> Iterator[tuple[int, str]]:
+        """Continue the prompts, some at a time, as the server batches them: index and text."""
         with _errors(self._target), ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
-            return list(pool.map(self._generate, prompts))
+            calls = {pool.submit(self._generate, item): index for index, item in enumerate(items)}
+            try:
+                for call in as_completed(calls):
+                    yield calls[call], call.result()
+            finally:  # after an error nobody waits for the others
+                pool.shutdown(cancel_futures=True)
 
     def stream(self, prompt: str) -> Iterator[str]:
         """Continue one prompt, piece by piece."""
         with _errors(self._target):
-            for chunk in self._client.stream(prompt, **self._sampling):
+            for chunk in self._client.stream(prompt, **_asked(self._sampling)):
                 yield chunk.text
 
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
 
-    def _generate(self, prompt: str) -> str:
-        return self._client.generate(prompt, **self._sampling).text
+    def _generate(self, item: Item) -> str:
+        return self._client.generate(item.txt, **_asked(item.sampling(self._sampling))).text
 
 
 def _asked(sampling: SamplingParams) -> Sampling:

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,7 +17,7 @@ from gptmoe.generate import offline
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor
 from gptmoe.generate.packed import pack
-from gptmoe.generate.params import as_params
+from gptmoe.generate.params import SamplingParams, as_params
 from gptmoe.generate.plan import Span
 from gptmoe.generate.quantized import Weights, quantize
 from gptmoe.generate.request import Request, make_request
@@ -250,34 +251,46 @@ class LoadedModel:
         Keywords are SamplingParams'; of n answers the first is returned.
         """
         prompts = [text] if isinstance(text, str) else list(text)
-        engine = self.engine(
-            EngineConfig(
-                max_batch_size=max(BATCH, as_params(sampling).num_beams),
-                max_queue=len(prompts),
-                max_queue_tokens=sys.maxsize,
-            )
-        )
+        done = dict(self.generate_each(prompts, [as_params(sampling)] * len(prompts)))
+        return done[0] if isinstance(text, str) else [done[index] for index in range(len(prompts))]
+
+    def generate_each(
+        self, texts: Sequence[str], sampling: Sequence[SamplingParams]
+    ) -> Iterator[tuple[int, str]]:
+        """Continue each text as its parameters say: its index and continuation, as each is done.
+
+        All go through one engine, ordered by length (generate/offline.py); of n answers the first
+        is returned. Raises RequestError at once for a text or parameter that is refused.
+        """
         requests = [
-            self._request(str(index), prompt, {**sampling, "n": 1})
-            for index, prompt in enumerate(prompts)
+            self._request(str(index), text, replace(params, n=1))
+            for index, (text, params) in enumerate(zip(texts, sampling, strict=True))
         ]
-        said = offline.run(engine, requests)
-        texts = ["".join(delta.text for delta in said[str(index)]) for index in range(len(prompts))]
-        return texts[0] if isinstance(text, str) else texts
+        slots = max([BATCH, *(params.num_beams for params in sampling)])
+        engine = self.engine(
+            EngineConfig(max_batch_size=slots, max_queue=slots, max_queue_tokens=sys.maxsize)
+        )
+        return (
+            (int(name), "".join(delta.text for delta in deltas))
+            for name, deltas in offline.run(engine, requests)
+        )
 
     def stream(self, text: str, **sampling: Any) -> Iterator[str]:
         """Continue a text, piece by piece, in whole characters. Keywords as in `generate`."""
         engine = self.engine(EngineConfig(max_batch_size=BATCH))
-        engine.add(self._request("0", text, sampling))  # here, so that errors do not wait
+        engine.add(
+            self._request("0", text, as_params(sampling))
+        )  # here, so that errors do not wait
 
         def pieces() -> Iterator[str]:
             while engine.has_work:
                 for delta in engine.step():
+                    if delta.error:
+                        raise delta.error
                     if delta.text:
                         yield delta.text
 
         return pieces()
 
-    def _request(self, request_id: str, prompt: str, sampling: Mapping[str, Any]) -> Request:
-        params = as_params(sampling)
+    def _request(self, request_id: str, prompt: str, params: SamplingParams) -> Request:
         return make_request(self.tokenizer, self.spec.max_seq_len, request_id, prompt, params)

@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,8 +26,6 @@ Weights = Annotated[
     Literal["", "int8", "int4"], typer.Option(help="Hold the weights of products in so many bits.")
 ]
 
-_AT_ONCE = 64  # prompts of a file that are worked on together
-
 
 @app.command(
     epilog=examples(
@@ -49,7 +46,11 @@ def generate(
     cert: Cert = None,
     token_file: TokenFile = None,
     input_file: Annotated[
-        Path | None, typer.Option("--input", help='Prompts as JSON: [{"id": 1, "txt": "..."}].')
+        Path | None,
+        typer.Option(
+            "--input",
+            help='Prompts as JSON: [{"id": 1, "txt": "..."}], each with "max_new_tokens" or not.',
+        ),
     ] = None,
     output_file: Annotated[
         Path | None, typer.Option("--output", help="Answers as JSON; else to stdout.")
@@ -75,7 +76,7 @@ def generate(
         elif stream:
             _print_stream(prompt, answerer.stream(prompt))
         else:
-            (text,) = answerer.generate([prompt])
+            ((_, text),) = answerer.generate([prompts.Item(0, prompt)])
             print_facts({"prompt": prompt, "text": text}, prompt + text, as_json=json)
 
 
@@ -205,18 +206,18 @@ def _answerer(
         raise ConfigError("generate wants --checkpoint DIR or --target HOST:PORT; give one")
     if checkpoint:
         model = lazy.gptmoe_loaded().load(checkpoint, dtype)
-        yield prompts.Local(model, asdict(sampling))
+        yield prompts.Local(model, sampling)
         return
     with closing(lazy.remote().Remote(target, sampling, access)) as remote:
         yield remote
 
 
 def _answer_all(answerer: prompts.Answerer, items: list[prompts.Item]) -> list[str]:
-    texts: list[str] = []
+    texts = [""] * len(items)
     with bar("generating") as progress:
-        for start in range(0, len(items), _AT_ONCE):
-            texts += answerer.generate([item.txt for item in items[start : start + _AT_ONCE]])
-            progress.update(progress.task_ids[0], completed=len(texts) / len(items))
+        for done, (index, text) in enumerate(answerer.generate(items), start=1):
+            texts[index] = text
+            progress.update(progress.task_ids[0], completed=done / len(items))
     return texts
 
 

@@ -3,7 +3,7 @@
 Letters: V vocabulary, N rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from .admission import lanes_of
 from .delta import Delta, Timings, TokenScore, TopLogprobs
 from .output import TextStream, end_ids
 from .request import Request
-from .sampling import choose, log_probabilities
+from .sampling import choose, log_probabilities, token_scores
 from .scheduler import Entry, Lane
 
 
@@ -42,7 +42,10 @@ class Answers(Protocol):
         ...
 
     def step(self, entry: Entry, logits: Mapping[str, Tensor]) -> Outcome:
-        """Scores [V] for the next token of lanes that are not idle, by lane."""
+        """Scores [V] for the next token of lanes that are not idle, by lane.
+
+        Raises CheckpointError where these are no numbers.
+        """
         ...
 
     def close(self, reason: str) -> list[Delta]:
@@ -84,10 +87,11 @@ class Drawn:
         if others and others[0].idle:
             outcome.parents = [first] * len(entry.live)
             logits = {lane.key: logits[first.key] for lane in entry.live}
-        outcome.tokens = tokens = {}
-        for lane in [lane for lane in entry.live if lane.key in logits]:
-            delta = self._draw(self._answers[lane.key], lane.tokens, logits[lane.key])
-            tokens[lane.key] = delta.token_ids[0]
+        lanes = [lane for lane in entry.live if lane.key in logits]
+        # All draw before one says anything: what cannot be drawn from ends all answers alike.
+        outcome.tokens = {lane.key: self._draw(lane, logits[lane.key]) for lane in lanes}
+        for lane in lanes:
+            delta = self._say(lane, outcome.tokens[lane.key], logits[lane.key])
             outcome.deltas.append(delta)
             if delta.finish_reason:
                 outcome.ended.append(lane)
@@ -103,17 +107,22 @@ class Drawn:
                 deltas.append(self._delta(answer, text=text, finish_reason=reason))
         return deltas
 
-    def _draw(self, answer: _Answer, known: Sequence[int], logits_V: Tensor) -> Delta:
+    def _draw(self, lane: Lane, logits_V: Tensor) -> int:
+        prompt, params = len(self._request.prompt_ids), self._request.sampling
+        known, index = lane.tokens, self._answers[lane.key].index
+        return choose(logits_V, params, known[:prompt], known[prompt:], index)
+
+    def _say(self, lane: Lane, token: int, logits_V: Tensor) -> Delta:
         request, params = self._request, self._request.sampling
+        answer = self._answers[lane.key]
         prompt = len(request.prompt_ids)
-        token = choose(logits_V, params, known[:prompt], known[prompt:], answer.index)
         logprob, top = None, TopLogprobs()
         if params.logprobs or params.top_logprobs:
             logprob, top = log_probabilities(logits_V, token, params.top_logprobs)
             answer.cumulative_logprob += logprob
         ended = token in self._end_ids
         text = "" if ended else answer.stream.push(token)
-        full = len(known) + 1 >= min(prompt + params.max_new_tokens, self._max_seq_len)
+        full = len(lane.tokens) + 1 >= min(prompt + params.max_new_tokens, self._max_seq_len)
         reason = "stop" if ended or answer.stream.stopped else "length" if full else ""
         if reason:
             answer.open = False
@@ -180,6 +189,16 @@ class Account:
     pending: dict[str, Tensor] = field(default_factory=dict)
     """Scores [V] for the next token, by lane, that have not been used."""
 
+    def note_scores(self, lane: Lane, rows_NV: Tensor) -> None:
+        """Keep how likely the next N tokens of the prompt are.
+
+        Raises CheckpointError for scores that are no numbers.
+        """
+        if count := len(rows_NV):
+            wanted = lane.tokens[lane.score_from : lane.score_from + count]
+            self.scores += token_scores(rows_NV, wanted)
+            lane.score_from += count
+
     def timings(self, now_s: float) -> Timings:
         """As of now."""
         begun_s = now_s if self.begun_s is None else self.begun_s
@@ -190,6 +209,11 @@ class Account:
 def lane_key(request_id: str, index: int) -> str:
     """Names a lane; no two requests have the same."""
     return f"{index}/{request_id}"
+
+
+def request_of(key: str) -> str:
+    """The id of the request that a lane belongs to."""
+    return key.partition("/")[2]
 
 
 def lanes_for(request: Request) -> list[Lane]:

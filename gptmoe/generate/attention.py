@@ -80,6 +80,7 @@ class CachedAttend:
     def __init__(self, cache: KVCache, spans: Sequence[SlotSpan], num_decoding: int) -> None:
         self.cache = cache
         self.count = sum(span.count for span in spans)
+        cache.begin(spans)
         end = max(span.start + span.count for span in spans)
         self.stores = _stores(cache.segments[: cache.reserve(end)], spans)
         self.readers, row = [], 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptmoe.model.spec import ModelSpec
 
-from .plan import SlotCopy
+from .plan import SlotCopy, SlotSpan
 
 FIRST_SEGMENT = 128
 
@@ -32,8 +32,9 @@ class KVCache:
 
     Of all layers and heads of a model, or of consecutive `layers` and one of `slices` of the heads.
     A segment exists once a sequence has reached it, and is read whole: its products have one shape
-    and dense operands, however long the sequences are. Positions beyond a sequence's length hold
-    stale but finite numbers: attention gives them a weight of exactly 0.
+    and dense operands, however long the sequences are. Who reads it so calls `begin` first:
+    positions beyond a sequence's length hold zeros then, since attention gives them a weight of
+    exactly 0, and what a damaged sequence has left may be NaN.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class KVCache:
         self.dtype = dtype
         self.device = device
         self.segments: list[Segment] = []
+        self._written = [0] * slots  # positions of each slot that may hold anything but zeros
 
     def reserve(self, tokens: int) -> int:
         """Make room for sequences of this many tokens; how many segments hold them."""
@@ -63,10 +65,25 @@ class KVCache:
             self.segments.append(Segment(first, size, self._zeros(size), self._zeros(size)))
         return count
 
+    def begin(self, spans: Sequence[SlotSpan]) -> None:
+        """Wipe what other sequences have left in these slots behind where the spans start."""
+        for span in spans:
+            if span.start < self._written[span.slot]:
+                self._wipe(span.slot, span.start, self._written[span.slot])
+            self._written[span.slot] = span.start + span.count
+
+    def _wipe(self, slot: int, start: int, end: int) -> None:
+        for segment in self.segments:
+            first, last = max(0, start - segment.first), min(segment.size, end - segment.first)
+            if first < last:
+                for kept in (segment.keys, segment.values):
+                    kept[:, slot, :, first:last] = 0
+
     @torch.inference_mode()
     def copy(self, copies: Sequence[SlotCopy]) -> None:
         """Copy the beginnings of slots, in this order."""
         for copy in copies:
+            self._written[copy.target] = max(self._written[copy.target], copy.count)
             for segment in self.segments:
                 size = min(copy.count - segment.first, segment.size)
                 if size > 0:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
+from gptmoe.errors import GptMoeError
+
 TopLogprobs = tuple[tuple[int, float], ...]
 """The likeliest tokens at one place with their log-probabilities, likeliest first."""
 
@@ -38,8 +40,8 @@ class Delta:
     text: str = ""
     """New text: whole characters, certain not to be part of a stop string."""
     finish_reason: str = ""
-    """"" while running; then "stop" (end token, stop token or stop string), "length", "abort" or
-    "deadline"."""
+    """"" while running; then "stop" (end token, stop token or stop string), "length", "abort",
+    "deadline" or "error"."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     """Of the prompt: found in the cache."""
@@ -50,11 +52,14 @@ class Delta:
     prompt_scores: tuple[TokenScore, ...] = ()
     """Of the prompt's tokens from Request.score_from on, with the first tokens of index 0."""
     cumulative_logprob: float = 0.0
-    """Of all tokens of this answer so far, where `logprobs` are asked for or beams compared."""
+    """Of all tokens of this answer so far, where log-probabilities are asked for or beams compared;
+    else 0."""
     version: int = 0
     """Of the weights that chose the last token."""
     timings: Timings | None = None
     """With the finish."""
+    error: GptMoeError | None = None
+    """With the finish of each answer that was open, where the request cannot go on: why."""
 
 
 def merge(deltas: Sequence[Delta]) -> Delta:

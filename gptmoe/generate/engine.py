@@ -7,17 +7,16 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from gptmoe.errors import AlreadyRunning, Overloaded
+from gptmoe.errors import AlreadyRunning, CheckpointError, Overloaded
 from gptmoe.text import Tokenizer
 
 from .admission import check_fits, check_queue, cost
-from .answers import Account, Answers, Drawn, Outcome, Scored, lanes_for
+from .answers import Account, Answers, Drawn, Outcome, Scored, lanes_for, request_of
 from .delta import Delta
 from .executor import CacheLost, Executor
-from .plan import Span, StepPlan
+from .plan import StepPlan
 from .rate import Rate
 from .request import Request
-from .sampling import token_scores
 from .scheduler import EngineConfig, Entry, Lane, Scheduler
 from .searched import Searched
 from .stats import EngineStats
@@ -112,11 +111,7 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """Forget a request and free its slots at once; False if it is not known (any more)."""
-        account = self._accounts.pop(request_id, None)
-        if account is None:
-            return False
-        self._forget(account.entry)
-        return True
+        return self._forget(request_id)
 
     def end(self, request_id: str, reason: str = "abort") -> list[Delta]:
         """The same, with the last delta of each of its answers."""
@@ -124,7 +119,7 @@ class Engine:
         if account is None:
             return []
         deltas = self._finished(account, account.answers.close(reason))
-        self.abort(request_id)
+        self._forget(request_id, damaged=reason == "error")
         return deltas
 
     def refresh(self, version: int, *, restart: bool = False) -> None:
@@ -141,9 +136,9 @@ class Engine:
     def step(self) -> list[Delta]:
         """Run one step; what is new for each request that got a token, or whose time is up.
 
-        Where the executor has lost its cache there is nothing new: the next steps compute prompts
-        and what was generated again, and go on with the same tokens. Raises Unavailable if it
-        cannot go on for now; all requests are still here.
+        Scores that are no numbers end their request alone: its last deltas have the error. Where
+        the executor has lost its cache nothing is new: the next steps compute all tokens again, and
+        go on with the same. Raises Unavailable if it cannot for now; all requests are still here.
         """
         began_s = self._clock()
         late = self._end_late(began_s)
@@ -191,7 +186,7 @@ class Engine:
 
     def _left(self, entry: Entry) -> int:
         """Tokens that an entry may still compute."""
-        account = self._accounts[_request_id(entry.lanes[0].key)]
+        account = self._accounts[request_of(entry.lanes[0].key)]
         lanes = entry.live or entry.lanes
         done = sum(lane.computed for lane in lanes)
         return max(1, cost(account.request, self.max_seq_len) - done)
@@ -206,14 +201,14 @@ class Engine:
 
     def _note_begun(self, now_s: float) -> None:
         for entry in self._scheduler.running:
-            account = self._accounts[_request_id(entry.lanes[0].key)]
+            account = self._accounts[request_of(entry.lanes[0].key)]
             if account.begun_s is None:
                 account.begun_s = now_s
 
     def _lanes(self) -> dict[str, tuple[Account, Lane]]:
         found = {}
         for entry in self._scheduler.running:
-            account = self._accounts[_request_id(entry.lanes[0].key)]
+            account = self._accounts[request_of(entry.lanes[0].key)]
             for lane in entry.live:
                 found[lane.key] = (account, lane)
         return found
@@ -224,35 +219,40 @@ class Engine:
         # The model's vocabulary may be padded beyond the tokenizer's.
         logits_SV = logits_SV[:, : self.tokenizer.vocab_size]
         self._counts["steps"] += 1
-        drawn = dict[str, Account]()
+        drawn, wrong = dict[str, Account](), dict[str, CheckpointError]()
         row = 0
         for span in plan.spans:
             account, lane = lanes[span.key]
             rows_NV = logits_SV[row : row + span.outputs]
             row += span.outputs
             draws = lane.computed == len(lane.tokens)
-            self._note_scores(account, lane, span, rows_NV[: span.outputs - draws])
+            try:
+                account.note_scores(lane, rows_NV[: span.outputs - draws])
+            except CheckpointError as error:
+                wrong[request_of(span.key)] = error
             if draws:
                 lane.score_from = 0
                 account.pending[lane.key] = rows_NV[-1]
-                drawn[account.request.request_id] = account
+                drawn[request_of(span.key)] = account
             prompt = len(account.request.prompt_ids)
             self._counts["prompt"] += max(0, min(prompt, lane.computed) - span.start)
         deltas = []
-        for account in drawn.values():
-            entry, logits = account.entry, account.pending
-            complete = all(lane.idle or lane.key in logits for lane in entry.live)
-            if complete or not account.answers.together:
-                account.pending = {}
-                deltas += self._carry_out(account, account.answers.step(entry, logits))
+        for request_id, account in drawn.items():
+            try:
+                deltas += [] if request_id in wrong else self._drawn(account)
+            except CheckpointError as error:
+                wrong[request_id] = error
+        for request_id, why in wrong.items():
+            deltas += [replace(delta, error=why) for delta in self.end(request_id, "error")]
         return deltas
 
-    def _note_scores(self, account: Account, lane: Lane, span: Span, rows_NV: Tensor) -> None:
-        count = len(rows_NV)
-        if count:
-            wanted = lane.tokens[lane.score_from : lane.score_from + count]
-            account.scores += token_scores(rows_NV, wanted)
-            lane.score_from += count
+    def _drawn(self, account: Account) -> list[Delta]:
+        entry, logits = account.entry, account.pending
+        complete = all(lane.idle or lane.key in logits for lane in entry.live)
+        if not complete and account.answers.together:
+            return []
+        account.pending = {}
+        return self._carry_out(account, account.answers.step(entry, logits))
 
     def _carry_out(self, account: Account, outcome: Outcome) -> list[Delta]:
         scheduler, entry = self._scheduler, account.entry
@@ -290,11 +290,11 @@ class Engine:
             result.append(delta)
         return result
 
-    def _forget(self, entry: Entry) -> None:
-        self._scheduler.remove(entry)
-        if entry.version != self.version:
+    def _forget(self, request_id: str, *, damaged: bool = False) -> bool:
+        account = self._accounts.pop(request_id, None)
+        if account is None:
+            return False
+        self._scheduler.remove(account.entry, damaged=damaged)
+        if account.entry.version not in (-1, self.version):
             self.executor.keep(self._scheduler.versions())
-
-
-def _request_id(key: str) -> str:
-    return key.partition("/")[2]
+        return True

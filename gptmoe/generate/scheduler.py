@@ -93,8 +93,8 @@ class Entry:
     rank: tuple[float, int]
     """Lower goes first."""
     lanes: list[Lane]
-    version: int = 0
-    """Of the weights it runs on."""
+    version: int = -1
+    """Of the weights it runs on, from when it is admitted first, put off or not; -1: not yet."""
     cached: int = 0
     """Tokens of its prompt that were found in the cache when it was last admitted."""
     live: list[Lane] = field(default_factory=list)
@@ -127,18 +127,18 @@ class Scheduler:
         """Put an entry in line."""
         insort(self.waiting, entry, key=lambda other: other.rank)
 
-    def remove(self, entry: Entry) -> None:
-        """Forget an entry wherever it is; what it computed stays in the prefix cache."""
+    def remove(self, entry: Entry, *, damaged: bool = False) -> None:
+        """Forget an entry wherever it is; what it computed stays in the prefix cache, if sound."""
         if entry in self.waiting:
             self.waiting.remove(entry)
             return
         for lane in list(entry.live):
-            self.end(entry, lane)
+            self.end(entry, lane, damaged=damaged)
 
-    def end(self, entry: Entry, lane: Lane) -> None:
+    def end(self, entry: Entry, lane: Lane, *, damaged: bool = False) -> None:
         """Free a lane's slot; with the last lane the entry is gone."""
         content = None
-        if self.config.prefix_cache and not lane.branch and not lane.idle:
+        if self.config.prefix_cache and not (lane.branch or lane.idle or damaged):
             content = Content(lane.tokens[: lane.computed], entry.version)
         self.pool.give_back(lane.slot, content)
         lane.slot, lane.branch = -1, None
@@ -187,16 +187,24 @@ class Scheduler:
                 lane.idle = False
 
     def compute_again(self) -> None:
-        """The cache is gone, or what it holds is of no use: all running lanes begin anew."""
+        """The cache is gone, or what it holds is of no use: all go on with the newest weights.
+
+        Running lanes begin anew; those put off do so anyway when they are admitted again.
+        """
         self.pool.forget_contents()
-        for entry in self.running:
+        for entry in self._begun():
             entry.version = self.version
+        for entry in self.running:
             for lane in entry.live:
                 lane.computed, lane.branch = 0, None
 
     def versions(self) -> set[int]:
         """Of the weights that somebody needs."""
-        return {self.version, *(entry.version for entry in self.running)}
+        return {self.version, *(entry.version for entry in self._begun())}
+
+    def _begun(self) -> list[Entry]:
+        """Entries that have weights: running ones, and those put off."""
+        return [*self.running, *(entry for entry in self.waiting if entry.version >= 0)]
 
     def _make_room(self) -> None:
         """Blocks for the tokens of the next step, first come first served; else put off the last.
@@ -229,7 +237,8 @@ class Scheduler:
             if bank < 0 or not self.pool.could_hold(entry.length + 1, lanes):
                 break
             self.waiting.pop(0)
-            entry.version = self.version
+            if entry.version < 0:
+                entry.version = self.version
             copies += self._start(entry, bank)
             insort(self.running, entry, key=lambda other: other.rank)
         return copies

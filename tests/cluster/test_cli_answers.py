@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,23 @@ def test_a_file_of_prompts_is_answered(run: Run, checkpoint: Path, tmp_path: Pat
         {"id": 1, "prompt": "春风", "output_poetry": "春风" + texts[0]},
         {"id": 2, "prompt": "明月", "output_poetry": "明月" + texts[1]},
     ]
+
+
+def test_a_long_file_is_answered_in_its_order(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    items: list[dict[str, Any]] = [
+        {"id": index, "txt": "春风"[: 1 + index % 2], "max_new_tokens": 1 + index % 7}
+        for index in range(70)
+    ]
+    items.append({"id": "last", "txt": "明月"})
+    (tmp_path / "in.json").write_text(json.dumps(items))
+    words = ["--checkpoint", str(checkpoint), "--max-new-tokens", "9", "--temperature", "0"]
+    code, out, err = run("generate", *words, "--input", str(tmp_path / "in.json"))
+    assert (code, err) == (0, "")
+    model = gptmoe.load(checkpoint)
+    for row, item in zip(json.loads(out), items, strict=True):
+        most, prompt = item.get("max_new_tokens", 9), item["txt"]
+        text = prompt + model.generate(prompt, max_new_tokens=most, temperature=0)
+        assert row == {"id": item["id"], "prompt": prompt, "output_text": text}
 
 
 @pytest.mark.parametrize(

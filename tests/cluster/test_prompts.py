@@ -7,6 +7,7 @@ import pytest
 
 from cluster import prompts
 from gptmoe.errors import DataError
+from gptmoe.generate.params import SamplingParams
 
 
 def test_prompts_in_answers_out(tmp_path: Path) -> None:
@@ -19,6 +20,15 @@ def test_prompts_in_answers_out(tmp_path: Path) -> None:
         {"id": "b", "prompt": "明月", "output_poetry": "明月何时"},
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.json", "out.json"]
+
+
+def test_an_item_may_have_as_many_new_tokens_as_it_wants(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text(
+        '[{"id": 1, "txt": "春风", "max_new_tokens": 7}, {"id": 2, "txt": "明月"}]'
+    )
+    common = SamplingParams(max_new_tokens=30, seed=4)
+    sampling = [item.sampling(common) for item in prompts.read(tmp_path / "in.json")]
+    assert sampling == [SamplingParams(max_new_tokens=7, seed=4), common]
 
 
 def test_without_a_file_answers_go_to_stdout(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +47,12 @@ def test_without_a_file_answers_go_to_stdout(capsys: pytest.CaptureFixture[str])
         (b'[{"id": 1, "txt": "x"}, {"id": 2}]', 'item 2 must be an object with "id" and "txt"'),
         (b'[{"id": 1, "txt": ""}]', 'item 1: "txt" must be a text of at least one character'),
         (b'[{"id": 1, "txt": 5}]', 'item 1: "txt" must be a text'),
+        (
+            b'[{"id": 1, "txt": "x", "max_new_tokens": 0}]',
+            'item 1: "max_new_tokens" must be a whole number of at least 1; found 0; leave it out',
+        ),
+        (b'[{"id": 1, "txt": "x", "max_new_tokens": true}]', "at least 1; found True"),
+        (b'[{"id": 1, "txt": "x", "max_new_tokens": null}]', "at least 1; found None"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, content: bytes, expected: str) -> None:

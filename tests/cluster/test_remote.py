@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import fields
+from threading import Semaphore
 
 import grpc
 import pytest
 
 from cluster.client import GenerationError, Sampling
+from cluster.prompts import Item
 from cluster.remote import Remote, _asked, operating
 from gptmoe.errors import ClusterError, RequestError
 from gptmoe.generate.params import SamplingParams
@@ -18,6 +20,9 @@ from protos import generation_pb2, generation_pb2_grpc
 class Echo(generation_pb2_grpc.GenerationServicer):
     """Answers with what it was asked; some prompts fail."""
 
+    def __init__(self) -> None:
+        self.fast = Semaphore(0)
+
     def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> generation_pb2.GenerateResponse:
@@ -25,7 +30,12 @@ class Echo(generation_pb2_grpc.GenerationServicer):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "top_k must be at least 0")
         if request.prompt == "break":
             context.abort(grpc.StatusCode.INTERNAL, "out of memory")
-        text = f"{request.prompt}:{request.seed}:{request.top_k}:{'|'.join(request.stop)}"
+        if request.prompt == "fast":
+            self.fast.release()
+        if request.prompt == "slow":  # until 99 fast ones have been answered
+            assert all(self.fast.acquire(timeout=10) for _ in range(99))
+        stop, most = "|".join(request.stop), request.max_new_tokens or 128
+        text = f"{request.prompt}:{request.seed}:{request.top_k}:{stop}:{most}"
         return generation_pb2.GenerateResponse(text=text)
 
     def GenerateStream(
@@ -45,12 +55,24 @@ def target() -> Iterator[str]:
     server.stop(grace=None).wait()
 
 
-def test_prompts_are_answered_in_order(target: str) -> None:
+def test_each_prompt_of_many_is_answered(target: str) -> None:
     sampling = SamplingParams(seed=7, top_k=5, stop=("。", "\n"))
     with closing(Remote(target, sampling)) as remote:
-        prompts = [f"prompt {number}" for number in range(20)]
-        assert remote.generate(prompts) == [f"{prompt}:7:5:。|\n" for prompt in prompts]
+        items = [Item(number, f"prompt {number}") for number in range(20)]
+        said = dict(remote.generate([*items, Item("short", "few", max_new_tokens=3)]))
+        assert said == {
+            **{number: f"prompt {number}:7:5:。|\n:128" for number in range(20)},
+            20: "few:7:5:。|\n:3",
+        }
         assert list(remote.stream("春风")) == ["春", "风"]
+
+
+def test_a_slow_answer_holds_up_none_of_the_others(target: str) -> None:
+    with closing(Remote(target, SamplingParams())) as remote:
+        items = [Item(0, "slow"), *(Item(number, "fast") for number in range(1, 100))]
+        came = [index for index, _ in remote.generate(items)]
+    assert sorted(came) == list(range(100))
+    assert 0 in came[90:]
 
 
 def test_every_way_to_sample_is_sent() -> None:
@@ -70,11 +92,11 @@ def test_every_way_to_sample_is_sent() -> None:
 def test_what_a_server_refuses_is_in_our_words(target: str) -> None:
     with closing(Remote(target, SamplingParams())) as remote:
         with pytest.raises(RequestError, match="top_k must be at least 0"):
-            remote.generate(["refuse"])
+            list(remote.generate([Item(1, "refuse")]))
         with pytest.raises(
             ClusterError, match=f"server at {target} failed: INTERNAL: out of memory"
         ):
-            remote.generate(["fine", "break"])
+            list(remote.generate([Item(1, "fine"), Item(2, "break")]))
 
 
 @pytest.mark.parametrize(

@@ -1,73 +1,18 @@
-"""The engine's accounting, over an executor that always counts on: token n is followed by n + 1."""
-
-from collections.abc import Mapping, Sequence, Set
+"""The engine's accounting, over a model that counts."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from gptmoe.errors import AlreadyRunning, Overloaded, RequestError
 from gptmoe.generate.delta import Delta
 from gptmoe.generate.engine import Engine
-from gptmoe.generate.executor import CacheLost
 from gptmoe.generate.params import SamplingParams
-from gptmoe.generate.plan import StepPlan
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
 from gptmoe.text import Tokenizer
 
-FIRST = 400
-"""Counting starts where the tokenizer has words."""
-
-
-class Counting:
-    """A model that says n + 1 after n, and 0 after the last; a slot must serve one request."""
-
-    banks = 1
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-        self.steps: list[StepPlan] = []
-        self.kept: list[set[int]] = []
-        self.loses = False
-
-    def keep(self, versions: Set[int]) -> None:
-        self.kept.append(set(versions))
-
-    def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
-        assert len({span.slot for span in plan.spans}) == len(plan.spans)
-        self.steps.append(plan)
-        if self.loses:
-            self.loses = False
-            raise CacheLost(7)
-        last = [
-            tokens[span.key][place]
-            for span in plan.spans
-            for place in range(span.start + span.count - span.outputs, span.start + span.count)
-        ]
-        logits_SV = torch.zeros(len(last), self.vocab_size + 7)
-        logits_SV[:, self.vocab_size :] = 9.0  # padding of the vocabulary must never be chosen
-        for row, token in enumerate(last):
-            logits_SV[row, (token + 1) % self.vocab_size] = 5.0
-        return logits_SV
-
-
-def request(name: str, prompt: Sequence[int] = (FIRST,), **sampling: object) -> Request:
-    keys = {"temperature": 0.0, "max_new_tokens": 3, **sampling}
-    return Request(name, tuple(prompt), SamplingParams(**keys))  # type: ignore[arg-type]
-
-
-def engine(tokenizer: Tokenizer, max_seq_len: int = 64, **config: int) -> Engine:
-    return Engine(Counting(tokenizer.vocab_size), tokenizer, max_seq_len, EngineConfig(**config))
-
-
-def run_out(running: Engine) -> list[Delta]:
-    deltas = []
-    while running.has_work:
-        deltas += running.step()
-    return deltas
+from .counting import FIRST, Clock, Counting, engine, request, run_out
 
 
 def test_a_request_from_start_to_end(tokenizer: Tokenizer) -> None:
@@ -162,8 +107,11 @@ def test_logprobs_only_where_asked_for(tokenizer: Tokenizer) -> None:
     running = engine(tokenizer)
     running.add(request("a", logprobs=True))
     running.add(request("b"))
+    running.add(request("c", top_logprobs=2))
     for delta in run_out(running):
-        assert len(delta.logprobs) == (delta.request_id == "a")
+        asked = delta.request_id != "b"
+        assert len(delta.logprobs) == asked
+        assert (delta.cumulative_logprob < 0) == asked
 
 
 actions = st.lists(
@@ -213,44 +161,6 @@ def test_a_lost_cache_costs_time_and_no_token(tokenizer: Tokenizer) -> None:
     again = executor.steps[3].spans[0]
     assert (again.start, again.count, again.outputs) == (0, 4, 1)
     assert deltas[-1].version == 7  # of the weights that were there then
-
-
-def test_running_requests_finish_on_their_weights(tokenizer: Tokenizer) -> None:
-    running = engine(tokenizer)
-    executor = running.executor
-    assert isinstance(executor, Counting)
-    running.add(request("old"))
-    deltas = running.step()
-    running.refresh(1)
-    running.add(request("new", max_new_tokens=2))
-    deltas += run_out(running)
-    assert {(delta.request_id, delta.version) for delta in deltas} == {("old", 0), ("new", 1)}
-    assert [plan.version for plan in executor.steps] == [0, 1, 0, 1, 0]
-    assert executor.kept == [{0, 1}, {1}]
-
-
-def test_running_requests_go_on_with_new_weights_if_told_so(tokenizer: Tokenizer) -> None:
-    running = engine(tokenizer)
-    executor = running.executor
-    assert isinstance(executor, Counting)
-    running.add(request("a"))
-    deltas = running.step()
-    running.refresh(1, restart=True)
-    deltas += run_out(running)
-    assert [delta.version for delta in deltas] == [0, 1, 1]
-    assert [delta.token_ids[0] - FIRST for delta in deltas] == [1, 2, 3]
-    assert executor.steps[1].spans[0].start == 0  # computed again from the first token
-    assert executor.kept == [{1}]
-
-
-class Clock:
-    """Time as a test sets it."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def test_a_request_whose_time_is_up_ends_wherever_it_is(tokenizer: Tokenizer) -> None:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from gptmoe.errors import ConfigError
 from gptmoe.generate.plan import Progress, Span, StepPlan, plan_step, share_out
-from gptmoe.generate.scheduler import EngineConfig, Entry, Lane, Scheduler
+from gptmoe.generate.scheduler import EngineConfig, Entry, Lane
 from gptmoe.generate.slots import BLOCK, Copy
 
-CONTEXT = 160
+from .machine import CONTEXT, Machine, arrive_somehow
 
 
 def test_decoding_comes_first_and_prompts_share_what_is_left() -> None:
@@ -82,94 +82,15 @@ def test_short_prompts_pass_a_long_one() -> None:
     assert share_out([400, 300, 20], budget=100) == [50, 30, 20]
 
 
-class Cache:
-    """What is in each slot, as tokens. A plan that relies on anything else is wrong."""
-
-    def __init__(self, slots: int, banks: int) -> None:
-        self.slots = [list[int]() for _ in range(slots)]
-        self.banks = banks
-
-    def run(self, plan: StepPlan, tokens: dict[str, list[int]]) -> None:
-        for copy in plan.copies:
-            assert copy.source % self.banks == copy.target % self.banks
-            assert copy.source != copy.target
-            assert len(self.slots[copy.source]) >= copy.count
-            self.slots[copy.target] = self.slots[copy.source][: copy.count]
-        assert len({span.slot for span in plan.spans}) == len(plan.spans)
-        for span in plan.spans:
-            mine, slot = tokens[span.key], self.slots[span.slot]
-            assert slot[: span.start] == mine[: span.start]
-            self.slots[span.slot] = mine[: span.start + span.count]
-
-
-class Machine:
-    """A scheduler, the cache that it believes in, and entries that grow at random."""
-
-    def __init__(self, config: EngineConfig, banks: int, random: Random) -> None:
-        self.scheduler = Scheduler(config, CONTEXT, banks)
-        self.cache = Cache(config.max_batch_size, banks)
-        self.random = random
-        self.left = dict[str, int]()
-        """Tokens to go, by lane."""
-        self.count = 0
-        self.finished = list[Entry]()
-        self.entries = list[Entry]()
-
-    def arrive(self, prompt: Sequence[int], lanes: int, new: int, priority: int) -> None:
-        self.count += 1
-        keys = [f"{index}/{self.count}" for index in range(lanes)]
-        made = [Lane(key, list(prompt), idle=index > 0) for index, key in enumerate(keys)]
-        self.left |= {key: self.random.randint(1, new) if lanes > 1 else new for key in keys}
-        entry = Entry((priority, self.count), made)
-        self.entries.append(entry)
-        self.scheduler.add(entry)
-
-    def step(self) -> StepPlan:
-        plan = self.scheduler.plan()
-        lanes = {lane.key: lane for entry in self.scheduler.running for lane in entry.live}
-        self.cache.run(plan, {key: lane.tokens for key, lane in lanes.items()})
-        self.scheduler.computed(plan)
-        for entry in list(self.scheduler.running):
-            self._grow(entry)
-        self.check(plan)
-        return plan
-
-    def _grow(self, entry: Entry) -> None:
-        """Each lane whose tokens are computed gets another, or ends."""
-        if len(entry.live) > 1 and entry.live[1].idle:
-            first = entry.live[0]
-            if first.computed == len(first.tokens):
-                self.scheduler.branch(entry, [first] * len(entry.live))
-        for lane in list(entry.live):
-            if lane.idle or lane.computed != len(lane.tokens):
-                continue
-            self.left[lane.key] -= 1
-            lane.tokens.append(self.random.randrange(3))
-            if not self.left[lane.key] or len(lane.tokens) >= CONTEXT:
-                self.scheduler.end(entry, lane)
-        if not entry.live:
-            self.finished.append(entry)
-
-    def check(self, plan: StepPlan) -> None:
-        scheduler, config = self.scheduler, self.scheduler.config
-        assert sum(span.count for span in plan.spans) <= config.token_budget
-        held = [lane.slot for entry in scheduler.running for lane in entry.live]
-        assert len(set(held)) == len(held)
-        assert scheduler.pool.num_free == config.max_batch_size - len(held)
-        blocks = scheduler.pool.blocks
-        assert scheduler.pool.used_blocks <= blocks
-        assert [entry.rank for entry in scheduler.running] == sorted(
-            entry.rank for entry in scheduler.running
-        )
-
-
 SHAPES = ((4, 1, 0), (4, 1, CONTEXT + BLOCK), (8, 2, 400), (8, 2, 0), (3, 1, 250))
 """Slots, banks, kv_tokens."""
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", range(12))
-def test_any_order_of_arrivals_cancels_and_finishes(seed: int, shape: tuple[int, int, int]) -> None:
+def test_any_order_of_arrivals_cancels_finishes_and_refreshes(
+    seed: int, shape: tuple[int, int, int]
+) -> None:
     slots, banks, kv_tokens = shape
     random = Random(seed)
     budget = random.randint(slots, 100)
@@ -177,7 +98,8 @@ def test_any_order_of_arrivals_cancels_and_finishes(seed: int, shape: tuple[int,
     machine = Machine(config, banks, random)
     scheduler = machine.scheduler
     for _ in range(400):
-        match random.choices(("arrive", "step", "cancel", "lost"), (6, 12, 1, 0.2))[0]:
+        actions = ("arrive", "step", "cancel", "lost", "refresh", "restart")
+        match random.choices(actions, (6, 12, 1, 0.2, 0.2, 0.1))[0]:
             case "arrive":
                 arrive_somehow(machine, random)
             case "step":
@@ -187,8 +109,11 @@ def test_any_order_of_arrivals_cancels_and_finishes(seed: int, shape: tuple[int,
                 scheduler.remove(gone)
                 machine.entries.remove(gone)
             case "lost":
-                scheduler.compute_again()
-                machine.cache = Cache(slots, banks)
+                machine.lose()
+            case "refresh":
+                machine.refresh(restart=False)
+            case "restart":
+                machine.refresh(restart=True)
     while scheduler.waiting or scheduler.running:
         assert machine.step().spans, "somebody always gets on"
     assert {id(entry) for entry in machine.finished} == {id(entry) for entry in machine.entries}
@@ -197,17 +122,6 @@ def test_any_order_of_arrivals_cancels_and_finishes(seed: int, shape: tuple[int,
     assert scheduler.prefix_hits > 0
     if kv_tokens:
         assert scheduler.preemptions > 0
-
-
-def arrive_somehow(machine: Machine, random: Random) -> None:
-    """A prompt that shares its beginning with others, for one to four lanes."""
-    length, new = random.randint(1, 120), random.randint(1, 40)
-    blocks = -(-min(CONTEXT, length + new) // BLOCK)
-    pool = machine.scheduler.pool
-    most = min(machine.scheduler.most_lanes(), pool.blocks // blocks)
-    lanes = min(random.choice((1, 1, 1, 2, 3, 4)), most)
-    prompt = [random.randrange(2)] * random.randint(0, length) + [random.randrange(5, 9)] * length
-    machine.arrive(prompt[:length], lanes, new, random.randint(-20, 20))
 
 
 def alone(prompt: Sequence[int], **config: int) -> Machine:
@@ -270,6 +184,41 @@ def test_the_last_in_line_is_put_off_and_goes_on_with_its_tokens() -> None:
     for _ in range(200):
         machine.step()
     assert [entry.rank for entry in machine.finished] == [first.rank, second.rank]
+
+
+def test_who_is_put_off_goes_on_with_the_weights_it_began_with() -> None:
+    machine = Machine(EngineConfig(max_batch_size=4, kv_tokens=CONTEXT), 1, Random(0))
+    machine.arrive([1] * 70, 1, 60, 0)
+    machine.arrive([2] * 70, 1, 60, 0)
+    while not machine.scheduler.preemptions:
+        machine.step()
+    (late,) = machine.scheduler.waiting
+    machine.refresh(restart=False)
+    assert machine.scheduler.versions() == {0, 1}
+    machine.arrive([2] * 70, 1, 10, 0)
+    for _ in range(300):
+        machine.step()  # checks the version of each plan
+    assert len(machine.finished) == 3
+    assert late.version == 0
+    assert machine.scheduler.versions() == {1}
+
+
+@pytest.mark.parametrize("event", ["restart", "lost"])
+def test_who_is_put_off_goes_on_with_new_weights_if_all_do(event: str) -> None:
+    machine = Machine(EngineConfig(max_batch_size=4, kv_tokens=CONTEXT), 1, Random(0))
+    machine.arrive([1] * 70, 1, 60, 0)
+    machine.arrive([2] * 70, 1, 60, 0)
+    while not machine.scheduler.preemptions:
+        machine.step()
+    if event == "restart":
+        machine.refresh(restart=True)
+    else:
+        machine.refresh(restart=False)
+        machine.lose()
+    assert machine.scheduler.versions() == {1}
+    for _ in range(300):
+        machine.step()
+    assert len(machine.finished) == 2
 
 
 def test_priority_goes_first_and_waiting_counts() -> None:
