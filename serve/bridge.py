@@ -99,7 +99,7 @@ class EngineThread:
 
         Leaving early (a cancelled task, a closed generator) frees its place in the engine. Raises
         RequestError and Overloaded before the first delta; ClusterError if the engine stops, as
-        Unavailable if it will go on.
+        Unavailable if it will go on; CheckpointError where the model's scores are no numbers.
         """
         unfinished = set(range(request.sampling.n))
         outbox = _Outbox(asyncio.get_running_loop(), set(unfinished))
@@ -234,7 +234,7 @@ class EngineThread:
         self._moved_s = time.monotonic()
         outbox = self._outboxes.get(delta.request_id)
         if outbox is not None:  # None: abandoned
-            outbox.put(delta)
+            outbox.put(delta.error or delta)
             if delta.finish_reason:
                 outbox.unfinished.discard(delta.index)
             if not outbox.unfinished:

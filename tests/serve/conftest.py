@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from gptmoe.errors import Overloaded
+from gptmoe.errors import CheckpointError, Overloaded
 from gptmoe.generate.delta import Delta
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.request import Request
@@ -41,6 +41,8 @@ class CountingEngine:
         self.gate.set()
         self.in_step = threading.Event()
         self.breaks = False
+        self.spoilt = set[str]()
+        """Requests whose scores are no numbers."""
         self.steps = self.generated = 0
 
     @property
@@ -83,6 +85,10 @@ class CountingEngine:
         return [self._next(request) for request in list(self.requests.values())]
 
     def _next(self, request: Request) -> Delta:
+        if request.request_id in self.spoilt:
+            del self.requests[request.request_id]
+            error = CheckpointError("no numbers")
+            return Delta(request_id=request.request_id, finish_reason="error", error=error)
         count = self.produced[request.request_id]
         self.produced[request.request_id] = count + 1
         text = "一二三四五六七八九十"[count % 10]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gptmoe.errors import ClusterError, Overloaded
+from gptmoe.errors import CheckpointError, ClusterError, Overloaded
 from gptmoe.generate.request import Request
 from serve.bridge import EngineThread
 
@@ -247,3 +247,19 @@ def test_a_caller_whose_loop_is_gone_does_not_harm_the_engine(
     loop.close()
     assert run(text_of(bridge, make_request())) == "一二三"
     del stream
+
+
+def test_a_request_that_cannot_go_on_leaves_the_others_alone(
+    bridge: EngineThread, engine: Any, make_request: Make
+) -> None:
+    engine.spoilt.add("bad")
+
+    async def ask() -> tuple[str, str]:
+        good = asyncio.create_task(text_of(bridge, make_request("good")))
+        with pytest.raises(CheckpointError) as caught:
+            await text_of(bridge, make_request("bad"))
+        return await good, str(caught.value)
+
+    assert run(ask()) == ("一二三", "no numbers")
+    bridge.check(stall_s=10.0)
+    assert run(text_of(bridge, make_request("bad2"))) == "一二三"
