@@ -17,6 +17,7 @@ from serve.access_log import Entry
 from serve.bridge import EngineThread
 from serve.keys import Keys
 from serve.methods import METHODS
+from serve.names import Ticket
 from serve.refusals import Direct
 
 from .asking import Context, request
@@ -80,9 +81,13 @@ def test_a_stream_is_one_line(deployment: Deployment, lines: Any) -> None:
 def test_the_edge_asks_by_the_same_line(deployment: Deployment, lines: Any) -> None:
     async def ask_both() -> None:
         data = request(max_new_tokens=3, request_id="r-1")
-        await deployment.edge_unary("Generate", data)
-        assert [chunk async for chunk in deployment.edge_stream("GenerateStream", data)]
-        error = await deployment.edge_unary("Generate", request(top_p=0, request_id="r-2"))
+        await deployment.edge_unary("Generate", data, Ticket("r-1"))
+        assert [
+            chunk async for chunk in deployment.edge_stream("GenerateStream", data, Ticket("r-1"))
+        ]
+        error = await deployment.edge_unary(
+            "Generate", request(top_p=0, request_id="r-2"), Ticket("r-2")
+        )
         assert isinstance(error, GptMoeError)
 
     asyncio.run(ask_both())

@@ -30,7 +30,7 @@ class Peer:
             stdout=subprocess.PIPE,
             stderr=self._said,
             text=True,
-            process_group=0,  # if we are killed, the system ends a stopped group
+            process_group=0,  # with its children; if we are killed, the system ends a stopped one
         )
         self.about = self._answer()
         self._signal(signal.SIGSTOP)
@@ -51,8 +51,7 @@ class Peer:
 
     def close(self) -> None:
         """End it."""
-        self._signal(signal.SIGCONT)
-        self._process.kill()
+        self._signal(signal.SIGKILL)
         self._process.communicate()
         self._said.close()
 
@@ -70,4 +69,4 @@ class Peer:
 
     def _signal(self, number: int) -> None:
         if self._process.poll() is None:
-            os.kill(self._process.pid, number)
+            os.killpg(self._process.pid, number)

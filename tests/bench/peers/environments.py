@@ -27,6 +27,8 @@ class Environment:
     timeout_s: float = 5400.0
 
 
+OURS = Environment("ours", ())
+"""The project's own environment: this interpreter."""
 LLAMA = Environment(
     "llama",
     ("--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36", "gguf", "numpy"),
@@ -45,6 +47,8 @@ TRANSFORMERS = Environment("transformers", ("torch==2.13.0", "transformers==5.23
 
 def python_of(environment: Environment) -> Path:
     """Its interpreter; installed at first use. Raises Missing."""
+    if environment is OURS:
+        return Path(sys.executable)
     folder = CACHE / environment.name
     python, done = folder / "bin" / "python", folder / "installed"
     wanted = hashlib.sha256(repr(environment.arguments).encode()).hexdigest()
