@@ -47,14 +47,13 @@ class FewBits:
         inputs = x.shape[-1]
         rows = x.numel() // inputs
         out = x.new_empty(*x.shape[:-1], outputs)
-        low_RI, high_RI = torch.empty(2, rows, inputs, dtype=torch.int8)
-        groups = self.task.quads // self.task.group
-        sums_R = torch.empty(rows, 2 * groups + 1, dtype=torch.int32)  # and the units
+        halves, sums = rows * inputs, 8 * rows * (self.task.quads // self.task.group)
+        scratch = torch.empty(2 * halves + sums + 4 * rows, dtype=torch.uint8)
         task = FewBitsTask.from_buffer_copy(self.task)
         task.x, task.out, task.rows = x.data_ptr(), out.data_ptr(), rows
-        task.low, task.high = low_RI.data_ptr(), high_RI.data_ptr()
-        task.sums = sums_R.data_ptr()
-        task.unit = sums_R.data_ptr() + 8 * rows * groups
+        low = scratch.data_ptr()
+        task.low, task.high, task.sums = low, low + halves, low + 2 * halves
+        task.unit = low + 2 * halves + sums
         if bias_O is not None:
             task.bias = bias_O.data_ptr()
         self.compiled.run("halve", task, most_threads=1 + rows // ROWS_A_THREAD)
