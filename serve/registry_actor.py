@@ -32,6 +32,10 @@ ANSWER_WITHIN_S = 2.0
 """The longest that a request waits for its claim: then it runs without."""
 CONNECT_AGAIN_S = 1.0
 ABORT_AGAIN_S, ABORT_TRIES = 0.02, 25
+TELL_EVERY_S = 0.2
+"""A replica tells of fresh ids so often at most: what began and ended in between costs nothing."""
+FOUND_WITHIN_S = 2 * TELL_EVERY_S
+"""An abort waits so long for an id of which the registry may hear still."""
 
 
 class RegistryActor:
@@ -65,9 +69,11 @@ class RegistryActor:
 
     async def abort(self, request_id: str) -> bool:
         """Have the replica that runs a request abort it; False if none does."""
-        owner = self._registry.abort(request_id)
-        if owner is None:
-            return False
+        gives_up_s = time.monotonic() + FOUND_WITHIN_S
+        while (owner := self._registry.abort(request_id)) is None:
+            if time.monotonic() > gives_up_s:
+                return False
+            await asyncio.sleep(ABORT_AGAIN_S)
         self._wake(owner)
         return True
 
@@ -248,6 +254,7 @@ class Claims:
         await _within(actor.greet.remote(self._replica, told), SILENT_S)
         self._actor = actor
         self._known.set()
+        self._began = {key: it for key, it in self._began.items() if told.get(key) != it}
         for request_id in told.keys() - self._running.keys():  # ended meanwhile
             self._end(request_id, told[request_id])
 
@@ -256,13 +263,14 @@ class Claims:
         return await _within(answer, POLL_S + SILENT_S)
 
     async def _tell(self) -> None:
-        """Send what began and ended, all that came together in one call, in order."""
+        """Send what began and ended, all that came together in one call."""
         while True:
             await self._news.wait()
+            await asyncio.sleep(TELL_EVERY_S)
             self._news.clear()
-            began, self._began = self._began, {}
-            ended, self._ended = self._ended, {}
-            if self._actor is None:
+            began, ended = _apart(self._began, self._ended)
+            self._began, self._ended = {}, {}
+            if self._actor is None or not (began or ended):
                 continue  # a new registry is told what runs then
             try:
                 await _within(self._actor.note.remote(self._replica, began, ended))
@@ -270,6 +278,14 @@ class Claims:
                 self._began, self._ended = began | self._began, ended | self._ended
                 self._news.set()
                 await asyncio.sleep(CONNECT_AGAIN_S)
+
+
+def _apart(
+    began: Mapping[str, Ticket], ended: Mapping[str, Ticket]
+) -> tuple[dict[str, Ticket], dict[str, Ticket]]:
+    """What began and runs still, and what ended that began before."""
+    both = began.items() & ended.items()
+    return dict(began.items() - both), dict(ended.items() - both)
 
 
 async def _within(answer: Awaitable[Any], within_s: float = ANSWER_WITHIN_S) -> Any:

@@ -220,8 +220,11 @@ def test_the_headers_id_aborts_a_text_that_went_on_elsewhere(trio: Trio, name: s
 
 
 @NAMES
-def test_an_abort_while_nobody_has_the_text_ends_it_too(trio: Trio, name: str) -> None:
+def test_an_abort_while_nobody_has_the_text_ends_it_too(
+    trio: Trio, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The dead replica is still listed; the next one takes its time to take over."""
+    monkeypatch.setattr("serve.registry_actor.TELL_EVERY_S", 0.0)  # it dies before it would tell
 
     async def use(stub: Stub) -> None:
         trio.replicas[0].dies_at = 4

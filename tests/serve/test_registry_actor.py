@@ -11,7 +11,7 @@ import ray.exceptions
 from gptmoe.errors import AlreadyRunning, NotFound, Unavailable
 from serve import registry_actor
 from serve.names import ALONE, Ticket
-from serve.registry_actor import Claims, RegistryActor
+from serve.registry_actor import TELL_EVERY_S, Claims, RegistryActor
 
 from .near_registry import Handle, until
 
@@ -84,6 +84,26 @@ def test_an_abort_reaches_any_replica_from_any_other() -> None:
         await cluster.calls("note", 2)
         with pytest.raises(NotFound, match="no request 'fresh' is running; it may have ended"):
             await cluster.replicas["a"].abort("fresh")
+
+    on_cluster(scenario)
+
+
+def test_what_begins_and_ends_at_once_is_not_told_and_an_abort_waits_for_what_will_be() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        short, long = cluster.replicas["a"], cluster.replicas["b"]
+        for number in range(9):
+            short.note(str(number))
+            short.let_go(str(number))
+        long.note("fresh")
+        assert "note" not in cluster.handle.calls
+        await cluster.replicas["c"].abort("fresh")
+        await until(lambda: cluster.aborted["b"] == ["fresh"])
+        await asyncio.sleep(TELL_EVERY_S)
+        assert cluster.handle.calls.count("note") == 1
+        short.note("9")
+        await cluster.calls("note", 2)
+        short.let_go("9")
+        await cluster.calls("note", 3)
 
     on_cluster(scenario)
 
