@@ -147,7 +147,8 @@ async def _stream(client: AsyncClient, asked: str) -> int:
 async def _ask(client: AsyncClient, found: Found) -> None:
     found.asked += 1
     try:
-        found.tokens += await _stream(client, prompt())
+        tokens = await _stream(client, prompt())  # others add to the sum meanwhile
+        found.tokens += tokens
         found.answered += 1
     except GenerationError as error:
         if error.code == "RESOURCE_EXHAUSTED":
