@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +17,16 @@ sys.path.insert(0, str(Path(__file__).parents[3]))  # a script's own folder is a
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
-from gptmoe.model.spec import ModelSpec
 from serve.bridge import EngineThread
 from tests.bench import decoding
-
-
-def spec_with(experts: int) -> ModelSpec:
-    """Experts on every layer, as Mixtral has them."""
-    return ModelSpec(
-        num_layers=shape.LAYERS,
-        d_model=shape.D_MODEL,
-        num_heads=shape.HEADS,
-        d_ff=shape.D_FF,
-        vocab_size=shape.VOCABULARY,
-        max_seq_len=shape.CONTEXT,
-        num_experts=(experts,) * shape.LAYERS,
-        expert_interval=1,
-        init_std=0.02,
-    )
 
 
 class Served:
     """The engine in its thread."""
 
     def __init__(self, experts: int, together: int) -> None:
-        spec = spec_with(experts)
+        everywhere = (experts,) * shape.LAYERS  # as Mixtral has them
+        spec = replace(decoding.spec_with(0), num_experts=everywhere, expert_interval=1)
         model = decoding.loaded(spec, decoding.random_state(spec), torch.bfloat16)
         self._engine = EngineThread(model.engine(EngineConfig(max_batch_size=together)))
 
