@@ -7,7 +7,6 @@ with running(config) as endpoints:
 import dataclasses
 import re
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from .config import ServeConfig
 from .edge.actor import Edges
 from .edge.server import server_credentials
 from .keys import Keys, first_token
+from .ports import choose_ports
 
 SERVICER = "serve.proxy.add_services"
 _POLL_S = 0.2
@@ -129,20 +129,6 @@ def check_doors(config: ServeConfig) -> None:
         server_credentials(config.edge)
 
 
-def choose_ports(config: ServeConfig, *, check: bool) -> ServeConfig:
-    """Put free ports in place of 0; with `check`, ConfigError if a port is in use here."""
-    http_port, grpc_port, edge = config.http_port, config.grpc_port, config.edge
-    if check or not http_port:
-        http_port = free_port(config.host, http_port)
-    if not edge.only and (check or not grpc_port):
-        grpc_port = free_port("", grpc_port)
-    edge_port = edge.wanted_port
-    if edge_port is not None and (check or not edge_port):
-        edge_port = free_port(edge.host, edge_port)
-    edge = dataclasses.replace(edge, port=edge_port)
-    return dataclasses.replace(config, http_port=http_port, grpc_port=grpc_port, edge=edge)
-
-
 def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
     """Start Ray Serve; where it runs already its ports stay, and come back in the config.
 
@@ -227,19 +213,6 @@ def remove(name: str, cluster: local.Session) -> None:
     ray.serve.delete(name)
     if not cluster.local and not ray.serve.status().applications:
         ray.serve.shutdown()
-
-
-def free_port(host: str, port: int) -> int:
-    """The port if it is free here, some free one for 0. Raises ConfigError if it is in use."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        with socket.create_server((host, port), family=family) as probe:
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host or 'any address'}, port {port} ({error.strerror}); "
-            "choose another port, or 0 for a free one"
-        ) from None
 
 
 def last_line(message: str) -> str:

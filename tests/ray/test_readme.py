@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.launch import free_port
+from serve.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 WITHIN_S = 900
@@ -29,7 +29,9 @@ def blocks() -> list[str]:
 
 def on_free_ports(block: str) -> str:
     """The block with ports that nobody else uses: the only change to it."""
-    http_port, grpc_port, edge_port = (free_port(host, 0) for host in ("127.0.0.1", "", ""))
+    http_port = free_port("127.0.0.1")
+    grpc_port = free_port("", besides={http_port})
+    edge_port = free_port("", besides={http_port, grpc_port})
     served = re.search(r"^gptmoe serve .*(?= &$)", block, re.M)
     assert served
     words = f"{served[0]} grpc_port={grpc_port} http_port={http_port}"

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.serve._private.utils import is_grpc_enabled
 
 from gptmoe.errors import ClusterError, ConfigError
 from serve.command import announced, main
@@ -20,12 +18,10 @@ from serve.launch import (
     Endpoints,
     await_answer,
     check_threads,
-    choose_ports,
-    free_port,
-    grpc_options,
     last_line,
     running,
 )
+from serve.ports import free_port
 
 ENDPOINTS = Endpoints(
     name="gptmoe",
@@ -86,25 +82,6 @@ def test_people_read_where_the_edge_is(capsys: pytest.CaptureFixture[str]) -> No
     assert "gRPC       " not in out
 
 
-def test_ports_of_the_edge() -> None:
-    def chosen(**edge: Any) -> ServeConfig:
-        config = ServeConfig(
-            checkpoint=Path("x"), http_port=0, grpc_port=0, edge=EdgeConfig(**edge)
-        )
-        return choose_ports(config, check=True)
-
-    assert chosen().edge.port is None
-    assert chosen(port=0).edge.port
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1, port {port}"):
-            chosen(port=port)
-    only = chosen(port=0, only=True)
-    assert only.grpc_port == 0, "no port is taken that is not opened"
-    assert not is_grpc_enabled(grpc_options(only))
-    assert is_grpc_enabled(grpc_options(chosen(port=0)))
-
-
 def test_programs_read_one_line_of_json_or_a_file_that_goes_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,27 +98,6 @@ def test_a_state_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--state-file .* cannot be written"):  # noqa: SIM117
         with announced(ENDPOINTS, options(state_file=file), sys.stdout):
             pytest.fail("must not get here")
-
-
-def test_ports_are_free_or_named() -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", free_port("127.0.0.1", 0)))
-        server.listen()
-        port = server.getsockname()[1]
-        for host in ("", "127.0.0.1"):
-            with pytest.raises(ConfigError, match=f"port {port} .*choose another port, or 0"):
-                free_port(host, port)
-
-
-def test_ports_in_use_stop_the_command_unless_it_joins_a_cluster() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        config = ServeConfig(checkpoint=Path("a"), http_port=port, grpc_port=0)
-        with pytest.raises(ConfigError, match=f"port {port} "):
-            choose_ports(config, check=True)
-        chosen = choose_ports(config, check=False)
-        assert chosen.http_port == port
-        assert chosen.grpc_port > 0
 
 
 def test_keys_and_certificates_are_looked_at_before_a_cluster_starts(
@@ -164,7 +120,7 @@ def test_keys_and_certificates_are_looked_at_before_a_cluster_starts(
 
 
 def test_a_port_that_does_not_answer_is_not_waited_for_without_end() -> None:
-    target = f"127.0.0.1:{free_port('127.0.0.1', 0)}"
+    target = f"127.0.0.1:{free_port('127.0.0.1')}"
     with pytest.raises(ClusterError, match=f"gRPC at {target} does not answer: UNAVAILABLE"):
         await_answer(target, "gptmoe", within_s=0.1)
 
