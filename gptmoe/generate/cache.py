@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gptmoe.model.spec import ModelSpec
 
+from .kernels.workspace import Workspace
 from .plan import SlotCopy, SlotSpan
 
 FIRST_SEGMENT = 128
@@ -53,6 +54,7 @@ class KVCache:
         self.dtype = dtype
         self.device = device
         self.segments: list[Segment] = []
+        self.workspace = Workspace()
         self._written = [0] * slots  # positions of each slot that may hold anything but zeros
 
     def reserve(self, tokens: int) -> int:

@@ -18,6 +18,7 @@ from gptmoe.model.residual_moe import Mix
 from gptmoe.model.routing import LinearRouter
 from gptmoe.model.transformer import GPT
 
+from .fused import fuse
 from .kernels.plain import PlainWeight, kernels_of_mapped
 from .kernels.router_weight import router_weight
 from .packed_weight import can_pack, packed_weight
@@ -48,6 +49,7 @@ def pack(network: GPT, *, head: bool = True, experts: bool = True) -> bool:
             module.experts = PackedExperts(held, dtype) if experts else mapped_experts(held)
     # Packed products see to their rows; in float32 it is cheaper to have enough from the start.
     network.fixed_rows = dtype != torch.bfloat16
+    fuse(network)
     return True
 
 

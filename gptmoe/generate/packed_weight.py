@@ -14,6 +14,7 @@ from .kernels.few_rows import MOST_ROWS, FewRows, few_rows
 from .kernels.library import kernels
 from .kernels.pages import on_huge_pages
 from .kernels.plain import plain_weight
+from .kernels.rows import gelu_
 
 
 class PackedWeight(ServedWeight):
@@ -46,6 +47,10 @@ class PackedWeight(ServedWeight):
             return self._of_many(x, bias)
         y_RO = self._of_many(_filled_up(x.flatten(0, -2)), bias)[:rows]
         return y_RO.view(*x.shape[:-1], -1)
+
+    def activated(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See ServedWeight.activated."""
+        return gelu_(self.product(x, bias))
 
     def _of_many(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self, bias, "none", [], "")

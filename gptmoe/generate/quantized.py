@@ -30,7 +30,9 @@ from gptmoe.model.routing import LinearRouter
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 
+from .fused import fuse
 from .kernels.few_bits import FewBits, few_bits
+from .kernels.rows import gelu_
 from .packed import SeparateExperts, pack_router
 from .packed_weight import can_pack
 
@@ -101,6 +103,7 @@ def quantize(network: GPT, weights: Weights) -> None:
         elif isinstance(module, MoE):
             module.experts = QuantizedExperts(module.experts, make)
     network.fixed_rows = False
+    fuse(network)
 
 
 def check(spec: ModelSpec, weights: Weights, dtype: torch.dtype, device: torch.device) -> None:
@@ -139,7 +142,7 @@ class QuantizedExperts(SeparateExperts[Held]):
 
 def _linear(x: Tensor, weight: Held, bias_O: Tensor, *, gelu: bool) -> Tensor:
     y = weight.product(x, bias_O)
-    return F.gelu(y, approximate="tanh") if gelu else y
+    return gelu_(y) if gelu else y
 
 
 def _int8(weight_OI: Tensor, dtype: torch.dtype) -> Held:

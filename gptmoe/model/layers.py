@@ -33,13 +33,16 @@ class ServedWeight(nn.Parameter):
         """x W^T + b in the type of x; x has any leading dimensions."""
         raise NotImplementedError
 
+    def activated(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """GELU (tanh form) of the product."""
+        return F.gelu(self.product(x, bias), approximate="tanh")
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
     """x W^T + b in the type of x, W [out, in]; `gelu` applies GELU (tanh form, as in GPT-2)."""
     if isinstance(weight, ServedWeight):
-        y = weight.product(x, bias)
-    else:
-        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return weight.activated(x, bias) if gelu else weight.product(x, bias)
+    y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     return F.gelu(y, approximate="tanh") if gelu else y
 
 

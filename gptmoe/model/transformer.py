@@ -63,15 +63,19 @@ class Block(nn.Module):
         self, x_BTD: Tensor, groups: Groups, attend: Attend, drop: Drop
     ) -> Pausing[tuple[Tensor, Routing | None]]:
         """The layer; it pauses while rows travel to experts and back."""
-        attended_BTD = self.attention(self.norm_attention(x_BTD), self.layer, attend)
-        x_BTD = x_BTD + drop(attended_BTD, self.layer, "attention")
-        h_BTD = self.norm_ffn(x_BTD)
+        x_BTD, h_BTD = self.attended(x_BTD, attend, drop)
         routing = None
         if isinstance(self.ffn, MoE):
             out_BTD, routing = yield from self.ffn.steps(h_BTD, groups.in_layer(self.layer))
         else:
             out_BTD = self.ffn(h_BTD)
         return x_BTD + drop(out_BTD, self.layer, "ffn"), routing
+
+    def attended(self, x_BTD: Tensor, attend: Attend, drop: Drop) -> tuple[Tensor, Tensor]:
+        """x + attention(norm(x)), and its norm: the half of the layer before its ffn."""
+        attended_BTD = self.attention(self.norm_attention(x_BTD), self.layer, attend)
+        x_BTD = x_BTD + drop(attended_BTD, self.layer, "attention")
+        return x_BTD, self.norm_ffn(x_BTD)
 
 
 class GPT(nn.Module):

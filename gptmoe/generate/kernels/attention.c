@@ -12,12 +12,13 @@ typedef struct {
 } Place;
 
 typedef struct {
+    int64_t next, threads, stored;
     const uint16_t *q, *keys, *values; /* of the rows; `stride` numbers from row to row */
     uint16_t *out;                     /* [R, H, width] */
     const Place *places;               /* [R] */
     const Segment *segments;
     float *scratch; /* for each thread `most_keys` numbers */
-    int64_t next, threads, layer, rows, heads, width, stride, num_segments, slots, most_keys;
+    int64_t layer, rows, heads, width, stride, num_segments, slots, most_keys;
 } Attention;
 
 /* Where the keys or values of a head of a slot begin. */
@@ -32,7 +33,7 @@ static inline uint16_t *head_of(
 void store(Attention *task)
 {
     int64_t row, bytes = task->width * 2;
-    while ((row = next_piece(&task->next)) < task->rows) {
+    while ((row = next_piece(&task->stored)) < task->rows) {
         Place place = task->places[row];
         for (int64_t s = 0; s < task->num_segments; s++) {
             const Segment *segment = task->segments + s;
@@ -49,22 +50,6 @@ void store(Attention *task)
             }
         }
     }
-}
-
-/* e^x for x <= 0: 2^n 2^f with f in -0.5 .. 0.5 by its series up to f^6. */
-static inline floats exponential(floats x)
-{
-    floats scaled = x * 1.44269504088896341f;
-    words fits = (words)(scaled > -126.0f);
-    scaled = (floats)((fits & (words)scaled) | (~fits & (words)((floats){} - 126.0f)));
-    integers whole = __builtin_convertvector(scaled - 0.5f, integers); /* to nearest, as x <= 0 */
-    floats f = scaled - __builtin_convertvector(whole, floats);
-    const float factors[] = {1.3333558146428443e-3f, 9.618129107628477e-3f, 5.550410866482158e-2f,
-                             2.402265069591007e-1f,  6.931471805599453e-1f, 1.0f};
-    floats series = (floats){} + 1.5403530393381608e-4f;
-    for (int i = 0; i < 6; i++)
-        series = plus_product((floats){} + factors[i], series, f);
-    return series * (floats)((whole + 127) << 23);
 }
 
 /* softmax(q k^T / sqrt(width)) v over the keys up to the row's position, for one head. */

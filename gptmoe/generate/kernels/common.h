@@ -78,6 +78,22 @@ static inline float sum_of(floats x)
     return x[0];
 }
 
+/* e^x for x <= 0: 2^n 2^f with f in -0.5 .. 0.5 by its series up to f^6. */
+static inline floats exponential(floats x)
+{
+    floats scaled = x * 1.44269504088896341f;
+    words fits = (words)(scaled > -126.0f);
+    scaled = (floats)((fits & (words)scaled) | (~fits & (words)((floats){} - 126.0f)));
+    integers whole = __builtin_convertvector(scaled - 0.5f, integers); /* to nearest, as x <= 0 */
+    floats f = scaled - __builtin_convertvector(whole, floats);
+    const float factors[] = {1.3333558146428443e-3f, 9.618129107628477e-3f, 5.550410866482158e-2f,
+                             2.402265069591007e-1f,  6.931471805599453e-1f, 1.0f};
+    floats series = (floats){} + 1.5403530393381608e-4f;
+    for (int i = 0; i < 6; i++)
+        series = plus_product((floats){} + factors[i], series, f);
+    return series * (floats)((whole + 127) << 23);
+}
+
 static inline int64_t next_piece(int64_t *counter)
 {
     return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);

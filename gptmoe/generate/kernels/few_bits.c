@@ -10,6 +10,7 @@
 #define LARGEST 32639 /* 127 * 256 + 127: of two bytes with signs */
 
 typedef struct {
+    int64_t next;
     const words *weight;   /* 8 bits: [B, Q, WIDE], 4 bits: [B, Q / 2, WIDE]; 4 inputs of each output,
                               and 4 more in the upper halves */
     const uint16_t *scale; /* [B, G, 64] */
@@ -19,7 +20,7 @@ typedef struct {
     float *unit;           /* [R] */
     const uint16_t *bias;  /* [O] or null */
     uint16_t *out;         /* [R, O] */
-    int64_t next, blocks, quads, group, outputs, rows; /* group: its quads */
+    int64_t blocks, quads, group, outputs, rows; /* group: its quads */
 } FewBits;
 
 /* Take x apart. */

@@ -9,13 +9,17 @@ G groups of inputs.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .library import FewBitsTask, Kernels, kernels
+from . import tasks
+from .library import Kernels, kernels
 from .pages import on_huge_pages
+from .program import Program
+from .workspace import MOST_ROWS
 
 VECTORS, LANES, QUAD = 4, 16, 4
 """As in few_bits.c: vectors of a block of outputs, their outputs, inputs of one instruction."""
@@ -33,8 +37,9 @@ class FewBits:
     """bfloat16 [B, G, V, L]."""
     compiled: Kernels
     kernel: str
-    task: FewBitsTask
+    task: tasks.FewBits
     """What is the same in all products."""
+    most_rows: ClassVar[int] = MOST_ROWS
 
     @property
     def num_bytes(self) -> int:
@@ -44,21 +49,33 @@ class FewBits:
     def product(self, x: Tensor, bias_O: Tensor | None = None) -> Tensor:
         """x W^T + b; x has any leading dimensions."""
         x, outputs = x.contiguous(), self.task.outputs
+        out = x.new_empty(*x.shape[:-1], outputs)
+        task, _scratch = self._task(x, out, bias_O)
+        self.compiled.run("halve", task, most_threads=1 + task.rows // ROWS_A_THREAD)
+        self.compiled.run(self.kernel, task)
+        return out
+
+    def enter(self, program: Program, x: Tensor, out: Tensor, bias_O: Tensor) -> None:
+        """See Enters."""
+        task, scratch = self._task(x, out, bias_O)
+        program.keep(scratch)
+        program.add("halve", task)
+        program.add(self.kernel, tasks.FewBits.from_buffer_copy(task))
+
+    def _task(self, x: Tensor, out: Tensor, bias_O: Tensor | None) -> tuple[tasks.FewBits, Tensor]:
+        """And the memory in which x is taken apart."""
         inputs = x.shape[-1]
         rows = x.numel() // inputs
-        out = x.new_empty(*x.shape[:-1], outputs)
         halves, sums = rows * inputs, 8 * rows * (self.task.quads // self.task.group)
         scratch = torch.empty(2 * halves + sums + 4 * rows, dtype=torch.uint8)
-        task = FewBitsTask.from_buffer_copy(self.task)
+        task = tasks.FewBits.from_buffer_copy(self.task)
         task.x, task.out, task.rows = x.data_ptr(), out.data_ptr(), rows
         low = scratch.data_ptr()
         task.low, task.high, task.sums = low, low + halves, low + 2 * halves
         task.unit = low + 2 * halves + sums
         if bias_O is not None:
             task.bias = bias_O.data_ptr()
-        self.compiled.run("halve", task, most_threads=1 + rows // ROWS_A_THREAD)
-        self.compiled.run(self.kernel, task)
-        return out
+        return task, scratch
 
 
 def few_bits(value_OI: Tensor, scale_OG: Tensor, bits: int) -> FewBits | None:
@@ -83,7 +100,7 @@ def few_bits(value_OI: Tensor, scale_OG: Tensor, bits: int) -> FewBits | None:
     )
     scales = scale_BVLG.permute(0, 3, 1, 2).contiguous()
     on_huge_pages(values.data_ptr(), values.nbytes)
-    task = FewBitsTask(
+    task = tasks.FewBits(
         weight=values.data_ptr(),
         scale=scales.data_ptr(),
         blocks=len(values),

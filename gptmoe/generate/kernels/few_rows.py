@@ -10,11 +10,14 @@ Letters: R rows, I inputs, O outputs.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .library import Kernels, Product, kernels
+from .library import Kernels, kernels
+from .program import Program
+from .tasks import Product
 
 BLOCK = 64
 """Outputs that oneDNN packs together."""
@@ -35,17 +38,25 @@ class FewRows:
     compiled: Kernels
     task: Product
     """What is the same in all products."""
+    most_rows: ClassVar[int] = MOST_ROWS
 
     def product(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """x W^T + b in bfloat16; x has any leading dimensions."""
         x, outputs = x.contiguous(), self.task.outputs
         out = x.new_empty(*x.shape[:-1], outputs)
+        self.compiled.run("product", self._task(x, out, bias_O))
+        return out
+
+    def enter(self, program: Program, x: Tensor, out: Tensor, bias_O: Tensor) -> None:
+        """See Enters."""
+        program.add("product", self._task(x, out, bias_O))
+
+    def _task(self, x: Tensor, out: Tensor, bias_O: Tensor | None) -> Product:
         task = Product.from_buffer_copy(self.task)
         task.x, task.out, task.rows = x.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1]
         if bias_O is not None:
             task.bias = bias_O.data_ptr()
-        self.compiled.run("product", task)
-        return out
+        return task
 
 
 def few_rows(

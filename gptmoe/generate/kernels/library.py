@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from .tasks import Calls, Task
+
 SOURCES = Path(__file__).parent
 FLAGS = (
     "-std=gnu11",
@@ -35,77 +37,35 @@ KERNELS = (
     "scores",
     "store",
     "attend",
+    "norm",
+    "gelu",
 )
 
 log = logging.getLogger(__name__)
 
-_Address, _Number = ctypes.c_void_p, ctypes.c_int64
-
-
-class Product(ctypes.Structure):
-    """The task of `product`, as in product.c."""
-
-    _fields_ = (
-        *((name, _Address) for name in ("weight", "x", "bias", "out")),
-        *((name, _Number) for name in ("next", "blocks", "pairs", "chunk", "outputs", "rows")),
-    )
-
-
-class Plain(ctypes.Structure):
-    """The task of `plain_product`, as in plain.c."""
-
-    _fields_ = (
-        *((name, _Address) for name in ("weight", "x", "bias", "out")),
-        *((name, _Number) for name in ("next", "rows", "outputs", "inputs")),
-    )
-
-
-class FewBitsTask(ctypes.Structure):
-    """The task of `halve`, `product8` and `product4`, as in few_bits.c."""
-
-    _fields_ = (
-        *((name, _Address) for name in ("weight", "scale", "x", "low", "high", "sums", "unit")),
-        *((name, _Address) for name in ("bias", "out")),
-        *((name, _Number) for name in ("next", "blocks", "quads", "group", "outputs", "rows")),
-    )
-
-
-class Scores(ctypes.Structure):
-    """The task of `scores`, as in scores.c."""
-
-    _fields_ = (
-        *((name, _Address) for name in ("weight", "x", "out")),
-        *((name, _Number) for name in ("next", "rows", "outputs", "inputs")),
-    )
-
-
-class Attention(ctypes.Structure):
-    """The task of `store` and `attend`, as in attention.c."""
-
-    _fields_ = (
-        *((name, _Address) for name in ("q", "keys", "values", "out", "places", "segments")),
-        ("scratch", _Address),
-        *((name, _Number) for name in ("next", "threads", "layer", "rows", "heads", "width")),
-        *((name, _Number) for name in ("stride", "num_segments", "slots", "most_keys")),
-    )
-
-
-Task = Product | Plain | FewBitsTask | Scores | Attention
-
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The library's functions, and what calls one on all threads."""
+    """The library's functions, and what calls one on all threads of torch's pool: a second pool
+    would fight with it."""
 
     addresses: Mapping[str, int]
     """By name; one is missing where the processor has not got its instructions."""
     start: Callable[[int, object, int, int], None]
+    """The pool's own function."""
+    start_program: Callable[[object, int], None]
+    pool: tuple[int, int]
+    """Where the pool's functions lie: to start, and to wait for each other."""
 
     def run(self, name: str, task: Task, most_threads: int = 2**31) -> None:
-        """Call a kernel on the threads of torch's pool: a second pool would fight with it."""
+        """Call a kernel."""
         task.next = 0
         threads = min(torch.get_num_threads(), most_threads)
         self.start(self.addresses[name], ctypes.byref(task), threads, 0)
+
+    def run_program(self, calls: Calls) -> None:
+        """Call its kernels one after the other."""
+        self.start_program(ctypes.byref(calls), torch.get_num_threads())
 
 
 @functools.cache
@@ -116,16 +76,17 @@ def kernels() -> Kernels | None:
         log.info("torch has no GNU OpenMP here; bfloat16 is decoded by torch's own kernels, slower")
         return None
     try:
-        library = ctypes.CDLL(str(built()))
-        start = ctypes.CDLL(str(pools[0])).GOMP_parallel
+        library, pool = ctypes.CDLL(str(built())), ctypes.CDLL(str(pools[0]))
+        start, meet = pool.GOMP_parallel, pool.GOMP_barrier
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         log.info("%s; bfloat16 is decoded by torch's own kernels, slower", error)
         return None
-    start.restype = None
-    start.argtypes = (_Address, _Address, ctypes.c_uint, ctypes.c_uint)
+    start.restype, library.run_program.restype = None, None
+    start.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    library.run_program.argtypes = (ctypes.c_void_p, ctypes.c_uint)
     functions = {name: getattr(library, name) for name in KERNELS if hasattr(library, name)}
-    addresses = {name: ctypes.cast(found, _Address).value for name, found in functions.items()}
-    return Kernels({name: address for name, address in addresses.items() if address}, start)
+    addresses = {name: _address(found) for name, found in functions.items()}
+    return Kernels(addresses, start, library.run_program, (_address(start), _address(meet)))
 
 
 def built(folder: Path = SOURCES / "__pycache__") -> Path:
@@ -152,6 +113,10 @@ def built(folder: Path = SOURCES / "__pycache__") -> Path:
         raise OSError(f"{compiler} cannot compile the kernels: {done.stderr.strip()[-500:]}")
     draft.replace(library)  # at once: other processes may be looking for it
     return library
+
+
+def _address(function: object) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0  # type: ignore[arg-type]
 
 
 def _digest(compiler: str) -> str:

@@ -11,11 +11,12 @@
 #define AHEAD 512 /* bytes that are asked for before they are needed */
 
 typedef struct {
+    int64_t next;
     const uint16_t *weight; /* [O, I] */
     const uint16_t *x;      /* [R, I] */
     const uint16_t *bias;   /* [O] or null */
     uint16_t *out;          /* [R, O] */
-    int64_t next, rows, outputs, inputs;
+    int64_t rows, outputs, inputs;
 } Plain;
 
 /* Some rows, `output` and those after it that are APART. Each lane has a sum in order of the inputs,

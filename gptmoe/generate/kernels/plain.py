@@ -7,14 +7,20 @@ the mapped file, where only those that are asked for take memory.
 Letters: R rows, I inputs, O outputs, E experts.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gptmoe.model.layers import ServedWeight
 
-from .library import Kernels, Plain, kernels
+from .library import Kernels, kernels
 from .pages import on_huge_pages
+from .program import Program
+from .rows import gelu_
+from .tasks import Plain
+from .workspace import MOST_ROWS
 
 LANES = 32
 """Numbers of the widest instruction."""
@@ -29,6 +35,7 @@ class PlainWeight(ServedWeight):
     compiled: Kernels
     task: Plain
     """What is the same in all products."""
+    most_rows: ClassVar[int] = MOST_ROWS
 
     def __new__(cls, weight_OI: Tensor, compiled: Kernels) -> "PlainWeight":
         values = _filled_up(weight_OI.detach())
@@ -45,12 +52,23 @@ class PlainWeight(ServedWeight):
         """See ServedWeight.product."""
         x = _filled_up(x)
         out = x.new_empty(*x.shape[:-1], self.task.outputs)
+        self.compiled.run("plain_product", self._task(x, out, bias))
+        return out
+
+    def activated(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """See ServedWeight.activated."""
+        return gelu_(self.product(x, bias))
+
+    def enter(self, program: Program, x: Tensor, out: Tensor, bias_O: Tensor) -> None:
+        """See Enters."""
+        program.add("plain_product", self._task(x, out, bias_O))
+
+    def _task(self, x: Tensor, out: Tensor, bias_O: Tensor | None) -> Plain:
         task = Plain.from_buffer_copy(self.task)
         task.x, task.out, task.rows = x.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1]
-        if bias is not None:
-            task.bias = bias.data_ptr()
-        self.compiled.run("plain_product", task)
-        return out
+        if bias_O is not None:
+            task.bias = bias_O.data_ptr()
+        return task
 
 
 def plain_weight(weight_OI: Tensor) -> PlainWeight | None:

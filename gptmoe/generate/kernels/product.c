@@ -5,12 +5,13 @@
 #define MOST 4 /* rows that share the reading of a block */
 
 typedef struct {
+    int64_t next;
     const words *weight;  /* [B, P, WIDE]: for each pair of inputs, two numbers of each output, 64
                              outputs together: as oneDNN packs */
     const uint32_t *x;    /* [R, P] */
     const uint16_t *bias; /* [O] or null */
     uint16_t *out;        /* [R, O] */
-    int64_t next, blocks, pairs, chunk, outputs, rows;
+    int64_t blocks, pairs, chunk, outputs, rows;
 } Product;
 
 #ifdef __AVX512BF16__

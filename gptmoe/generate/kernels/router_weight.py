@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gptmoe.model.layers import ServedWeight
 
-from .library import Kernels, Scores, kernels
+from .library import Kernels, kernels
+from .tasks import Scores
 
 LANES = 16
 """Inputs of the widest instruction."""

@@ -15,7 +15,8 @@ from torch import Tensor
 from gptmoe.generate.cache import KVCache
 from gptmoe.generate.plan import SlotSpan
 
-from .library import Attention, Kernels, kernels
+from .library import Kernels, kernels
+from .tasks import Attention
 
 LANES = 16
 """Pairs of numbers of a head that the kernel takes at once, and keys."""
@@ -38,7 +39,7 @@ class RowAttend:
     """
 
     def __init__(self, cache: KVCache, spans: Sequence[SlotSpan], compiled: Kernels) -> None:
-        self._compiled, self._first_layer = compiled, cache.layers.start
+        self.cache, self.compiled = cache, compiled
         places = [(s.slot, s.start + offset) for s in spans for offset in range(s.count)]
         self._place_R2 = np.array(places, np.int64)
         count = cache.reserve(1 + max(position for _, position in places))
@@ -48,12 +49,9 @@ class RowAttend:
         )
         most_keys = segments[-1].first + segments[-1].size
         self._scratch = torch.empty(torch.get_num_threads(), most_keys + -most_keys % LANES)
-        self._task = Attention(
-            segments=self._segment_G4.ctypes.data,
-            scratch=self._scratch.data_ptr(),
-            num_segments=count,
-            slots=cache.slots,
-            most_keys=self._scratch.shape[1],
+        self._num_segments, self._most_keys = count, self._scratch.shape[1]
+        self._places, self._segments = (
+            array.ctypes.data for array in (self._place_R2, self._segment_G4)
         )
 
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Tensor:
@@ -62,15 +60,41 @@ class RowAttend:
         if missing := rows - len(self._place_R2):
             last = self._place_R2[-1:].repeat(missing, 0)
             self._place_R2 = np.concatenate([self._place_R2, last])
-        strides = q_BTHK.stride()
-        assert strides == k_BTHK.stride() == v_BTHK.stride()
-        assert strides[2:] == (width, 1)
+            self._places = self._place_R2.ctypes.data
         out_RHK = q_BTHK.new_empty(rows, heads, width)
-        task = self._task
-        task.q, task.keys, task.values = (x.data_ptr() for x in (q_BTHK, k_BTHK, v_BTHK))
-        task.out, task.places = out_RHK.data_ptr(), self._place_R2.ctypes.data
-        task.layer, task.stride = layer - self._first_layer, strides[1]
-        task.rows, task.heads, task.width, task.threads = rows, heads, width, 0
-        self._compiled.run("store", task, most_threads=1 + rows // ROWS_A_THREAD)
-        self._compiled.run("attend", task)
+        task = self.task(q_BTHK[0], k_BTHK[0], v_BTHK[0], out_RHK)
+        self.tell(task, layer)
+        self.compiled.run("store", task, most_threads=1 + rows // ROWS_A_THREAD)
+        self.compiled.run("attend", task)
         return out_RHK.unsqueeze(0)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the step."""
+        return len(self._place_R2)
+
+    def task(self, q_RHK: Tensor, k_RHK: Tensor, v_RHK: Tensor, out_RHK: Tensor) -> Attention:
+        """What is the same in all steps."""
+        rows, heads, width = q_RHK.shape
+        strides = q_RHK.stride()
+        assert strides == k_RHK.stride() == v_RHK.stride()
+        assert strides[1:] == (width, 1)
+        q, keys, values, out = (x.data_ptr() for x in (q_RHK, k_RHK, v_RHK, out_RHK))
+        return Attention(
+            q=q,
+            keys=keys,
+            values=values,
+            out=out,
+            rows=rows,
+            heads=heads,
+            width=width,
+            stride=strides[0],
+            slots=self.cache.slots,
+        )
+
+    def tell(self, task: Attention, layer: int) -> None:
+        """Where the rows of this step are in the cache."""
+        task.layer = layer - self.cache.layers.start
+        task.places, task.segments = self._places, self._segments
+        task.scratch, task.most_keys = self._scratch.data_ptr(), self._most_keys
+        task.num_segments = self._num_segments

@@ -7,10 +7,11 @@
 #define SOME 4 /* outputs that share the reading of a row */
 
 typedef struct {
+    int64_t next;
     const float *weight; /* [E, D] */
     const float *x;      /* [R, D] */
     float *out;          /* [R, E] */
-    int64_t next, rows, outputs, inputs;
+    int64_t rows, outputs, inputs;
 } Scores;
 
 /* A sum for each lane in order of the inputs, then over the lanes: alike for each row and output. */

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gptmoe.generate.kernels.few_rows import MOST_ROWS
-from gptmoe.generate.kernels.library import Product, kernels
+from gptmoe.generate.kernels.library import kernels
+from gptmoe.generate.kernels.tasks import Product
 from gptmoe.generate.packed_weight import PackedWeight
 from tests.gptmoe.generate.kernels.callers import check_callers_and_threads
 

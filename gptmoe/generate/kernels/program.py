@@ -1,0 +1,49 @@
+"""Kernels that run one after the other as one call: no Python lies between them."""
+
+import ctypes
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from .library import Kernels
+from .tasks import Attention, Call, Calls, Task
+
+
+class Program:
+    """Calls of kernels in order, each on all threads. Tasks may be changed between two runs."""
+
+    def __init__(self, compiled: Kernels) -> None:
+        self._compiled = compiled
+        self._tasks: list[Task] = []
+        self._kept: list[Tensor] = []
+        self._calls: list[Call] = []
+        self._all: tuple[Calls, Any] | None = None
+
+    def add(self, kernel: str, task: Task) -> None:
+        """Call this kernel next. The memory that the task names stays its owner's."""
+        counters = 3 if isinstance(task, Attention) else 1
+        address = self._compiled.addresses[kernel]
+        self._tasks.append(task)
+        self._calls.append(Call(address, ctypes.addressof(task), counters))
+        self._all = None
+
+    def keep(self, memory: Tensor) -> None:
+        """Own memory that a task names."""
+        self._kept.append(memory)
+
+    def run(self) -> None:
+        """Run all calls."""
+        if self._all is None:
+            calls = (Call * len(self._calls))(*self._calls)
+            self._all = Calls(*self._compiled.pool, ctypes.addressof(calls), len(calls)), calls
+        self._compiled.run_program(self._all[0])
+
+
+class Enters(Protocol):
+    """A weight whose products can be part of a program, up to a number of rows."""
+
+    most_rows: ClassVar[int]
+
+    def enter(self, program: Program, x: Tensor, out: Tensor, bias_O: Tensor) -> None:
+        """Add out = x W^T + b for the rows of x [R, I] and out [R, O], which lie densely."""
+        ...
