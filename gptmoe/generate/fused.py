@@ -17,7 +17,6 @@ from gptmoe.model.transformer import GPT, Block
 from gptmoe.model.turns import Pausing
 
 from .kernels.few_bits import FewBits
-from .kernels.few_rows import FewRows
 from .kernels.plain import LANES, PlainWeight
 from .kernels.program import Enters, Program
 from .kernels.row_attention import RowAttend
@@ -37,7 +36,7 @@ def fuse(network: GPT) -> None:
         if type(block) is not Block or block.attention.num_heads < spec.num_heads:
             continue  # of another stage, or sliced
         products = _products(block)
-        weights = [weight for layer in products if (weight := _entering(layer)) is not None]
+        weights = [weight for layer in products if (weight := entering(layer.weight)) is not None]
         if len(weights) == len(products):
             block.__class__ = FusedBlock
             assert isinstance(block, FusedBlock)
@@ -129,11 +128,10 @@ def layer_program(block: Block, rows: int, attend: RowAttend) -> LayerProgram:
     program.add("norm", second)
     if not isinstance(block.ffn, FeedForward):
         return LayerProgram(program, first, attending, second, None)
-    up, down = block.ffn.up, block.ffn.down
-    f_RF = lend("f", rows, len(up.bias))
-    _enter(program, up, h_RD, f_RF)
+    f_RF = lend("f", rows, len(block.ffn.up.bias))
+    _enter(program, block.ffn.up, h_RD, f_RF)
     program.add("gelu", Gelu(x=f_RF.data_ptr(), count=f_RF.numel()))
-    _enter(program, down, f_RF, y_RD)
+    _enter(program, block.ffn.down, f_RF, y_RD)
     last = Norm(x=x_RD.data_ptr(), added=y_RD.data_ptr(), rows=rows, width=d_model)
     program.add("norm", last)
     return LayerProgram(program, first, attending, second, last)
@@ -147,14 +145,15 @@ def _products(block: Block) -> list[nn.Module]:
     return found
 
 
-def _entering(layer: nn.Module) -> Enters | None:
-    """Its weight, if that can be part of a program."""
-    weight = layer.weight.few_rows if isinstance(layer.weight, PackedWeight) else layer.weight
-    return weight if isinstance(weight, FewRows | PlainWeight | FewBits) else None
+def entering(weight: object) -> Enters | None:
+    """The same weight, if it can be part of a program."""
+    if isinstance(weight, PackedWeight):
+        return weight.few_rows
+    return weight if isinstance(weight, PlainWeight | FewBits) else None
 
 
 def _enter(program: Program, layer: nn.Module, x_RI: Tensor, out_RO: Tensor) -> None:
-    weight = _entering(layer)
+    weight = entering(layer.weight)
     assert weight is not None
     assert isinstance(layer.bias, Tensor)
     weight.enter(program, x_RI, out_RO, layer.bias)

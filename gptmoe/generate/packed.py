@@ -19,6 +19,7 @@ from gptmoe.model.routing import LinearRouter
 from gptmoe.model.transformer import GPT
 
 from .fused import fuse
+from .fused_experts import entering_experts
 from .kernels.plain import PlainWeight, kernels_of_mapped
 from .kernels.router_weight import router_weight
 from .packed_weight import can_pack, packed_weight
@@ -71,6 +72,7 @@ class SeparateExperts(Experts, Generic[W]):
         del experts.down_weight
         self.up_bias = experts.up_bias
         self.down_bias = experts.down_bias
+        self.entering = entering_experts(self.up, self.down, self.up_bias, self.down_bias)
 
     @property
     def count(self) -> int:
@@ -79,10 +81,10 @@ class SeparateExperts(Experts, Generic[W]):
 
     def forward(self, rows_RD: Tensor, rows_per_expert: list[int]) -> Tensor:
         """See Experts.forward."""
-        parts = [
-            self._one(expert, rows_RD[start:end])
-            for expert, start, end in expert_spans(rows_per_expert)
-        ]
+        spans = expert_spans(rows_per_expert)
+        if self.entering and spans and self.entering.are_few(spans):
+            return self.entering.run(rows_RD.contiguous(), spans)
+        parts = [self._one(expert, rows_RD[start:end]) for expert, start, end in spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else rows_RD
 
     def _one(self, expert: int, x_RD: Tensor) -> Tensor:

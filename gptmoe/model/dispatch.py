@@ -55,7 +55,8 @@ class LocalDispatcher:
             one = [0] * routing.num_experts
             one[int(routing.expert_R)] = 1
             token_S = routing.token_R
-            return Sent(h_TD[token_S], one, token_S, routing.weight_R, len(h_TD))
+            rows_SD = h_TD if len(h_TD) == 1 else h_TD[token_S]
+            return Sent(rows_SD, one, token_S, routing.weight_R, len(h_TD))
         order_S, rows_E = sort_by_expert(routing)
         token_S = routing.token_R[order_S]
         return Sent(
@@ -100,5 +101,7 @@ def sort_by_expert(routing: Routing) -> tuple[Tensor, Tensor]:
 def weighted_sum(rows_SD: Tensor, sent: Sent) -> Tensor:
     """Sum of weight * row over the rows of each token, weighed in the weights' precision. [T, D]"""
     weighted_SD = (rows_SD * sent.weight_S.unsqueeze(-1)).to(rows_SD.dtype)
+    if len(weighted_SD) == sent.num_tokens == 1:  # a step of one sequence: nothing to add
+        return weighted_SD
     out_TD = rows_SD.new_zeros(sent.num_tokens, rows_SD.shape[-1])
     return out_TD.index_add(0, sent.token_S, weighted_SD)

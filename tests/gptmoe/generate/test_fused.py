@@ -9,13 +9,15 @@ from torch import Tensor
 
 from gptmoe.generate.cache import KVCache
 from gptmoe.generate.fused import FusedBlock
-from gptmoe.generate.kernels.few_rows import FewRows
 from gptmoe.generate.kernels.library import Kernels, kernels
 from gptmoe.generate.kernels.row_attention import RowAttend
-from gptmoe.generate.packed import pack
+from gptmoe.generate.kernels.tasks import Calls
+from gptmoe.generate.packed import SeparateExperts, pack
 from gptmoe.generate.plan import Span
 from gptmoe.generate.quantized import quantize
+from gptmoe.loaded import KEPT_WIDE
 from gptmoe.model.initialize import initialize
+from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT, Block
 
@@ -43,6 +45,9 @@ def make(form: str = "packed", d_model: int = 128, d_ff: int = 256, experts: boo
     )
     network = GPT(spec, compute_dtype=torch.bfloat16)
     initialize(network, seed=1)
+    for name, parameter in network.named_parameters():
+        if not any(part in name for part in KEPT_WIDE):
+            parameter.data = parameter.data.bfloat16()
     FORMS[form](network.requires_grad_(False))
     return network.eval()
 
@@ -82,25 +87,41 @@ def test_bits_are_those_of_the_parts(form: str, rows: int) -> None:
     assert torch.equal(steps(fused, rows), expected)
 
 
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[Calls]:
+    """Those that were run."""
+    found, own = [], Kernels.run_program
+
+    def run(self: Kernels, calls: Calls) -> None:
+        found.append(calls)
+        own(self, calls)
+
+    monkeypatch.setattr(Kernels, "run_program", run)
+    return found
+
+
 @each_form
-def test_a_step_of_few_rows_is_one_call_a_layer(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    network, programs = make(form), []
-    own = Kernels.run_program
-    monkeypatch.setattr(
-        Kernels, "run_program", lambda self, calls: (programs.append(calls), own(self, calls))
-    )
+def test_a_step_of_few_rows_is_one_call_a_layer(form: str, programs: list[Calls]) -> None:
+    network = make(form, experts=False)
     block = network.layers[0]
     assert isinstance(block, FusedBlock)
+    has_few = getattr(block.attention.qkv.weight, "few_rows", None) is not None
+    assert block.most_rows == (8 if has_few else 32)
     for rows in (1, block.most_rows):
         programs.clear()
         steps(network, rows)
         assert len(programs) == 3 * 4
-        assert programs[0].count > programs[1].count, "experts follow in every second layer"
     programs.clear()
     steps(network, block.most_rows + 1)
     assert not programs
-    few = isinstance(getattr(block.attention.qkv.weight, "few_rows", None), FewRows)
-    assert block.most_rows == (8 if few else 32)
+
+
+@each_form
+def test_a_layer_with_experts_is_two_calls(form: str, programs: list[Calls]) -> None:
+    steps(make(form), 3)
+    assert len(programs) == 3 * (1 + 2) * 2
+    dense, before_experts, _ = programs[:3]
+    assert before_experts.count < dense.count
 
 
 def test_networks_of_one_cache_do_not_meet() -> None:
@@ -133,3 +154,19 @@ def test_float32_has_no_programs() -> None:
     network = GPT(make().spec)
     pack(network.requires_grad_(False))
     assert all(type(block) is Block for block in network.layers)
+
+
+@each_form
+@pytest.mark.parametrize("counts", [[1, 0, 0, 0], [0, 2, 1, 8], [0, 33, 1, 0], [0, 0, 0, 0]])
+def test_experts_have_the_bits_of_their_parts(form: str, counts: list[int]) -> None:
+    moe = make(form).layers[1].ffn
+    assert isinstance(moe, MoE)
+    experts = moe.experts
+    assert isinstance(experts, SeparateExperts)
+    numbers = torch.Generator().manual_seed(0)
+    rows_RD = torch.randn(sum(counts), 128, generator=numbers).bfloat16()
+    assert experts.entering
+    with torch.inference_mode():
+        found = experts(rows_RD, counts)
+        experts.entering = None
+        assert torch.equal(found, experts(rows_RD, counts))
