@@ -14,6 +14,7 @@ from gptmoe.errors import ConfigError
 from .checkpoints import pinned
 from .config import ReplicasConfig, ServeConfig
 from .controller import Settings
+from .edge.keeper import keeper
 from .replica import Generator
 from .scaling import ScalingConfig, TokenPolicy
 
@@ -26,12 +27,15 @@ ELSEWHERE = ("address", "host", "http_port", "grpc_port")
 """What a Serve config file says itself."""
 
 
-def build(config: ServeConfig, num_cpus: float) -> ray.serve.Application:
+def build(
+    config: ServeConfig, num_cpus: float, *, with_edges: bool = False
+) -> ray.serve.Application:
     """Describe the application; a replica asks Ray for `num_cpus`, computes with config.threads.
 
     One whose model lies on shards asks for nothing itself: each of its shards does.
     Queues: an engine holds max_batch_size + max_queue requests and refuses the next. Ray Serve lets
     through twice as many, so that the engine is asked and its refusal heard; then it refuses too.
+    `with_edges`: a second deployment sees to them, since no command does.
     """
     replicas, health = config.replicas, config.health
     bound = 2 * (config.engine.max_batch_size + config.engine.max_queue)
@@ -48,9 +52,12 @@ def build(config: ServeConfig, num_cpus: float) -> ray.serve.Application:
         max_constructor_retry_count=2,
     )(ray.serve.ingress()(Generator))
     if replicas.min == replicas.max:
-        return deployment.options(num_replicas=replicas.max).bind(config, num_cpus)
-    scaling = autoscaling(replicas, config.scaling)
-    return deployment.options(autoscaling_config=scaling).bind(config, num_cpus)
+        deployment = deployment.options(num_replicas=replicas.max)
+    else:
+        scaling = autoscaling(replicas, config.scaling)
+        deployment = deployment.options(autoscaling_config=scaling)
+    beside = (keeper(config),) if with_edges else ()
+    return deployment.bind(config, num_cpus, *beside)
 
 
 def autoscaling(replicas: ReplicasConfig, scaling: ScalingConfig) -> AutoscalingConfig:
@@ -80,7 +87,8 @@ def from_args(args: dict[str, Any]) -> ray.serve.Application:
     """The application of a Serve config file or a RayService: `import_path: serve.app:from_args`.
 
     `args` holds the keys of ServeConfig; `name` should be the application's. Ports, host and
-    address are the file's own. A replica asks for as many CPUs as `threads` says, at least 1.
+    address are the file's own. A replica asks for as many CPUs as `threads` says, at least 1. With
+    `edge.port` every node gets an edge.
     Raises ConfigError, and CheckpointError or DataError where there is no checkpoint.
     """
     given = set(args) & set(ELSEWHERE)
@@ -90,7 +98,12 @@ def from_args(args: dict[str, Any]) -> ray.serve.Application:
             "and host (http_options, grpc_options)"
         )
     config = load_config(ServeConfig, args)
+    if config.edge.only or config.edge.port == 0:
+        raise ConfigError(
+            "args: edge.port must be a port here, the same on every node; for edge.only leave "
+            "grpc_options out of Ray Serve's own file"
+        )
     config = dataclasses.replace(
         config, checkpoint=pinned(config.checkpoint), threads=max(1, config.threads)
     )
-    return build(config, num_cpus=config.threads)
+    return build(config, config.threads, with_edges=config.edge.port is not None)

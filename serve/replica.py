@@ -60,7 +60,8 @@ class Generator(Servicer, ControlServicer, Inlet):
     The edge calls the same methods by Inlet.
     """
 
-    def __init__(self, config: ServeConfig, num_cpus: float) -> None:
+    def __init__(self, config: ServeConfig, num_cpus: float, beside: object = None) -> None:
+        """`beside` is a handle of what the application owns besides; see app.build."""
         torch.set_num_threads(config.threads)
         me = ray.serve.get_replica_context().replica_id.unique_id
         self.keys = Keys(config.auth.keys) if config.auth.keys else None

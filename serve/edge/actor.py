@@ -53,10 +53,14 @@ class Edge:
         self._server = EdgeServer(self._backend, config.edge, keys, sleeps=sleeps, log=log)
         await self._server.start()
 
-    def serving(self) -> bool:
-        """Whether it answers, and a replica does. Raises ConfigError if it cannot listen."""
+    def check(self) -> None:
+        """Raises ConfigError if it cannot listen."""
         if self._error:
             raise self._error
+
+    def serving(self) -> bool:
+        """Whether it answers, and a replica does. Raises ConfigError if it cannot listen."""
+        self.check()
         return bool(self._run(look(self._backend, stall_s=self._stall_s, sleeps=False)))
 
     def stop(self, grace_s: float) -> None:
@@ -87,6 +91,21 @@ class Edges:
         for actor in self._actors.values():
             self._await(actor)
         self._following.start()
+
+    def begin(self) -> None:
+        """Start one on each node, and do not wait for any."""
+        self._keep_up()
+        self._following.start()
+
+    def check(self) -> None:
+        """Raises ConfigError if one cannot listen. One that is silent comes back by itself."""
+        calls = [actor.check.remote() for actor in list(self._actors.values())]
+        try:
+            ray.get(calls, timeout=_START_S)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, GptMoeError) else error from None
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            log.warning("an edge does not answer reason=%s", error)
 
     def stop(self, grace_s: float) -> None:
         """Stop them all at once; running calls get `grace_s`."""

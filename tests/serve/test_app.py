@@ -74,12 +74,25 @@ def test_a_serve_config_file_of_rays_builds_it_too(monkeypatch: pytest.MonkeyPat
     assert (config.name, config.threads, num_cpus, built.num_replicas) == ("poems", 1, 1, 2)
 
 
+def test_edges_are_a_deployment_of_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "pinned", lambda location: location)
+    args = {"checkpoint": "/data/run", "edge": {"port": 9443}}
+    beside = app.from_args(args)._bound_deployment.init_args[2]
+    keeper = beside._bound_deployment
+    assert keeper.name == "Edges"
+    assert keeper.num_replicas == 1
+    assert keeper.ray_actor_options["num_cpus"] == 0
+    assert keeper.init_args[0].edge.port == 9443
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ({"checkpoint": "/a", "http_port": 1, "host": "x"}, "args: host, http_port cannot be set"),
         ({"checkpoint": "/a", "thread": 1}, "unknown config key thread; did you mean threads?"),
         ({"name": "poems"}, "key checkpoint is missing"),
+        ({"checkpoint": "/a", "edge": {"port": 0}}, "args: edge.port must be a port here"),
+        ({"checkpoint": "/a", "edge": {"only": True}}, "leave grpc_options out of"),
     ],
 )
 def test_what_such_a_file_cannot_say(args: dict[str, Any], message: str) -> None:
