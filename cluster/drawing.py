@@ -88,16 +88,16 @@ def draw_application(answer: Topologies) -> RenderableType:
 
 
 def describe_threads(answer: Topologies) -> str:
-    """What computes with how many threads; of shards also how many that are on each node.
+    """With how many threads a replica or shard computes, and how many those of a node have.
 
-    Those of a node should not be more than its cores: threads that wait for each other crawl.
+    These should not be more than its cores: threads that wait for each other crawl.
     """
     each = _many(answer.threads, "thread")
     shards = Counter(owner.node for topology in answer.topologies for owner in topology.owners)
-    if not shards:
-        return f"each replica computes with {each}"
-    nodes = (f"{count * answer.threads} on {node}" for node, count in sorted(shards.items()))
-    return f"each shard computes with {each}: {', '.join(nodes)}"
+    computing = shards or Counter(answer.nodes)
+    nodes = (f"{count * answer.threads} on {node}" for node, count in sorted(computing.items()))
+    what = "shard" if shards else "replica"
+    return f"each {what} computes with {each}: {', '.join(nodes)}".removesuffix(": ")
 
 
 def _many(count: int, what: str) -> str:

@@ -18,11 +18,11 @@ def fill(proto: ProtoMessage, value: Any) -> None:
     """Set the fields of a message; raises TypeError or ValueError for what one cannot hold."""
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
-        if isinstance(item, tuple) and item and isinstance(item[0], int):
-            getattr(proto, field.name).extend(item)
-        elif isinstance(item, tuple):
+        if isinstance(item, tuple) and item and dataclasses.is_dataclass(item[0]):
             for part in item:
                 fill(getattr(proto, field.name).add(), part)
+        elif isinstance(item, tuple):
+            getattr(proto, field.name).extend(item)
         elif isinstance(item, dict):
             getattr(proto, field.name).update(item)
         elif hasattr(item, "__dataclass_fields__"):

@@ -27,6 +27,8 @@ class Topologies:
     draining: bool = False
     threads: int = 0
     """That each replica, or each of its shards, computes with; 0: not known."""
+    nodes: tuple[str, ...] = ()
+    """Of each replica that runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -355,7 +355,7 @@ class ControlQuery(_message.Message):
     def __init__(self, every_s: _Optional[float] = ...) -> None: ...
 
 class Topologies(_message.Message):
-    __slots__ = ("application", "topologies", "replicas", "checkpoint", "version", "draining", "threads")
+    __slots__ = ("application", "topologies", "replicas", "checkpoint", "version", "draining", "threads", "nodes")
     APPLICATION_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGIES_FIELD_NUMBER: _ClassVar[int]
     REPLICAS_FIELD_NUMBER: _ClassVar[int]
@@ -363,6 +363,7 @@ class Topologies(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
     application: str
     topologies: _containers.RepeatedCompositeFieldContainer[Topology]
     replicas: int
@@ -370,7 +371,8 @@ class Topologies(_message.Message):
     version: int
     draining: bool
     threads: int
-    def __init__(self, application: _Optional[str] = ..., topologies: _Optional[_Iterable[_Union[Topology, _Mapping]]] = ..., replicas: _Optional[int] = ..., checkpoint: _Optional[str] = ..., version: _Optional[int] = ..., draining: _Optional[bool] = ..., threads: _Optional[int] = ...) -> None: ...
+    nodes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, application: _Optional[str] = ..., topologies: _Optional[_Iterable[_Union[Topology, _Mapping]]] = ..., replicas: _Optional[int] = ..., checkpoint: _Optional[str] = ..., version: _Optional[int] = ..., draining: _Optional[bool] = ..., threads: _Optional[int] = ..., nodes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("resume", "within_s")

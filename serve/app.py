@@ -13,12 +13,10 @@ from gptmoe.errors import ConfigError
 
 from .checkpoints import pinned
 from .config import ReplicasConfig, ServeConfig
-from .controller import Settings
+from .controller import DEPLOYMENT, Settings
 from .edge.keeper import keeper
 from .replica import Generator
 from .scaling import ScalingConfig, TokenPolicy
-
-DEPLOYMENT = "Generator"
 
 REPORTS_A_LOOK = 5
 """Replicas report so often in the time over which their load is averaged."""

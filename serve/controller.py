@@ -7,7 +7,7 @@ controller itself has of it, with the few values changed that are to change.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
@@ -22,6 +22,8 @@ from gptmoe.errors import ClusterError
 
 from .refusals import NotWithThis
 
+DEPLOYMENT = "Generator"
+"""The one with the model."""
 ANSWER_WITHIN_S = 20.0
 
 serve_pb2: Any = untyped
@@ -53,15 +55,22 @@ class State:
     wanted: int
     """Replicas."""
     scales_itself: bool
+    nodes: Mapping[str, str] = field(default_factory=dict)
+    """Each replica's node, by its address."""
 
     @property
     def running(self) -> int:
         """Replicas that answer."""
-        return sum(state in ("RUNNING", "UPDATING") for state in self.states.values())
+        return sum(map(self.runs, self.states))
+
+    def runs(self, replica: str) -> bool:
+        """Whether it answers."""
+        return self.states[replica] in ("RUNNING", "UPDATING")
 
 
 class Controlled:
-    """One application with one deployment. Its calls block, and raise ClusterError."""
+    """One application, of whose deployments one holds the model. Its calls block, and raise
+    ClusterError."""
 
     def __init__(self, application: str) -> None:
         self.name = application
@@ -70,20 +79,21 @@ class Controlled:
         """How the application is now."""
         return self._look()[1]
 
-    def _look(self) -> tuple[str, State]:
-        """The deployment's name, and how the application is now."""
+    def _look(self) -> tuple[list[str], State]:
+        """The deployments' names, and how the application is now."""
         applications = _ask("get_serve_instance_details")["applications"]
-        if self.name not in applications or not applications[self.name]["deployments"]:
+        found = applications.get(self.name, {"deployments": {}})
+        if DEPLOYMENT not in found["deployments"]:
             raise ClusterError(f"Ray Serve has no application {self.name} any more")
-        found = applications[self.name]
-        ((name, deployment),) = found["deployments"].items()
-        return name, State(
+        deployment = found["deployments"][DEPLOYMENT]
+        return list(found["deployments"]), State(
             settings=Settings(**deployment["deployment_config"]["user_config"]),
             status=found["status"].value,
             message=deployment["message"] or found["message"],
             states={one["replica_id"]: one["state"].value for one in deployment["replicas"]},
             wanted=deployment["target_num_replicas"],
             scales_itself=not found["external_scaler_enabled"],
+            nodes={one["replica_id"]: one.get("node_ip", "") for one in deployment["replicas"]},
         )
 
     def change(self, settings: Settings) -> None:
@@ -91,33 +101,39 @@ class Controlled:
 
         Ray Serve tells one after the other; `state` says how far it is.
         """
-        name, state = self._look()
-        route = serve_pb2.DeploymentRoute.FromString(_ask("get_deployment_info", name, self.name))
-        info = route.deployment_info
-        config = DeploymentConfig.from_proto(info.deployment_config)
-        config.user_config = asdict(settings)
-        if config.autoscaling_config is None:
-            config.num_replicas = state.wanted  # which `scale` has set beside the config
-        deployment = serve_pb2.DeploymentArgs(
-            deployment_name=name,
-            deployment_config=config.to_proto_bytes(),
-            replica_config=info.replica_config.SerializeToString(),
-            deployer_job_id=ray.get_runtime_context().get_job_id(),
-            route_prefix=route.route,
-            ingress=True,
-        )
+        names, state = self._look()
+        deployments = [self._as_it_is(name, state, settings) for name in names]
         application = serve_pb2.ApplicationArgs(external_scaler_enabled=not state.scales_itself)
         _ask(
             "deploy_applications",
-            {self.name: [deployment.SerializeToString()]},
+            {self.name: deployments},
             {self.name: application.SerializeToString()},
         )
 
+    def _as_it_is(self, name: str, state: State, settings: Settings) -> bytes:
+        """A deployment as the controller has it, but for the settings of the one with the model."""
+        route = serve_pb2.DeploymentRoute.FromString(_ask("get_deployment_info", name, self.name))
+        info = route.deployment_info
+        config = DeploymentConfig.from_proto(info.deployment_config)
+        arguments = serve_pb2.DeploymentArgs(
+            deployment_name=name,
+            replica_config=info.replica_config.SerializeToString(),
+            deployer_job_id=ray.get_runtime_context().get_job_id(),
+            ingress=name == DEPLOYMENT,
+        )
+        if name == DEPLOYMENT:
+            arguments.route_prefix = route.route
+            config.user_config = asdict(settings)
+            if config.autoscaling_config is None:
+                config.num_replicas = state.wanted  # which `scale` has set beside the config
+        arguments.deployment_config = config.to_proto_bytes()
+        encoded: bytes = arguments.SerializeToString()
+        return encoded
+
     def scale(self, replicas: int) -> None:
         """Set the number of replicas. Raises NotWithThis if the application sets it itself."""
-        name, _ = self._look()
         try:
-            _ask("update_deployment_replicas", DeploymentID(name, self.name), replicas)
+            _ask("update_deployment_replicas", DeploymentID(DEPLOYMENT, self.name), replicas)
         except ExternalScalerDisabledError:
             raise NotWithThis(
                 f"application {self.name} scales itself; serve it with replicas.min = "

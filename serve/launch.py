@@ -29,6 +29,7 @@ from gptmoe.loaded import spec_of
 from . import app
 from .checkpoints import pinned
 from .config import ServeConfig
+from .controller import DEPLOYMENT
 from .edge.actor import Edges
 from .edge.server import server_credentials
 from .keys import Keys, first_token
@@ -172,7 +173,7 @@ def deploy(config: ServeConfig, num_cpus: float) -> None:
     )
     deadline_s = time.monotonic() + config.health.start_s
     while (found := _application(config.name)).status != ApplicationStatus.RUNNING:
-        deployment = found.deployments.get(app.DEPLOYMENT)
+        deployment = found.deployments.get(DEPLOYMENT)
         reason = last_line((deployment.message if deployment else "") or found.message)
         if found.status == ApplicationStatus.DEPLOY_FAILED:
             raise ClusterError(f"application {config.name} did not start: {reason}")

@@ -84,6 +84,7 @@ class Operations:
             version=state.settings.version,
             draining=state.settings.draining,
             threads=self._threads,
+            nodes=tuple(node for replica, node in state.nodes.items() if state.runs(replica)),
         )
 
     async def drain(self, request: DrainRequest) -> DrainResponse:

@@ -138,7 +138,11 @@ def test_threads_are_told_by_node() -> None:
     apart = replace(SERVED, threads=1, topologies=(replace(topology, owners=moved),))
     assert describe_threads(apart) == "each shard computes with 1 thread: 1 on node-a, 1 on node-b"
     whole = replace(SERVED, threads=4, replicas=2, topologies=())
-    assert "each replica computes with 4 threads" in text(draw_application(whole))
+    assert "each replica computes with 4 threads\n" in text(draw_application(whole))
+    placed = replace(whole, replicas=3, nodes=("10.0.0.2", "10.0.0.1", "10.0.0.2"))
+    assert "each replica computes with 4 threads: 4 on 10.0.0.1, 8 on 10.0.0.2" in text(
+        draw_application(placed)
+    )
 
 
 def test_the_load_of_a_shard_in_words() -> None:

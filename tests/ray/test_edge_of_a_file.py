@@ -50,6 +50,14 @@ def test_it_answers_comes_back_and_goes_with_the_application(
         ]
         ray.kill(ray.get_actor(edge["name"], edge["namespace"]), no_restart=False)
         assert answer(client) == expected
+
+        client.drain()  # what replicas are told reaches them, and leaves the edge alone
+        with pytest.raises(GenerationError, match="drain"):
+            client.generate("春风", max_new_tokens=1)
+        client.drain(resume=True)
+        assert answer(client) == expected
+        assert len(client.topology().nodes) == 1
+
         ray.serve.delete("poems")
         deadline_s = time.monotonic() + WITHIN_S
         while _answers(client):

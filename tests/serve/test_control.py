@@ -24,6 +24,7 @@ STATE = State(
     states={"me": "RUNNING", "other": "RUNNING"},
     wanted=2,
     scales_itself=False,
+    nodes={"me": "10.0.0.1", "other": "10.0.0.2"},
 )
 Code = grpc.StatusCode
 
@@ -122,6 +123,7 @@ def test_the_topology_says_what_is_served(call: Any) -> None:
         checkpoint="/a",
         version=3,
         threads=2,
+        nodes=["10.0.0.1", "10.0.0.2"],
     )
 
 
