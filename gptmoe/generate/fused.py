@@ -109,12 +109,13 @@ class FusedBlock(Block):
 
 
 def layer_program(block: Block, rows: int, attend: RowAttend) -> LayerProgram:
-    """Compose it; what it needs between its kernels lies in the memory that `attend` lends."""
+    """Compose it; what it needs between its kernels lies in the cache's workspace."""
     attention, d_model = block.attention, len(block.norm_ffn.weight)
-    lend = attend.cache.workspace.lend
+    workspace = attend.cache.workspace
+    lend = workspace.lend
     x_RD, h_RD, a_RD, y_RD = (lend(name, rows, d_model) for name in "xhay")
     qkv_RX = lend("qkv", rows, 3 * d_model)
-    program = Program(attend.compiled)
+    program = Program(attend.compiled, workspace)
     first = norm_task(block.norm_attention, x_RD, h_RD)
     program.add("norm", first)
     _enter(program, attention.qkv, h_RD, qkv_RX)

@@ -50,32 +50,35 @@ class FewBits:
         """x W^T + b; x has any leading dimensions."""
         x, outputs = x.contiguous(), self.task.outputs
         out = x.new_empty(*x.shape[:-1], outputs)
-        task, _scratch = self._task(x, out, bias_O)
+        scratch = torch.empty(self._scratch_bytes(x), dtype=torch.uint8)
+        task = self._task(x, out, bias_O, scratch)
         self.compiled.run("halve", task, most_threads=1 + task.rows // ROWS_A_THREAD)
         self.compiled.run(self.kernel, task)
         return out
 
     def enter(self, program: Program, x: Tensor, out: Tensor, bias_O: Tensor) -> None:
         """See Enters."""
-        task, scratch = self._task(x, out, bias_O)
-        program.keep(scratch)
+        task = self._task(x, out, bias_O, program.scratch(self._scratch_bytes(x)))
         program.add("halve", task)
         program.add(self.kernel, tasks.FewBits.from_buffer_copy(task))
 
-    def _task(self, x: Tensor, out: Tensor, bias_O: Tensor | None) -> tuple[tasks.FewBits, Tensor]:
-        """And the memory in which x is taken apart."""
-        inputs = x.shape[-1]
-        rows = x.numel() // inputs
-        halves, sums = rows * inputs, 8 * rows * (self.task.quads // self.task.group)
-        scratch = torch.empty(2 * halves + sums + 4 * rows, dtype=torch.uint8)
+    def _scratch_bytes(self, x: Tensor) -> int:
+        rows = x.numel() // x.shape[-1]
+        return 2 * x.numel() + 8 * rows * (self.task.quads // self.task.group) + 4 * rows
+
+    def _task(
+        self, x: Tensor, out: Tensor, bias_O: Tensor | None, scratch: Tensor
+    ) -> tasks.FewBits:
+        """x is taken apart in `scratch`: its halves, their sums, each row's unit."""
         task = tasks.FewBits.from_buffer_copy(self.task)
+        rows, low = x.numel() // x.shape[-1], scratch.data_ptr()
         task.x, task.out, task.rows = x.data_ptr(), out.data_ptr(), rows
-        low = scratch.data_ptr()
-        task.low, task.high, task.sums = low, low + halves, low + 2 * halves
-        task.unit = low + 2 * halves + sums
+        sums = low + 2 * x.numel()
+        task.low, task.high, task.sums = low, low + x.numel(), sums
+        task.unit = sums + 8 * rows * (self.task.quads // self.task.group)
         if bias_O is not None:
             task.bias = bias_O.data_ptr()
-        return task, scratch
+        return task
 
 
 def few_bits(value_OI: Tensor, scale_OG: Tensor, bits: int) -> FewBits | None:

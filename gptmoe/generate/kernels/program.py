@@ -7,13 +7,15 @@ from torch import Tensor
 
 from .library import Kernels
 from .tasks import Attention, Call, Calls, Task
+from .workspace import Workspace
 
 
 class Program:
     """Calls of kernels in order, each on all threads. Tasks may be changed between two runs."""
 
-    def __init__(self, compiled: Kernels) -> None:
-        self._compiled = compiled
+    def __init__(self, compiled: Kernels, workspace: Workspace | None = None) -> None:
+        """`workspace` lends what its kernels need besides; default: one of its own."""
+        self._compiled, self._workspace = compiled, workspace
         self._tasks: list[Task] = []
         self._kept: list[Tensor] = []
         self._calls: list[Call] = []
@@ -27,9 +29,12 @@ class Program:
         self._calls.append(Call(address, ctypes.addressof(task), counters))
         self._all = None
 
-    def keep(self, memory: Tensor) -> None:
-        """Own memory that a task names."""
-        self._kept.append(memory)
+    def scratch(self, num_bytes: int) -> Tensor:
+        """Memory for the kernels that are added next; others use it before and after them."""
+        if self._workspace is None:
+            self._workspace = Workspace()
+        self._kept.append(self._workspace.scratch(num_bytes))
+        return self._kept[-1]
 
     def run(self) -> None:
         """Run all calls."""

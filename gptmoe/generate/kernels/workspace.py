@@ -18,6 +18,7 @@ class Workspace:
         self.programs: WeakKeyDictionary[nn.Module, dict[int, Any]] = WeakKeyDictionary()
         """Of each layer, by its rows."""
         self._memory: dict[tuple[str, int], Tensor] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def lend(self, name: str, rows: int, width: int) -> Tensor:
         """Memory in bfloat16, [rows, width]; under one name and width it is the same for all."""
@@ -25,3 +26,9 @@ class Workspace:
         if key not in self._memory:
             self._memory[key] = torch.empty(MOST_ROWS, width, dtype=torch.bfloat16)
         return self._memory[key][:rows]
+
+    def scratch(self, num_bytes: int) -> Tensor:
+        """The same memory for all, [at least num_bytes] uint8; whoever got less before keeps it."""
+        if len(self._scratch) < num_bytes:
+            self._scratch = torch.empty(2 * num_bytes, dtype=torch.uint8)
+        return self._scratch

@@ -11,6 +11,7 @@ from gptmoe.generate.kernels.plain import PlainWeight, plain_weight
 from gptmoe.generate.kernels.program import Program
 from gptmoe.generate.kernels.rows import gelu_
 from gptmoe.generate.kernels.tasks import Gelu
+from gptmoe.generate.kernels.workspace import Workspace
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no C compiler (cc) is installed")
 WIDTH, ROWS = 256, 5
@@ -86,3 +87,17 @@ def test_a_program_grows_between_its_runs() -> None:
     once = chain(x)
     chain.program.add("gelu", Gelu(x=chain.buffers[-1].data_ptr(), count=ROWS * WIDTH))
     assert torch.equal(chain(x), gelu_(once))
+
+
+def test_scratch_memory_is_shared_and_stays_where_it_was_promised() -> None:
+    compiled = kernels()
+    assert compiled is not None
+    workspace = Workspace()
+    first, second = Program(compiled, workspace), Program(compiled, workspace)
+    small = first.scratch(100)
+    assert len(small) >= 100
+    assert second.scratch(90).data_ptr() == small.data_ptr()
+    large = second.scratch(len(small) + 1)
+    assert len(large) > len(small)
+    assert first.scratch(8).data_ptr() == large.data_ptr()
+    assert Program(compiled).scratch(8).data_ptr() != large.data_ptr()
