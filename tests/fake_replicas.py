@@ -12,7 +12,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from gptmoe.errors import GptMoeError
 from protos import generation_pb2 as messages
-from serve.edge.inlet import Answer, Progress
+from serve.edge.inlet import Answer, Answers, Progress
 from serve.names import Ticket
 
 POEM = "床前明月光，疑是地上霜。"
@@ -62,7 +62,7 @@ class Poet:
             await self._for_ever()
         return messages.GenerateResponse(text=self.poem).SerializeToString()
 
-    async def edge_stream(self, method: str, data: bytes, ticket: Ticket) -> AsyncIterator[Answer]:
+    async def edge_stream(self, method: str, data: bytes, ticket: Ticket) -> AsyncIterator[Answers]:
         self.asked.append((method, data))
         self.tickets.append(ticket)
         if isinstance(self.error, GptMoeError):
@@ -77,7 +77,7 @@ class Poet:
                 raise Died
             if number and self.hangs:
                 await self._for_ever()
-            yield chunk.SerializeToString()
+            yield (chunk.SerializeToString(),)
             await asyncio.sleep(0)
         if self.dies_after == number + 1:
             raise Died
@@ -192,7 +192,7 @@ class _Stream:
     def __aiter__(self) -> "_Stream":
         return self
 
-    async def __anext__(self) -> Answer:
+    async def __anext__(self) -> Answers:
         message, end = await self._queue.get()
         if end is not None:
             raise end

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -12,8 +12,10 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from gptmoe.errors import GptMoeError, Overloaded, Unavailable
 from serve.names import Ticket
 
-from .inlet import Answer, Progress
+from .inlet import Progress
 from .patience import ReplicaLost
+
+A = TypeVar("A")
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +54,9 @@ class Replicas:
     async def stream(self, method: str, request: bytes, ticket: Ticket) -> AsyncIterator[bytes]:
         """See Backend.stream."""
         with _typed(), _cancelling(self._stream.remote(method, request, ticket)) as response:
-            async for message in response:
-                yield _answer(message)
+            async for found in response:
+                for message in _answer(found):
+                    yield message
 
     async def progress(self) -> Sequence[Progress]:
         """See Backend.progress. One that hangs holds up no other, and is left out."""
@@ -71,7 +74,7 @@ class Replicas:
         return [one for one in found if isinstance(one, Progress)]
 
 
-def _answer(found: Answer) -> bytes:
+def _answer(found: A | GptMoeError) -> A:
     """Raises what the replica refused with: it hands errors over as values."""
     if isinstance(found, GptMoeError):
         raise found

@@ -1,9 +1,10 @@
 """What the edge calls of a replica: the same methods, without Ray Serve's gRPC proxy."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from gptmoe.errors import GptMoeError
 from serve.methods import METHODS
@@ -12,6 +13,11 @@ from serve.refusals import Direct
 
 Answer = bytes | GptMoeError
 """A message, or what came instead."""
+
+Answers = tuple[bytes, ...] | GptMoeError
+"""Messages of a stream that are there together, or what came instead of one."""
+
+M = TypeVar("M")
 
 _METHODS = {method.name: method for method in METHODS}
 
@@ -47,14 +53,43 @@ class Inlet:
 
     async def edge_stream(
         self, method: str, request: bytes, ticket: Ticket
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[Answers]:
         """Call a gRPC method that answers with a stream; it ends as soon as this is cancelled."""
         try:
-            async with aclosing(self._method(method)(request, Direct(ticket))) as messages:
-                async for message in messages:
-                    yield message.SerializeToString()
+            async with (
+                aclosing(self._method(method)(request, Direct(ticket))) as messages,
+                aclosing(_in_parcels(messages)) as parcels,
+            ):
+                async for parcel in parcels:
+                    yield tuple(message.SerializeToString() for message in parcel)
         except GptMoeError as error:
             yield error
 
     def _method(self, name: str) -> Any:
         return getattr(self, _METHODS[name].name)
+
+
+async def _in_parcels(messages: AsyncIterator[M]) -> AsyncGenerator[tuple[M, ...], None]:
+    """Messages one by one, but the second with the first if it is there at once: a stream's first
+    token with its header. Each parcel wakes up three threads of two processes."""
+    first = await _next(messages)
+    second = asyncio.ensure_future(_next(messages))
+    try:
+        await asyncio.sleep(0)
+        if second.done() and not second.exception():
+            yield first + second.result()
+        else:
+            yield first
+            yield await second
+    finally:
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+    async for message in messages:
+        yield (message,)
+
+
+async def _next(messages: AsyncIterator[M]) -> tuple[M, ...]:
+    """The next message, or none."""
+    async for message in messages:
+        return (message,)
+    return ()

@@ -18,7 +18,7 @@ from serve.config import EdgeConfig, ServeConfig
 from serve.edge import actor
 from serve.edge.actor import Edges
 from serve.edge.backend import Replicas
-from serve.edge.inlet import Answer
+from serve.edge.inlet import Answers
 from serve.edge.server import EdgeServer
 from serve.names import Ticket
 from tests.edge_calls import drain, refusal, request
@@ -34,7 +34,7 @@ class Patient(Poet):
 
     may_go_on: asyncio.Event
 
-    async def edge_stream(self, method: str, data: bytes, ticket: Ticket) -> AsyncIterator[Answer]:
+    async def edge_stream(self, method: str, data: bytes, ticket: Ticket) -> AsyncIterator[Answers]:
         self.may_go_on = asyncio.Event()
         async for chunk in super().edge_stream(method, data, ticket):
             yield chunk

@@ -11,10 +11,11 @@ import pytest
 from google.rpc import error_details_pb2
 
 import gptmoe
+from gptmoe.errors import GptMoeError
 from gptmoe.generate.delta import Delta
 from protos import generation_pb2 as messages
 from serve.bridge import EngineThread
-from serve.edge.inlet import Answer, Inlet, Progress
+from serve.edge.inlet import Answer, Answers, Inlet, Progress
 from serve.names import Ticket
 from serve.registry_actor import Claims, RegistryActor
 from serve.rpc import Servicer
@@ -51,17 +52,18 @@ class Replica(Servicer, Inlet):
 
     async def edge_stream(
         self, method: str, request: bytes, ticket: Ticket
-    ) -> AsyncIterator[Answer]:
+    ) -> AsyncIterator[Answers]:
         asked = messages.GenerateRequest.FromString(request)
         self.resumed.append(list(asked.resume_token_ids))
         await self.free.wait()
         number = 0
-        async with aclosing(super().edge_stream(method, request, ticket)) as chunks:
-            async for chunk in chunks:
-                if self.dead or number == self.dies_at:
-                    await self._die()
-                yield chunk
-                number += 1
+        async with aclosing(super().edge_stream(method, request, ticket)) as parcels:
+            async for parcel in parcels:
+                for chunk in (parcel,) if isinstance(parcel, GptMoeError) else parcel:
+                    if self.dead or number == self.dies_at:
+                        await self._die()
+                    yield chunk if isinstance(chunk, GptMoeError) else (chunk,)
+                    number += 1
 
     async def edge_progress(self) -> Progress:
         return IDLE

@@ -11,7 +11,7 @@ from google.rpc import error_details_pb2
 
 from gptmoe.errors import AlreadyRunning, ClusterError, Overloaded, Unavailable
 from protos import generation_pb2 as messages
-from serve.edge.inlet import Answer
+from serve.edge.inlet import Answers
 from serve.names import Ticket
 from tests.edge_calls import Stub, ask, details, drain, edge, refusal, request, streamed
 from tests.fake_replicas import POEM, Handle, Poet
@@ -164,7 +164,7 @@ def test_a_shard_that_is_away_in_mid_stream_is_waited_for() -> None:
     class Stumbling(Poet):
         async def edge_stream(
             self, method: str, data: bytes, ticket: Ticket
-        ) -> AsyncIterator[Answer]:
+        ) -> AsyncIterator[Answers]:
             count = 0
             async for chunk in super().edge_stream(method, data, ticket):
                 yield chunk
@@ -183,9 +183,9 @@ def test_nobody_takes_over_in_time() -> None:
     class Busy(Poet):
         async def edge_stream(
             self, method: str, data: bytes, ticket: Ticket
-        ) -> AsyncIterator[Answer]:
+        ) -> AsyncIterator[Answers]:
             await self._for_ever()
-            yield b""
+            yield (b"",)
 
     busy = Busy()
 
