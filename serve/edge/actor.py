@@ -97,11 +97,11 @@ class Edges:
         self._keep_up()
         self._following.start()
 
-    def check(self) -> None:
+    def check(self, within_s: float = _START_S) -> None:
         """Raises ConfigError if one cannot listen. One that is silent comes back by itself."""
         calls = [actor.check.remote() for actor in list(self._actors.values())]
         try:
-            ray.get(calls, timeout=_START_S)
+            ray.get(calls, timeout=within_s)
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, GptMoeError) else error from None
         except (ray.exceptions.RayError, TimeoutError) as error:

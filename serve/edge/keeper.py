@@ -9,6 +9,7 @@ from serve.config import ServeConfig
 from .actor import Edges
 
 DEPLOYMENT = "Edges"
+_ANSWER_WITHIN_S = 5.0
 _FREE_S = 2.0
 """For edges to be gone after their running calls."""
 
@@ -24,7 +25,7 @@ class EdgeKeeper:
 
     def check_health(self) -> None:
         """Called by Ray Serve from time to time."""
-        self._edges.check()
+        self._edges.check(_ANSWER_WITHIN_S)
 
     def __del__(self) -> None:
         """Called by Ray Serve when the application goes."""
