@@ -9,6 +9,8 @@ from google.protobuf.descriptor import ServiceDescriptor
 
 from protos import control_pb2, generation_pb2  # noqa: TID251  names and methods, no messages
 
+from .short_log import shorten
+
 Behavior = Callable[[object, Any], AsyncIterator[object]]
 
 
@@ -19,6 +21,7 @@ def add_services(servicer: object, server: grpc.Server) -> None:
     parsed (invalid UTF-8, say) with INTERNAL, as if the fault were ours; the method
     answers INVALID_ARGUMENT. Ray Serve goes by a method's name alone: no two may share one.
     """
+    shorten()
     for file, name in ((generation_pb2, "Generation"), (control_pb2, "ClusterControl")):
         _add(file.DESCRIPTOR.services_by_name[name], servicer, server)
 

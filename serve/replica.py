@@ -41,6 +41,7 @@ from .result_cache import ResultCache
 from .rpc import Servicer
 from .scaling import autoscaling_stats
 from .service import ModelCard
+from .short_log import shorten
 from .web.app import build
 
 log = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class Generator(Servicer, ControlServicer, Inlet):
             self._bridge = EngineThread(engine, self._metrics)
             self._stack = stack.pop_all()
         access_log.to_stdout()
+        shorten()
         self.access_log = AccessLog(config.log, config.name)
         connect = partial(registry_actor.connected, config.name)
         self._claims = registry_actor.Claims(me, connect, self._bridge.abort)

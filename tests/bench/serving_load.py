@@ -65,7 +65,8 @@ def caller_of_many(target: str, together: int) -> Callable[[], float]:
 
     async def streams() -> int:
         async with AsyncClient(target) as client:
-            return sum(await asyncio.gather(*[_stream(client, prompt()) for _ in range(together)]))
+            streams = [_stream(client, prompt(), NEW_TOKENS) for _ in range(together)]
+            return sum(await asyncio.gather(*streams))
 
     def act() -> float:
         began_s = time.perf_counter()
@@ -135,19 +136,22 @@ def resident_bytes(pid: int) -> int:
     raise OSError(f"/proc/{pid}/status has no VmRSS")
 
 
-async def _stream(client: AsyncClient, asked: str) -> int:
+async def _stream(client: AsyncClient, asked: str, new_tokens: int) -> int:
     tokens = 0
     async for chunk in client.stream(
-        asked, max_new_tokens=NEW_TOKENS, temperature=0.0, ignore_end=True
+        asked, max_new_tokens=new_tokens, temperature=0.0, ignore_end=True
     ):
         tokens += len(chunk.token_ids)
     return tokens
 
 
 async def _ask(client: AsyncClient, found: Found) -> None:
+    """With answers of several lengths: callers whose answers end together would also begin
+    together, and prompts computed together take less time than those of random arrivals."""
     found.asked += 1
+    new_tokens = random.Random(found.asked).randint(NEW_TOKENS // 2, NEW_TOKENS * 3 // 2)
     try:
-        tokens = await _stream(client, prompt())  # others add to the sum meanwhile
+        tokens = await _stream(client, prompt(), new_tokens)  # others add to the sum meanwhile
         found.tokens += tokens
         found.answered += 1
     except GenerationError as error:
