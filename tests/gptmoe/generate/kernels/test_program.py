@@ -1,7 +1,5 @@
 """Kernels as one call: in order, each on all threads, as often as wanted."""
 
-import threading
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +10,8 @@ from gptmoe.generate.kernels.program import Program
 from gptmoe.generate.kernels.rows import gelu_
 from gptmoe.generate.kernels.tasks import Gelu
 from gptmoe.generate.kernels.workspace import Workspace
+
+from .callers import check_callers_and_threads
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no C compiler (cc) is installed")
 WIDTH, ROWS = 256, 5
@@ -66,19 +66,7 @@ def test_a_program_gives_the_bits_of_its_kernels_and_can_run_again(threads: int)
 
 def test_programs_of_several_threads_do_not_meet() -> None:
     held, x = weight(), random(ROWS, WIDTH)
-    wanted, found = expected(held, x, 4), []
-
-    def ask() -> None:
-        chain = Chain(held, 4)
-        found.extend(chain(x) for _ in range(20))
-
-    callers = [threading.Thread(target=ask) for _ in range(3)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert len(found) == 60
-    assert all(torch.equal(one, wanted) for one in found)
+    check_callers_and_threads(lambda x_RI: Chain(held, 4)(x_RI), x, expected(held, x, 4))
 
 
 def test_a_program_grows_between_its_runs() -> None:
