@@ -52,6 +52,19 @@ def make(form: str = "packed", d_model: int = 128, d_ff: int = 256, experts: boo
     return network.eval()
 
 
+def make_fused(form: str = "packed", experts: bool = True) -> GPT:
+    """Skips on processors for which we have no kernel of that form."""
+    network = make(form, experts=experts)
+    moe = network.layers[1].ffn
+    has_programs = isinstance(network.layers[0], FusedBlock)
+    if isinstance(moe, MoE):
+        assert isinstance(moe.experts, SeparateExperts)
+        has_programs &= moe.experts.entering is not None
+    if not has_programs:
+        pytest.skip("this CPU's weights of that form cannot be part of a program")
+    return network
+
+
 def spans(slots: int, start: int) -> list[Span]:
     return [Span("", slot, start, 1, outputs=1) for slot in range(slots)]
 
@@ -81,8 +94,8 @@ def taken_apart(network: GPT) -> GPT:
 @each_form
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 32, 33])
 def test_bits_are_those_of_the_parts(form: str, rows: int) -> None:
-    fused = make(form)
-    expected = steps(taken_apart(make(form)), rows)
+    fused = make_fused(form)
+    expected = steps(taken_apart(make_fused(form)), rows)
     assert expected.isfinite().all()
     assert torch.equal(steps(fused, rows), expected)
 
@@ -102,7 +115,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> list[Calls]:
 
 @each_form
 def test_a_step_of_few_rows_is_one_call_a_layer(form: str, programs: list[Calls]) -> None:
-    network = make(form, experts=False)
+    network = make_fused(form, experts=False)
     block = network.layers[0]
     assert isinstance(block, FusedBlock)
     has_few = getattr(block.attention.qkv.weight, "few_rows", None) is not None
@@ -118,7 +131,7 @@ def test_a_step_of_few_rows_is_one_call_a_layer(form: str, programs: list[Calls]
 
 @each_form
 def test_a_layer_with_experts_is_two_calls(form: str, programs: list[Calls]) -> None:
-    steps(make(form), 3)
+    steps(make_fused(form), 3)
     assert len(programs) == 3 * (1 + 2) * 2
     dense, before_experts, _ = programs[:3]
     assert before_experts.count < dense.count
@@ -126,7 +139,7 @@ def test_a_layer_with_experts_is_two_calls(form: str, programs: list[Calls]) -> 
 
 def test_networks_of_one_cache_do_not_meet() -> None:
     """As when weights are refreshed: the old ones may end their requests meanwhile."""
-    first, second = make(), make(experts=False)
+    first, second = make_fused(), make_fused(experts=False)
     cache = KVCache(first.spec, 2, torch.bfloat16, CPU)
     expected = [steps(network, 2) for network in (first, second)]
     for _ in range(2):
@@ -135,7 +148,7 @@ def test_networks_of_one_cache_do_not_meet() -> None:
 
 
 def test_programs_go_with_their_weights() -> None:
-    network = make()
+    network = make_fused()
     cache = KVCache(network.spec, 2, torch.bfloat16, CPU)
     steps(network, 2, cache)
     assert len(cache.workspace.programs) == 4
@@ -145,6 +158,7 @@ def test_programs_go_with_their_weights() -> None:
 
 @pytest.mark.parametrize(("d_model", "d_ff"), [(64, 80), (64, 256)])
 def test_widths_that_fill_no_instruction_are_computed_in_parts(d_model: int, d_ff: int) -> None:
+    make_fused()
     network = make("packed", d_model, d_ff)
     assert isinstance(network.layers[0], FusedBlock) == (d_ff == 256)
     assert steps(network, 2).isfinite().all()
@@ -159,13 +173,12 @@ def test_float32_has_no_programs() -> None:
 @each_form
 @pytest.mark.parametrize("counts", [[1, 0, 0, 0], [0, 2, 1, 8], [0, 33, 1, 0], [0, 0, 0, 0]])
 def test_experts_have_the_bits_of_their_parts(form: str, counts: list[int]) -> None:
-    moe = make(form).layers[1].ffn
+    moe = make_fused(form).layers[1].ffn
     assert isinstance(moe, MoE)
     experts = moe.experts
     assert isinstance(experts, SeparateExperts)
     numbers = torch.Generator().manual_seed(0)
     rows_RD = torch.randn(sum(counts), 128, generator=numbers).bfloat16()
-    assert experts.entering
     with torch.inference_mode():
         found = experts(rows_RD, counts)
         experts.entering = None
