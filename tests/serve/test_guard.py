@@ -142,8 +142,9 @@ def test_what_operates_wants_an_operators_key(keyed: Deployment) -> None:
 def test_the_inlet_answers_in_bytes_without_asking_again(keyed: Deployment) -> None:
     answer = asyncio.run(keyed.edge_unary("Generate", request(request_id="mine"), ALONE))
     assert messages.GenerateResponse.FromString(answer).text == "一二三"
-    chunks = asyncio.run(read(keyed.edge_stream("GenerateStream", request(), ALONE)))
-    texts = [messages.GenerateChunk.FromString(chunk).text for chunk in chunks]
+    parcels = asyncio.run(read(keyed.edge_stream("GenerateStream", request(), ALONE)))
+    chunks = [messages.GenerateChunk.FromString(chunk) for parcel in parcels for chunk in parcel]
+    texts = [chunk.text for chunk in chunks]
     assert "".join(texts) == "一二三"
     drain = control_pb2.DrainRequest().SerializeToString()
     assert asyncio.run(keyed.edge_unary("Drain", drain, ALONE)) == b""

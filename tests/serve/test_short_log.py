@@ -56,5 +56,5 @@ def test_a_bug_keeps_its_traceback(written: io.StringIO) -> None:
     assert "Traceback" in written.getvalue()
     log_of(ZeroDivisionError("a bug"))
     assert written.getvalue().count("Traceback") == 2
-    logging.getLogger(LOGGER).info("%d %%", 7)
+    logging.getLogger(LOGGER).error("%d %%", 7)
     assert written.getvalue().endswith("\n7 %\n")
