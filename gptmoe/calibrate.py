@@ -16,10 +16,10 @@ from torch import Tensor
 from gptmoe.checkpoint import Checkpoint, save, whole
 from gptmoe.data import Samples
 from gptmoe.errors import CheckpointError, ConfigError, DataError
-from gptmoe.loaded import read_network, spec_of
 from gptmoe.model.expert_choice import acausal_routing
 from gptmoe.model.routing import Statistics
 from gptmoe.model.transformer import GPT
+from gptmoe.stored import read_network, spec_of
 from gptmoe.tensors import TensorBatch
 
 

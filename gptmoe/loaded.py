@@ -1,6 +1,5 @@
 """A checkpoint in one process, `gptmoe.load(folder)`: the core that trained it and serves it."""
 
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -10,23 +9,22 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from gptmoe import config as configs
-from gptmoe.checkpoint import Checkpoint, open_checkpoint
+from gptmoe.checkpoint import open_checkpoint
 from gptmoe.errors import CheckpointError, ConfigError, RequestError
-from gptmoe.generate import offline
+from gptmoe.generate import gpu, offline
 from gptmoe.generate.engine import Engine
-from gptmoe.generate.executor import LocalExecutor
+from gptmoe.generate.executor import LocalExecutor, MakeExecutor
 from gptmoe.generate.packed import pack
 from gptmoe.generate.params import SamplingParams, as_params
 from gptmoe.generate.plan import Span
 from gptmoe.generate.quantized import Weights, quantize
 from gptmoe.generate.request import Request, make_request
 from gptmoe.generate.scheduler import EngineConfig
+from gptmoe.generate.slots import blocks_of
 from gptmoe.memory import available_bytes
 from gptmoe.model.layers import ServedWeight
-from gptmoe.model.spec import ModelSpec
-from gptmoe.model.state import begin_state, read_state
 from gptmoe.model.transformer import GPT
+from gptmoe.stored import kept_dtype, mapped_expert_bytes, may_copy, read_network, spec_of
 from gptmoe.text import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -34,9 +32,6 @@ BATCH = 16
 """Texts that `LoadedModel.generate` continues at once."""
 LOGITS_TOKENS = 1024
 """`LoadedModel.logits` runs about as many tokens at once."""
-EXPERT_WEIGHTS = ("experts.up_weight", "experts.down_weight")
-KEPT_WIDE = ("norm", "router", "ffn.mix")
-"""Parts of parameter names that keep float32 in a narrower model: they compute in it."""
 
 
 def load(
@@ -47,15 +42,17 @@ def load(
     verify: bool = True,
     packed: bool = True,
     weights: str = "",
+    invariant: bool = False,
 ) -> "LoadedModel":
     """Open a checkpoint (or the newest of a run folder) for generation and evaluation.
 
     `dtype` is float32, bfloat16 or float64. `packed` rearranges the weights for the CPU's kernels,
     where it can (generate/packed.py); experts that are large beside the free memory stay
     memory-mapped if they are stored in this dtype (`may_copy`). `weights` int8 or int4 rounds them
-    (generate/quantized.py). `verify=False` checks the sizes of files, not their checksums: `gptmoe
-    verify` does that apart. Raises CheckpointError naming a missing or corrupt part, ConfigError
-    for a type that cannot be had here.
+    (generate/quantized.py). On a GPU a text's bits depend on no other text if `invariant`, at a
+    cost; on a CPU they never do. `verify=False` checks the sizes of files, not their checksums:
+    `gptmoe verify` does that apart. Raises CheckpointError naming a missing or corrupt part,
+    ConfigError for a type that cannot be had here.
     """
     checkpoint = open_checkpoint(Path(path), verify=verify)
     spec = spec_of(checkpoint)
@@ -70,6 +67,9 @@ def load(
     if weights:
         quantize(network, named_weights(weights))
         _narrow(network)
+    elif on_gpu(place, wanted):
+        executors = gpu.executors(network, invariant=invariant)
+        return LoadedModel(network, tokenizer, checkpoint.config, checkpoint.path, executors)
     elif packed:
         mapped = mapped_expert_bytes(checkpoint, wanted)
         pack(network, experts=may_copy(mapped, available_bytes()))
@@ -101,58 +101,9 @@ def named_device(name: str) -> torch.device:
     return torch.device(known[name])
 
 
-def spec_of(checkpoint: Checkpoint) -> ModelSpec:
-    """The model's spec as stored in the checkpoint."""
-    try:
-        return configs.build(ModelSpec, checkpoint.config.get("model", {}), "model.")
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{checkpoint.path}: config.json describes no model of ours: {error}"
-        ) from None
-
-
-def read_network(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    as_stored: bool = False,
-    calibrated: bool = True,
-) -> GPT:
-    """The whole model in this process, each weight read straight from the file.
-
-    `as_stored` leaves weights in the type of the file, for somebody who rounds them himself. Unless
-    it is `calibrated` the routers' state is not read but begins anew.
-    """
-    with torch.device("meta"):
-        network = GPT(spec, compute_dtype=dtype)
-    for name, parameter in list(network.named_parameters()):
-        check_shape(checkpoint, name, parameter.shape)
-        kept = checkpoint.dtype(name) if as_stored else kept_dtype(name, dtype)
-        tensor = checkpoint.read(name).to(device=device, dtype=kept)
-        owner, _, attribute = name.rpartition(".")
-        setattr(
-            network.get_submodule(owner), attribute, torch.nn.Parameter(tensor, requires_grad=False)
-        )
-    if calibrated:
-        read_state(checkpoint, network, device, dtype)
-    else:
-        begin_state(network, device, dtype)
-    return network.eval()
-
-
-def mapped_expert_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes of the experts' weights that a model of this type reads from the file where it lies."""
-    names = [name for name in checkpoint.names() if name.endswith(EXPERT_WEIGHTS)]
-    mapped = [name for name in names if checkpoint.maps(name) and checkpoint.dtype(name) == dtype]
-    return sum(math.prod(checkpoint.shape(name)) * dtype.itemsize for name in mapped)
-
-
-def may_copy(mapped_bytes: int, available: int | None) -> bool:
-    """Whether mapped experts are copied into the kernels' layout: faster, but then they are there
-    twice, in memory and in the page cache. They may if they take at most half of what is free."""
-    return available is None or 2 * mapped_bytes <= available
+def on_gpu(place: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels for GPUs are used; float64 is the reference, without them."""
+    return place.type == "cuda" and dtype != torch.float64
 
 
 def _narrow(network: GPT) -> None:
@@ -162,33 +113,23 @@ def _narrow(network: GPT) -> None:
             parameter.data = parameter.data.to(kept_dtype(name, network.compute_dtype))
 
 
-def check_shape(checkpoint: Checkpoint, name: str, wanted: Sequence[int]) -> None:
-    """Raise CheckpointError unless the stored parameter has the shape that the config wants."""
-    found = checkpoint.shape(name)
-    if tuple(found) != tuple(wanted):
-        raise CheckpointError(
-            f"{checkpoint.path}: {name} has shape {list(found)}, the config wants {list(wanted)}; "
-            "the folder mixes two models"
-        )
-
-
-def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The type of a parameter in a model of this type."""
-    wide = any(part in name for part in KEPT_WIDE) and dtype == torch.bfloat16
-    return torch.float32 if wide else dtype
-
-
 class LoadedModel:
     """A model ready to answer. `spec`, `tokenizer`, `network`, `config` and `path` are public."""
 
     def __init__(
-        self, network: GPT, tokenizer: Tokenizer, config: Mapping[str, Any], path: Path
+        self,
+        network: GPT,
+        tokenizer: Tokenizer,
+        config: Mapping[str, Any],
+        path: Path,
+        make_executor: MakeExecutor = LocalExecutor,
     ) -> None:
         self.network = network
         self.spec = network.spec
         self.tokenizer = tokenizer
         self.config = config
         self.path = path
+        self._make_executor = make_executor
 
     @torch.inference_mode()
     def logits(self, token_ids_BT: Sequence[Sequence[int]] | Tensor) -> Tensor:
@@ -205,7 +146,8 @@ class LoadedModel:
         self._check_rows(rows)
         length = len(rows[0])
         at_once = max(1, LOGITS_TOKENS // length)
-        executor = LocalExecutor(self.network, min(at_once, len(rows)))
+        slots = min(at_once, len(rows))
+        executor = self._make_executor(self.network, slots, slots * blocks_of(length))
         parts = []
         for first in range(0, len(rows), at_once):
             some = {str(slot): row for slot, row in enumerate(rows[first : first + at_once])}
@@ -237,9 +179,8 @@ class LoadedModel:
         """A fresh engine with its own KV cache."""
         config = config or EngineConfig()
         limit = self.spec.max_seq_len
-        return Engine(
-            LocalExecutor(self.network, config.max_batch_size), self.tokenizer, limit, config
-        )
+        executor = self._make_executor(self.network, config.max_batch_size, config.blocks(limit))
+        return Engine(executor, self.tokenizer, limit, config)
 
     @overload
     def generate(self, text: str, **sampling: Any) -> str: ...

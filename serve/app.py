@@ -39,7 +39,10 @@ def build(
     bound = 2 * (config.engine.max_batch_size + config.engine.max_queue)
     deployment = ray.serve.deployment(
         name=DEPLOYMENT,
-        ray_actor_options={"num_cpus": num_cpus if config.parallel.world == 1 else 0},
+        ray_actor_options={
+            "num_cpus": num_cpus if config.parallel.world == 1 else 0,
+            "num_gpus": int(config.device == "cuda"),
+        },
         user_config=asdict(Settings(checkpoint=str(config.checkpoint))),
         max_ongoing_requests=bound,
         max_queued_requests=bound,

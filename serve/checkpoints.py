@@ -6,9 +6,9 @@ from pathlib import Path
 from gptmoe.checkpoint import latest_uri, open_checkpoint
 from gptmoe.config import Location, Uri
 from gptmoe.errors import CheckpointError, DataError, RequestError
-from gptmoe.loaded import spec_of
 from gptmoe.model.spec import ModelSpec
 from gptmoe.remote import fetch
+from gptmoe.stored import spec_of
 from gptmoe.text import load_tokenizer
 
 from .refusals import NotWithThis

@@ -220,6 +220,11 @@ class ServeConfig:
     """The application's name, and what GetModel calls the model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute in this type."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where a replica computes; cuda: each asks Ray for a GPU. Only for whole models."""
+    invariant: bool = False
+    """On a GPU: a text's bits do not depend on what else is computed, at a cost. CPUs always do so.
+    """
     weights: Literal["", "int8", "int4"] = ""
     """Hold the weights of products in 8 or 4 bits; empty: in dtype. Only for whole models."""
     verify: bool = True
@@ -264,6 +269,15 @@ class ServeConfig:
             raise ConfigError(
                 f'weights="{self.weights}" is for models that a replica holds alone, but '
                 f'[parallel] asks for {self.parallel.world} shards; use weights="" or one shard'
+            )
+        if self.device == "cuda" and self.parallel.world > 1:
+            raise ConfigError(
+                'device="cuda" is for models that a replica holds alone, but [parallel] asks for '
+                f"{self.parallel.world} shards; their caches and exchanges are for CPUs as yet"
+            )
+        if self.device == "cuda" and self.weights:
+            raise ConfigError(
+                f'weights="{self.weights}" is for CPUs; use weights="" with device="cuda"'
             )
         if self.threads < 0:
             raise ConfigError(f"threads={self.threads} must be at least 1, or 0 for its share")

@@ -1,10 +1,10 @@
 """The model behind a replica's engine: in its own process, or on actors that hold its shards."""
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import gptmoe
 from cluster.planner.hot import rows_answered
@@ -15,14 +15,14 @@ from cluster.shards.supervisor import Limits
 from gptmoe.checkpoint import Checkpoint, open_checkpoint
 from gptmoe.config import Location, Uri
 from gptmoe.generate.engine import Engine
-from gptmoe.generate.executor import LocalExecutor
-from gptmoe.loaded import LoadedModel, spec_of
-from gptmoe.model.dispatch import CountedDispatcher
+from gptmoe.generate.executor import WholeModel
+from gptmoe.loaded import LoadedModel
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.remote import fetch
 from gptmoe.shard.parts import layout_of
+from gptmoe.stored import spec_of
 from gptmoe.text import load_tokenizer
 
 from .config import ServeConfig
@@ -69,16 +69,13 @@ class LocalCore:
         self._config = config
         model = self._load(config.checkpoint)
         self.spec = model.spec
-        self._rows = {
-            layer: [0] * self.spec.experts_in_layer(layer) for layer in self.spec.moe_layers
-        }
+        self._counts: list[Mapping[int, Callable[[], list[int]]]] = []
         self._count_rows(model.network)
         self.engine = model.engine(config.engine)
 
     def prepare(self, checkpoint: Location, version: int) -> None:
         """See Core.prepare."""
-        executor = self.engine.executor
-        assert isinstance(executor, LocalExecutor)
+        executor = cast(WholeModel, self.engine.executor)
         network = self._load(checkpoint).network
         self._count_rows(network)
         executor.add(version, network)
@@ -88,18 +85,30 @@ class LocalCore:
 
     def expert_rows(self) -> Mapping[int, Sequence[int]]:
         """See Core.expert_rows."""
-        return {layer: tuple(rows) for layer, rows in self._rows.items()}
+        return {
+            layer: tuple(map(sum, zip(*(counts[layer]() for counts in self._counts), strict=True)))
+            for layer in self.spec.moe_layers
+        }
 
     def _count_rows(self, network: GPT) -> None:
-        for layer, rows in self._rows.items():
+        found = {}
+        for layer in self.spec.moe_layers:
             ffn = network.get_submodule(f"layers.{layer}.ffn")
             assert isinstance(ffn, MoE)
-            ffn.dispatcher = CountedDispatcher(ffn.dispatcher, rows, range(len(rows)))
+            found[layer] = ffn.count_rows()
+        self._counts.append(found)
 
     def _load(self, checkpoint: Location) -> LoadedModel:
         config = self._config
         folder = on_this_node(checkpoint, config)
-        return gptmoe.load(folder, config.dtype, verify=config.verify, weights=config.weights)
+        return gptmoe.load(
+            folder,
+            config.dtype,
+            config.device,
+            verify=config.verify,
+            weights=config.weights,
+            invariant=config.invariant,
+        )
 
 
 class ShardedCore:

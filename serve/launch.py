@@ -8,7 +8,7 @@ import dataclasses
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +24,8 @@ from cluster.client import Client, GenerationError
 from gptmoe.checkpoint import open_checkpoint
 from gptmoe.config import Uri
 from gptmoe.errors import ClusterError, ConfigError
-from gptmoe.loaded import spec_of
+from gptmoe.loaded import named_device
+from gptmoe.stored import spec_of
 
 from . import app
 from .checkpoints import pinned
@@ -58,14 +59,16 @@ class Endpoints:
 def running(config: ServeConfig) -> Iterator[Endpoints]:
     """Deploy the application; at the end remove it, and the cluster if it was started for it.
 
-    Raises CheckpointError or DataError before anything starts, ClusterError if the cluster is too
-    small or unreachable, or the application does not run after health.start_s seconds.
+    Raises CheckpointError, DataError or ConfigError before anything starts, ClusterError if the
+    cluster is too small or unreachable, or the application does not run after health.start_s
+    seconds.
     """
     config = dataclasses.replace(config, checkpoint=pinned(config.checkpoint))
     joins = bool(config.address) or env.inside_job()
     config = choose_ports(config, check=not joins)
     check_parallel(config)
     if not joins:
+        named_device(config.device)
         check_doors(config)
     workers = config.parallel.world * (
         max(1, config.replicas.min) if joins else config.replicas.max
@@ -178,12 +181,19 @@ def deploy(config: ServeConfig, num_cpus: float) -> None:
         if found.status == ApplicationStatus.DEPLOY_FAILED:
             raise ClusterError(f"application {config.name} did not start: {reason}")
         if time.monotonic() > deadline_s:
-            free = ray.available_resources().get("CPU", 0)
+            wants = f"{num_cpus:g} CPU" + (" and 1 GPU" if config.device == "cuda" else "")
+            free = room(ray.available_resources())
             raise ClusterError(
                 f"application {config.name} does not run after {config.health.start_s:g} s "
-                f"(a replica needs {num_cpus:g} CPU, {free:g} are free): {reason}"
+                f"(a replica needs {wants}; {free}): {reason}"
             )
         time.sleep(_POLL_S)
+
+
+def room(free: Mapping[str, float]) -> str:
+    """What Ray's free resources are, in words."""
+    gpus = f" and {free['GPU']:g} GPU" if free.get("GPU") else ""
+    return f"{free.get('CPU', 0):g} CPU{gpus} are free"
 
 
 def endpoints(config: ServeConfig, cluster: local.Session) -> Endpoints:

@@ -1,5 +1,6 @@
 """What all tests share: the folder of a test says its tier, and how many threads torch may use."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ from hypothesis import settings
 
 settings.register_profile("project", deadline=None, derandomize=True)
 settings.load_profile("project")
+
+# Kernels for GPUs run here by Triton's interpreter. Read when triton is first imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 TESTS = Path(__file__).parent
 TIERS = ("ranks", "ray", "faults", "matrix", "gpu", "bench")

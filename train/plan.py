@@ -15,9 +15,9 @@ from gptmoe import config as configs
 from gptmoe import data
 from gptmoe.checkpoint import Checkpoint, newest_valid, open_checkpoint
 from gptmoe.errors import ConfigError
-from gptmoe.loaded import spec_of
 from gptmoe.model.spec import ModelSpec
 from gptmoe.parallel.loss_scale import LossScale
+from gptmoe.stored import spec_of
 from gptmoe.text import Tokenizer, load_tokenizer
 
 from .config import TrainConfig

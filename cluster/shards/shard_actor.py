@@ -33,11 +33,12 @@ from gptmoe import config as configs
 from gptmoe.checkpoint import Checkpoint, open_checkpoint
 from gptmoe.config import Uri
 from gptmoe.errors import CheckpointError, ClusterError, GptMoeError
-from gptmoe.loaded import named_dtype, spec_of
+from gptmoe.loaded import named_dtype
 from gptmoe.memory import give_back
 from gptmoe.model.spec import ModelSpec
 from gptmoe.remote import fetch
 from gptmoe.shard.shard import Shard
+from gptmoe.stored import spec_of
 from gptmoe.threads import in_brief_thread
 
 from . import links, member

@@ -3,7 +3,7 @@
 Letters: T flat tokens, D model width, S sampled rows, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import accumulate
 from typing import Protocol
 
@@ -54,19 +54,42 @@ class Executor(Protocol):
         ...
 
 
+class WholeModel(Executor, Protocol):
+    """An executor that has all of a model in this process."""
+
+    def add(self, version: int, model: GPT) -> None:
+        """Weights of another version, beside those that are here."""
+        ...
+
+    def hidden(
+        self, spans: Sequence[Span], num_decoding: int, tokens: Mapping[str, Sequence[int]]
+    ) -> Tensor:
+        """Final hidden states of all tokens of the spans, [T, D]."""
+        ...
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """Scores over the vocabulary, [S, V]."""
+        ...
+
+
+MakeExecutor = Callable[[GPT, int, int], WholeModel]
+"""Of a model, for so many slots that together hold so many blocks of the KV cache."""
+
+
 class LocalExecutor:
-    """The whole model and its KV cache in this process."""
+    """The whole model and its KV cache in this process; each slot has room for its context."""
 
     banks = 1
 
-    def __init__(self, model: GPT, slots: int) -> None:
+    def __init__(self, model: GPT, slots: int, blocks: int = 0) -> None:
+        """`blocks` are not counted here: memory is taken as sequences grow."""
         self.model = model.eval()
         device = model.embed.tokens.weight.device
         self.cache = KVCache(model.spec, slots, model.compute_dtype, device)
         self._models = {0: self.model}
 
     def add(self, version: int, model: GPT) -> None:
-        """Weights of another version, beside those that are here."""
+        """See WholeModel.add."""
         self._models[version] = model.eval()
 
     def keep(self, versions: Set[int]) -> None:
@@ -83,11 +106,11 @@ class LocalExecutor:
     def hidden(
         self, spans: Sequence[Span], num_decoding: int, tokens: Mapping[str, Sequence[int]]
     ) -> Tensor:
-        """Final hidden states of all tokens of the spans, [T, D]."""
+        """See WholeModel.hidden."""
         return hidden_states(self.model, self.cache, spans, num_decoding, tokens_of(spans, tokens))
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
-        """Scores over the vocabulary, [S, V]."""
+        """See WholeModel.logits."""
         return scores(self.model, hidden_SD)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from .slots import Copy
+from .slots import Copy, Trim
 
 
 class SlotSpan(Protocol):
@@ -27,6 +27,15 @@ class SlotCopy(Protocol):
     def source(self) -> int: ...
     @property
     def target(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+
+
+class SlotTrim(Protocol):
+    """What forgetting needs to know of a Trim."""
+
+    @property
+    def slot(self) -> int: ...
     @property
     def count(self) -> int: ...
 
@@ -54,6 +63,8 @@ class StepPlan:
     """Of the weights."""
     copies: tuple[Copy, ...] = ()
     """Within the cache, in this order, before anything is computed."""
+    trims: tuple[Trim, ...] = ()
+    """Then; none of a slot that was copied to. A cache may take the memory back."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,12 @@ No torch, no clock.
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gptmoe.errors import ConfigError
 
 from .plan import Progress, StepPlan, plan_step
-from .slots import Content, Copy, Found, SlotPool, blocks_of, common
+from .slots import NOTHING, Content, Copy, Found, SlotPool, blocks_of, common
 
 SCORED_CHUNK = 64
 """Tokens of a step whose scores over the whole vocabulary are wanted, for one sequence at most."""
@@ -161,6 +161,9 @@ class Scheduler:
         ]
         plan = plan_step(turn, self.config.token_budget, version, tuple(copies))
         if plan.spans:
+            targets = {copy.target for copy in copies}
+            trims = [trim for trim in self.pool.trims() if trim.slot not in targets]
+            plan = replace(plan, trims=tuple(trims))
             for entry in self.running:
                 for lane in entry.live:
                     lane.branch = None
@@ -251,7 +254,7 @@ class Scheduler:
             better = free if free.count >= held.count else held
             in_place = better is free and free.count > 0
             tokens = len(lane.tokens)
-            lane.slot = self.pool.take(tokens, bank, free.slot if in_place else -1)
+            lane.slot = self.pool.take(tokens, bank, free if in_place else NOTHING)
             lane.computed = 0 if lane.idle else better.count
             if lane.computed and not in_place:
                 copies.append(Copy(better.slot, lane.slot, better.count))

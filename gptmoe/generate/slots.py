@@ -30,12 +30,23 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Trim:
+    """Of what is in a slot only the first `count` tokens are still wanted."""
+
+    slot: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """The longest known beginning of a sequence."""
 
     slot: int = -1
     count: int = 0
     """Tokens: whole blocks."""
+
+
+NOTHING = Found()
 
 
 class SlotPool:
@@ -52,6 +63,7 @@ class SlotPool:
         self._held = dict[int, int]()
         self._free = set(range(slots))
         self._kept = dict[int, Content]()  # of free slots, the least recently used first
+        self._trims = dict[int, int]()
 
     @property
     def num_free(self) -> int:
@@ -75,17 +87,18 @@ class SlotPool:
         """Whether so many sequences of that length fit once all contents are dropped."""
         return self.used_blocks + lanes * blocks_of(tokens) <= self.blocks
 
-    def take(self, tokens: int, bank: int, prefer: int = -1) -> int:
+    def take(self, tokens: int, bank: int, prefer: Found = NOTHING) -> int:
         """Hold a free slot of the bank with room for that many tokens; `could_hold` has said yes.
 
-        `prefer` is a free slot whose content is wanted. Else a slot without content goes first,
+        `prefer` is a free slot whose beginning is wanted. Else a slot without content goes first,
         then the one used longest ago; low slots first keep the decoding block dense.
         """
         empty = sorted(s for s in self._free - self._kept.keys() if s % self.banks == bank)
         kept = [slot for slot in self._kept if slot % self.banks == bank]
-        slot = prefer if prefer in self._free else [*empty, *kept][0]
+        slot = prefer.slot if prefer.slot in self._free else [*empty, *kept][0]
         self._free.remove(slot)
         self._kept.pop(slot, None)
+        self._trims[slot] = prefer.count if slot == prefer.slot else 0
         self._held[slot] = blocks_of(tokens)
         self._make_room()
         return slot
@@ -107,11 +120,21 @@ class SlotPool:
         self._free.add(slot)
         if content and len(content.tokens) >= BLOCK:
             self._kept[slot] = content
+            self._trims[slot] = len(content.tokens)
             self._make_room()
+        else:
+            self._trims[slot] = 0
 
     def forget_contents(self) -> None:
         """The cache is gone."""
+        self._trims |= dict.fromkeys(self._kept, 0)
         self._kept.clear()
+
+    def trims(self) -> tuple[Trim, ...]:
+        """What is not wanted any more, of what was held when this was asked last."""
+        found = tuple(Trim(slot, count) for slot, count in sorted(self._trims.items()))
+        self._trims.clear()
+        return found
 
     def find(self, tokens: Sequence[int], version: int, bank: int = -1) -> Found:
         """The free slot of the bank (-1: any) whose content begins most like `tokens`."""
@@ -131,6 +154,7 @@ class SlotPool:
             if kept <= spare:
                 return
             kept -= blocks_of(len(self._kept.pop(slot).tokens))
+            self._trims[slot] = 0
 
 
 def blocks_of(tokens: int) -> int:

@@ -3,10 +3,12 @@
 Letters: B sequences, T tokens, D model width, R rows.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from .dispatch import Dispatcher, LocalDispatcher
+from .dispatch import CountedDispatcher, Dispatcher, LocalDispatcher
 from .experts import Experts
 from .layers import FeedForward
 from .residual import ExpertResidual
@@ -58,6 +60,12 @@ class MoE(nn.Module):
         sent = yield from self.dispatcher.dispatch(h_TD, routing)
         rows_RD = self.experts(sent.rows_RD, sent.rows_per_expert)
         return (yield from self.dispatcher.combine(rows_RD, sent))
+
+    def count_rows(self) -> Callable[[], list[int]]:
+        """From now on count the rows that each expert here answers; what is returned reads them."""
+        load = [0] * self.experts.count
+        self.dispatcher = CountedDispatcher(self.dispatcher, load, range(len(load)))
+        return load.copy
 
     def share(self, h_BTD: Tensor, out_BTD: Tensor, routing: Routing) -> Tensor:
         """Apply the layers that all tokens go through to the experts' answers."""

@@ -11,7 +11,6 @@ from gptmoe.checkpoint import Checkpoint
 from gptmoe.checkpoint.boxes import Box
 from gptmoe.generate.packed import PackedExperts, pack
 from gptmoe.generate.packed_weight import can_pack
-from gptmoe.loaded import check_shape, kept_dtype
 from gptmoe.model.experts import Experts
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
@@ -22,6 +21,7 @@ from gptmoe.parallel.cuts import cut
 from gptmoe.parallel.layout import Layout
 from gptmoe.parallel.mesh import Mesh
 from gptmoe.parallel.stages import Elsewhere, keep_stage
+from gptmoe.stored import check_shape, kept_dtype
 
 from .parts import Part, layout_of
 

@@ -31,10 +31,11 @@ from gptmoe.generate.packed import PackedExperts
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
-from gptmoe.loaded import load, spec_of
+from gptmoe.loaded import load
 from gptmoe.model.presets import preset
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
+from gptmoe.stored import spec_of
 from tests import small_model
 from tests.bench.decoding import active_bytes, random_values
 from tests.bench.quiet import read_bandwidth

@@ -27,10 +27,10 @@ from gptmoe.generate.engine import Engine
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
-from gptmoe.loaded import spec_of
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.shard.parts import arrange
+from gptmoe.stored import spec_of
 from tests import small_model
 from tests.faults.shards import job_of
 

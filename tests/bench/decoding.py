@@ -15,11 +15,12 @@ from gptmoe.generate.packed import pack
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.quantized import QuantizedLinear, Weights, quantize
 from gptmoe.generate.request import Request
-from gptmoe.loaded import KEPT_WIDE, LoadedModel
+from gptmoe.loaded import LoadedModel
 from gptmoe.model.counts import parameters
 from gptmoe.model.layers import Linear
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
+from gptmoe.stored import KEPT_WIDE
 from gptmoe.text import Tokenizer
 from tests.bench.peers import shape
 

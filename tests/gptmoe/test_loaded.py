@@ -15,11 +15,11 @@ from gptmoe.errors import CheckpointError, ConfigError, RequestError
 from gptmoe.generate.packed import PackedExperts
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.quantized import quantized
-from gptmoe.loaded import EXPERT_WEIGHTS
 from gptmoe.model.initialize import initialize
 from gptmoe.model.layers import ServedWeight
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
+from gptmoe.stored import EXPERT_WEIGHTS
 from gptmoe.text import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -101,9 +101,8 @@ def test_what_keeps_an_application_from_starting_is_one_sentence(
 
     large = ["threads=64", "health.start_s=5", *words]
     message = refused("--checkpoint", str(small_checkpoint), *large)
-    assert (
-        "application gptmoe does not run after 5 s (a replica needs 64 CPU, 2 are free)" in message
-    )
+    says = "application gptmoe does not run after 5 s (a replica needs 64 CPU; 2 CPU are free)"
+    assert says in message
     assert replicas(address) == []
 
 

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from ray.serve.config import BackpressureConfig
@@ -24,6 +24,11 @@ def test_the_deployment_is_called_after_what_it_owns() -> None:
     generator = deployment()
     assert generator.name == "Generator"
     assert generator.ray_actor_options["num_cpus"] == 2
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cpu", 0), ("cuda", 1)])
+def test_a_replica_on_a_gpu_asks_for_one(device: Literal["cpu", "cuda"], gpus: int) -> None:
+    assert deployment(device=device).ray_actor_options["num_gpus"] == gpus
 
 
 def test_a_fixed_number_of_replicas() -> None:

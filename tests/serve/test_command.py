@@ -19,6 +19,7 @@ from serve.launch import (
     await_answer,
     check_threads,
     last_line,
+    room,
     running,
 )
 from serve.ports import free_port
@@ -100,14 +101,16 @@ def test_a_state_file_that_cannot_be_written(tmp_path: Path) -> None:
             pytest.fail("must not get here")
 
 
-def test_keys_and_certificates_are_looked_at_before_a_cluster_starts(
+def test_keys_certificates_and_gpus_are_looked_at_before_a_cluster_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("serve.launch.pinned", lambda checkpoint: checkpoint)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr("serve.launch.local.session", lambda **_: pytest.fail("it has started"))
     missing = tmp_path / "missing"
     wanted = ServeConfig(checkpoint=tmp_path, http_port=0, grpc_port=0)
     bad = {
+        "device='cuda' is not here; use one of cpu": {"device": "cuda"},
         "the keys file .*missing cannot be read": {"auth": AuthConfig(keys=missing)},
         "are no certificate and its private key": {
             "edge": EdgeConfig(port=0, tls_cert=missing, tls_key=missing)
@@ -117,6 +120,11 @@ def test_keys_and_certificates_are_looked_at_before_a_cluster_starts(
         config = replace(wanted, **part)
         with pytest.raises(ConfigError, match=sentence), running(config):
             pytest.fail("must not get here")
+
+
+def test_what_is_free_in_words() -> None:
+    assert room({}) == "0 CPU are free"
+    assert room({"CPU": 2.0, "GPU": 1.0}) == "2 CPU and 1 GPU are free"
 
 
 def test_a_port_that_does_not_answer_is_not_waited_for_without_end() -> None:

@@ -3,9 +3,11 @@
     python -m tests.bench.gpu.bench_latency [--presets 1.3B 0.35B+MoE-64] [--rounds 5] [--json FILE]
 
 Needs gptmoe/, tests/ and torch only. Random weights; what does not fit is named. For each model:
-ms of the whole answer, peak memory, and what fraction of the GPU's bandwidth (a copy in the same
-run) the decoding steps read of the active weights. Beside them the figures that were described for
-A100 GPUs (fp16, FasterTransformer), some of them on several. Goal: 0.8 of bandwidth.
+ms of the whole answer, peak memory, what fraction of the GPU's bandwidth (a copy in the same run)
+the decoding steps read of the active weights, and how many times as long a step takes that gives a
+text the same bits in any batch (`invariant`), and one that is not captured. Beside them the figures
+that were described for A100 GPUs (fp16, FasterTransformer), some of them on several. Goal: 0.8 of
+bandwidth.
 """
 
 import argparse
@@ -15,19 +17,22 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from gptmoe.generate import gpu
 from gptmoe.generate.engine import Engine
+from gptmoe.generate.gpu.executor import PagedExecutor
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
-from gptmoe.loaded import LoadedModel, kept_dtype
+from gptmoe.loaded import LoadedModel
 from gptmoe.model.counts import parameters
 from gptmoe.model.presets import preset
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
+from gptmoe.stored import kept_dtype
 from tests.bench.decoding import Letters, active_bytes
 
 INPUT, OUTPUT = 20, 128
@@ -85,22 +90,37 @@ def measure(name: str, rounds: int, bandwidth: float) -> dict[str, Any]:
         says = f"{needed / 1e9:.0f} GB of weights do not fit into {free / 1e9:.0f} GB"
         return {"title": name, "says": says, "reached": None}
     torch.cuda.reset_peak_memory_stats()
-    engine = LoadedModel(random_network(spec), Letters(), {}, Path()).engine(
-        EngineConfig(max_batch_size=1)
-    )
+    network = random_network(spec)
+    engine = engine_of(network)
     answer(engine, "warm-up")
     found = [answer(engine, str(number)) for number in range(rounds)]
     step_s = statistics.median(step for _, step in found)
+    memory_bytes = torch.cuda.max_memory_allocated()
+    cast(PagedExecutor, engine.executor).forget_graphs()
+    uncaptured_s = statistics.median(answer(engine, f"u{number}")[1] for number in range(rounds))
+    del engine
+    engine = engine_of(network, invariant=True)
+    answer(engine, "warm-up")
+    invariant_s = statistics.median(answer(engine, f"i{number}")[1] for number in range(rounds))
     fraction = active_bytes(spec) / step_s / bandwidth
     return {
         "title": name,
         "latency_ms": 1e3 * statistics.median(whole for whole, _ in found),
         "spread_ms": [1e3 * min(w for w, _ in found), 1e3 * max(w for w, _ in found)],
         "step_ms": 1e3 * step_s,
-        "memory_mb": torch.cuda.max_memory_allocated() / 2**20,
+        "invariant": invariant_s / step_s,
+        "uncaptured": uncaptured_s / step_s,
+        "memory_mb": memory_bytes / 2**20,
         "fraction": fraction,
         "reached": fraction >= GOAL,
     }
+
+
+def engine_of(network: GPT, *, invariant: bool = False) -> Engine:
+    """For one sequence."""
+    executors = gpu.executors(network, invariant=invariant)
+    model = LoadedModel(network, Letters(), {}, Path(), executors)
+    return model.engine(EngineConfig(max_batch_size=1))
 
 
 def random_network(spec: ModelSpec) -> GPT:
@@ -155,7 +175,8 @@ def line(fact: dict[str, Any]) -> str:
     return (
         f"{fact['title']:<14}{fact['latency_ms']:8.1f} ms ({low:.1f} to {high:.1f}), a step "
         f"{fact['step_ms']:.2f} ms, {fact['memory_mb']:.0f} MB, {fact['fraction']:.2f} of "
-        f"bandwidth {'yes' if fact['reached'] else 'NO'}   ({gpus})"
+        f"bandwidth {'yes' if fact['reached'] else 'NO'}, invariant {fact['invariant']:.2f} times, "
+        f"uncaptured {fact['uncaptured']:.2f} times   ({gpus})"
     )
 
 

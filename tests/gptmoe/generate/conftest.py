@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from gptmoe.generate.packed import pack
-from gptmoe.loaded import KEPT_WIDE, LoadedModel
+from gptmoe.loaded import LoadedModel
 from gptmoe.model.initialize import initialize
 from gptmoe.model.spec import ModelSpec, RouterKind, RouterSpec
 from gptmoe.model.transformer import GPT
+from gptmoe.stored import KEPT_WIDE
 from gptmoe.text import Tokenizer, load_tokenizer
 from tests.small_model import settle
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from random import Random
 
+from gptmoe.generate.gpu.pages import NOWHERE, PageTable
 from gptmoe.generate.plan import StepPlan
 from gptmoe.generate.scheduler import EngineConfig, Entry, Lane, Scheduler
-from gptmoe.generate.slots import BLOCK
+from gptmoe.generate.slots import BLOCK, blocks_of
 
 CONTEXT = 160
 
@@ -26,11 +27,37 @@ class Cache:
             assert copy.source != copy.target
             assert len(self.slots[copy.source]) >= copy.count
             self.slots[copy.target] = self.slots[copy.source][: copy.count]
+        for trim in plan.trims:
+            del self.slots[trim.slot][trim.count :]
         assert len({span.slot for span in plan.spans}) == len(plan.spans)
         for span in plan.spans:
             mine = [(token, plan.version) for token in tokens[span.key]]
             assert self.slots[span.slot][: span.start] == mine[: span.start]
             self.slots[span.slot] = mine[: span.start + span.count]
+
+
+class PagedCache:
+    """The same in pages: what is written to a page that another slot reads is wrong, too."""
+
+    def __init__(self, slots: int, blocks: int) -> None:
+        self.table = PageTable(slots, blocks)
+        self.slots = slots
+        self.page: list[list[tuple[int, int]]] = [[] for _ in range(self.table.num_pages)]
+
+    def run(self, plan: StepPlan, tokens: dict[str, list[int]]) -> None:
+        for source, target in self.table.begin(plan.copies, plan.trims, plan.spans):
+            self.page[target] = list(self.page[source])
+        for span in plan.spans:
+            mine = [(token, plan.version) for token in tokens[span.key]]
+            pages = [self.page[page] for page in self.table.pages(span.slot)]
+            assert len(pages) == blocks_of(span.start + span.count)
+            assert [token for page in pages for token in page][: span.start] == mine[: span.start]
+            for place in range(span.start, span.start + span.count):
+                page = pages[place // BLOCK]
+                page[place % BLOCK :] = [mine[place]]
+        held = [page for slot in range(self.slots) for page in self.table.pages(slot)]
+        assert NOWHERE not in held
+        assert len(set(held)) == self.table.num_pages - 1 - self.table.num_free
 
 
 class Machine:
@@ -39,6 +66,7 @@ class Machine:
     def __init__(self, config: EngineConfig, banks: int, random: Random) -> None:
         self.scheduler = Scheduler(config, CONTEXT, banks)
         self.cache = Cache(config.max_batch_size, banks)
+        self.paged = PagedCache(config.max_batch_size, self.scheduler.pool.blocks)
         self.random = random
         self.left = dict[str, int]()
         """Tokens to go, by lane."""
@@ -60,7 +88,9 @@ class Machine:
     def step(self) -> StepPlan:
         plan = self.scheduler.plan()
         lanes = {lane.key: lane for entry in self.scheduler.running for lane in entry.live}
-        self.cache.run(plan, {key: lane.tokens for key, lane in lanes.items()})
+        tokens = {key: lane.tokens for key, lane in lanes.items()}
+        self.cache.run(plan, tokens)
+        self.paged.run(plan, tokens)
         for span in plan.spans:
             assert self.versions.setdefault(span.key, plan.version) == plan.version
         self.scheduler.computed(plan)
@@ -80,6 +110,7 @@ class Machine:
         """All that the cache holds."""
         slots = self.scheduler.config.max_batch_size
         self.cache = Cache(slots, self.cache.banks)
+        self.paged = PagedCache(slots, self.scheduler.pool.blocks)
         self.scheduler.compute_again()
         self.versions.clear()
 

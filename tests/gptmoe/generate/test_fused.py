@@ -15,11 +15,11 @@ from gptmoe.generate.kernels.tasks import Calls
 from gptmoe.generate.packed import SeparateExperts, pack
 from gptmoe.generate.plan import Span
 from gptmoe.generate.quantized import quantize
-from gptmoe.loaded import KEPT_WIDE
 from gptmoe.model.initialize import initialize
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT, Block
+from gptmoe.stored import KEPT_WIDE
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no C compiler (cc) is installed")
 CPU = torch.device("cpu")

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from gptmoe.checkpoint import Checkpoint
 from gptmoe.errors import CheckpointError
-from gptmoe.loaded import KEPT_WIDE
 from gptmoe.model.experts import Experts
 from gptmoe.model.initialize import initialize
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.shard.load import Weights, load_part
 from gptmoe.shard.parts import ExpertSpan, Part, arrange
+from gptmoe.stored import KEPT_WIDE
 from tests.small_model import store
 
 SPEC = ModelSpec(

@@ -1,0 +1,122 @@
+"""What only a GPU can show of generation: compiled kernels, captured steps, invariant bits."""
+
+from copy import deepcopy
+from typing import cast
+
+import pytest
+import torch
+
+from gptmoe.generate import gpu
+from gptmoe.generate.executor import LocalExecutor, WholeModel
+from gptmoe.generate.gpu.executor import PagedExecutor
+from gptmoe.generate.plan import Span, StepPlan
+from gptmoe.generate.slots import blocks_of
+from gptmoe.model.initialize import initialize
+from gptmoe.model.moe import MoE
+from gptmoe.model.spec import ModelSpec, RouterKind, RouterSpec
+from gptmoe.model.transformer import GPT
+
+CONTEXT, SLOTS = 640, 9
+LENGTHS = (1, 15, 16, 17, 64, 255, 256, 300, 500)
+STEPS = 8
+
+
+def network(dtype: torch.dtype, kind: RouterKind = "switch") -> GPT:
+    spec = ModelSpec(
+        num_layers=4,
+        d_model=256,
+        num_heads=4,
+        d_ff=1024,
+        vocab_size=1000,
+        max_seq_len=CONTEXT,
+        num_experts=(8, 8),
+        init_std=0.1,
+        router=RouterSpec(kind=kind),
+    )
+    made = GPT(spec, compute_dtype=dtype)
+    initialize(made, seed=3)
+    return made.requires_grad_(False).eval()
+
+
+def on_gpu(model: GPT, *, invariant: bool = False) -> PagedExecutor:
+    model = deepcopy(model).to("cuda")
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in ("norm", "router")):
+            parameter.data = parameter.data.to(model.compute_dtype)
+    executors = gpu.executors(model, invariant=invariant)
+    return cast(PagedExecutor, executors(model, SLOTS, SLOTS * blocks_of(CONTEXT)))
+
+
+def prompts() -> dict[str, list[int]]:
+    random = torch.Generator().manual_seed(1)
+    return {
+        str(slot): torch.randint(1000, (length,), generator=random).tolist()
+        for slot, length in enumerate(LENGTHS)
+    }
+
+
+def scores(
+    executor: WholeModel, names: list[str], chunk: int = 1000
+) -> dict[str, list[torch.Tensor]]:
+    """Of greedy steps of these prompts together, which enter in chunks."""
+    tokens = {name: list(ids) for name, ids in prompts().items() if name in names}
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    done = dict.fromkeys(names, 0)
+    while min(map(len, found.values())) < STEPS:
+        spans = []
+        for name in names:
+            count = min(len(tokens[name]) - done[name], chunk)
+            ends = done[name] + count == len(tokens[name])
+            spans.append(Span(name, int(name), done[name], count, int(ends)))
+            done[name] += count
+        spans.sort(key=lambda span: span.count > 1)
+        decoding = sum(span.count == 1 for span in spans)
+        rows = iter(executor.run(StepPlan(tuple(spans), decoding), tokens))
+        for span in spans:
+            if span.outputs:
+                logits_V = next(rows).float()
+                found[span.key].append(logits_V)
+                tokens[span.key].append(int(logits_V.argmax()))
+    return {name: found[name][:STEPS] for name in names}
+
+
+EVERY = list(prompts())
+
+
+@pytest.mark.parametrize("kind", ["switch", "top2", "expert_choice"])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_gpu_says_what_a_cpu_says(kind: RouterKind, invariant: bool) -> None:
+    model = network(torch.float32, kind)
+    expected = scores(LocalExecutor(model, SLOTS), EVERY)
+    found = scores(on_gpu(model, invariant=invariant), EVERY, chunk=100)
+    for name in EVERY:
+        for mine, other in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_alone_and_in_any_batch_and_chunking(dtype: torch.dtype) -> None:
+    executor = on_gpu(network(dtype), invariant=True)
+    together = scores(executor, EVERY)
+    for chunk in (1000, 37):
+        for name in EVERY:
+            alone = scores(executor, [name], chunk)[name]
+            assert all(map(torch.equal, alone, together[name])), (name, chunk)
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_a_captured_step_has_the_bits_of_an_uncaptured_one(invariant: bool) -> None:
+    executor = on_gpu(network(torch.bfloat16), invariant=invariant)
+    captured = scores(executor, EVERY[:8])  # a graph without padding
+    executor.forget_graphs()
+    uncaptured = scores(executor, EVERY[:8])
+    for name in EVERY[:8]:
+        assert all(map(torch.equal, captured[name], uncaptured[name]))
+
+
+def test_experts_answer_all_rows_and_no_padding() -> None:
+    executor = on_gpu(network(torch.bfloat16))
+    counts = [m.count_rows() for m in executor.model.modules() if isinstance(m, MoE)]
+    scores(executor, EVERY)
+    rows = sum(LENGTHS) + (STEPS - 1) * len(EVERY)
+    assert [sum(read()) for read in counts] == [rows, rows]
