@@ -269,8 +269,7 @@ class Engine:
         version = entry.version
         for lane in outcome.ended:
             scheduler.end(entry, lane)
-        deltas = [replace(delta, version=version) for delta in outcome.deltas]
-        deltas = self._finished(account, deltas)
+        deltas = self._finished(account, outcome.deltas)
         if not entry.live:
             del self._accounts[account.request.request_id]
             if version != self.version:
@@ -278,9 +277,10 @@ class Engine:
         return deltas
 
     def _finished(self, account: Account, deltas: Sequence[Delta]) -> list[Delta]:
-        """With what only the account knows: scores of the prompt, timings."""
+        """With what only the account knows: the weights' version, prompt scores, timings."""
         result = []
         for delta in deltas:
+            delta = replace(delta, version=max(0, account.entry.version))
             if account.scores and delta.index == 0:
                 delta = replace(delta, prompt_scores=tuple(account.scores))
                 account.scores.clear()

@@ -21,6 +21,16 @@ def test_running_requests_finish_on_their_weights(tokenizer: Tokenizer) -> None:
     assert executor.kept == [{0, 1}, {1}]
 
 
+def test_an_ended_request_says_its_weights(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    running.refresh(3)
+    running.add(request("runs"))
+    running.step()
+    running.add(request("waits"))
+    assert [delta.version for delta in running.end("runs")] == [3]
+    assert [delta.version for delta in running.end("waits")] == [0], "it has none yet"
+
+
 def test_running_requests_go_on_with_new_weights_if_told_so(tokenizer: Tokenizer) -> None:
     running = engine(tokenizer)
     executor = running.executor
