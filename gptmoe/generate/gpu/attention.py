@@ -30,8 +30,8 @@ AT_ONCE = 64
 class PagedAttend:
     """An `Attend` for one step: tokens are flat [1, R], span after span.
 
-    `slot_R` and `position_R` say where each row belongs. The first `by_rows` rows go through the
-    kernel, so do rows that `chunks` do not cover: padding.
+    `slot_R` and `position_R` say where each row belongs. The last rows are those of `chunks`, which
+    torch attends to; those before them go through the kernel.
     """
 
     def __init__(
