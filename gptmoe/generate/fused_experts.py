@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fused import entering
 from .kernels.library import Kernels, kernels
 from .kernels.plain import LANES
 from .kernels.program import Enters, Program
 from .kernels.tasks import Gelu
+from .packed_weight import entering
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,9 @@ class EnteringExperts:
         program = Program(self.compiled)
         for expert, start, end in spans:
             x, f, y = (rows[start:end] for rows in (rows_RD, hidden_RF, out_RD))
-            self.up[expert].enter(program, x, f, self.up_bias[expert])
+            program.add_product(self.up[expert], x, f, self.up_bias[expert])
             program.add("gelu", Gelu(x=f.data_ptr(), count=f.numel()))
-            self.down[expert].enter(program, f, y, self.down_bias[expert])
+            program.add_product(self.down[expert], f, y, self.down_bias[expert])
         program.run()
         return out_RD
 

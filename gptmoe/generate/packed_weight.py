@@ -10,10 +10,12 @@ from torch import Tensor
 from gptmoe.model.experts import MIN_ROWS
 from gptmoe.model.layers import ServedWeight
 
+from .kernels.few_bits import FewBits
 from .kernels.few_rows import MOST_ROWS, FewRows, few_rows
 from .kernels.library import kernels
 from .kernels.pages import on_huge_pages
-from .kernels.plain import plain_weight
+from .kernels.plain import PlainWeight, plain_weight
+from .kernels.program import Enters
 from .kernels.rows import gelu_
 
 
@@ -63,6 +65,13 @@ def packed_weight(weight_OI: Tensor, dtype: torch.dtype) -> ServedWeight:
     weight = plain_weight(weight_OI)
     assert weight is not None
     return weight
+
+
+def entering(weight: object) -> Enters | None:
+    """The same weight, if it can be part of a program."""
+    if isinstance(weight, PackedWeight):
+        return weight.few_rows
+    return weight if isinstance(weight, PlainWeight | FewBits) else None
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

@@ -6,9 +6,9 @@ live.
 Letters: T tokens, D model width, R rows at the experts, S rows at their source.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -72,6 +72,9 @@ class LocalDispatcher:
         yield from ()
         return weighted_sum(rows_RD, sent)
 
+    def count(self, rows: Iterable[tuple[int, int]]) -> None:
+        """Nothing: nobody wants to know."""
+
 
 class CountedDispatcher:
     """Another dispatcher, with the rows counted that each expert here gets."""
@@ -90,6 +93,24 @@ class CountedDispatcher:
     def combine(self, rows_RD: Tensor, sent: Sent) -> Pausing[Tensor]:
         """As the other's."""
         return (yield from self._inner.combine(rows_RD, sent))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the other is."""
+        return type(self._inner) is LocalDispatcher
+
+    def count(self, rows: Iterable[tuple[int, int]]) -> None:
+        """Count rows that were computed without `dispatch`: local experts, and how many each."""
+        for expert, number in rows:
+            self._load[self._experts[expert]] += number
+
+
+def is_local(dispatcher: Dispatcher) -> TypeGuard[LocalDispatcher | CountedDispatcher]:
+    """Whether all experts are in this process: who can may compute them without `dispatch`, and
+    tells `count` so."""
+    if isinstance(dispatcher, CountedDispatcher):
+        return dispatcher.is_local
+    return type(dispatcher) is LocalDispatcher
 
 
 def sort_by_expert(routing: Routing) -> tuple[Tensor, Tensor]:

@@ -67,9 +67,13 @@ class MoE(nn.Module):
         self.dispatcher = CountedDispatcher(self.dispatcher, load, range(len(load)))
         return load.copy
 
-    def share(self, h_BTD: Tensor, out_BTD: Tensor, routing: Routing) -> Tensor:
-        """Apply the layers that all tokens go through to the experts' answers."""
+    def share(self, h_BTD: Tensor, out_BTD: Tensor, routing: Routing | None) -> Tensor:
+        """Apply the layers that all tokens go through to the experts' answers.
+
+        An Expert Residual reads the routing, and nothing else does.
+        """
         if self.residual is not None:
+            assert routing is not None
             assert routing.preference_T is not None
             taken_T = torch.zeros_like(routing.preference_T, dtype=torch.bool)
             taken_T[routing.token_R] = True

@@ -23,7 +23,8 @@ from .turns import Pausing, straight
 @dataclass(frozen=True, slots=True)
 class Output:
     """The hidden states after the layers that ran, after the last one with the last norm applied;
-    and what their routers decided, in layer order."""
+    and what their routers decided, in layer order; those of layers that ran as one call of kernels,
+    as decoding's do, tell nothing."""
 
     hidden_BTD: Tensor
     routings: tuple[Routing, ...]

@@ -82,8 +82,8 @@ static inline float sum_of(floats x)
 static inline floats exponential(floats x)
 {
     floats scaled = x * 1.44269504088896341f;
-    words fits = (words)(scaled > -126.0f);
-    scaled = (floats)((fits & (words)scaled) | (~fits & (words)((floats){} - 126.0f)));
+    words small = (words)(scaled < -126.0f); /* what is not a number stays so */
+    scaled = (floats)((~small & (words)scaled) | (small & (words)((floats){} - 126.0f)));
     integers whole = __builtin_convertvector(scaled - 0.5f, integers); /* to nearest, as x <= 0 */
     floats f = scaled - __builtin_convertvector(whole, floats);
     const float factors[] = {1.3333558146428443e-3f, 9.618129107628477e-3f, 5.550410866482158e-2f,
@@ -93,6 +93,29 @@ static inline floats exponential(floats x)
         series = plus_product((floats){} + factors[i], series, f);
     return series * (floats)((whole + 127) << 23);
 }
+
+static inline floats wide_of(halves some)
+{
+    return (floats)(__builtin_convertvector(some, words) << 16);
+}
+
+static inline floats read(const uint16_t *from)
+{
+    halves some;
+    memcpy(&some, from, sizeof some);
+    return wide_of(some);
+}
+
+static inline void write(uint16_t *to, floats numbers)
+{
+    halves some = __builtin_convertvector(rounded(numbers), halves);
+    memcpy(to, &some, sizeof some);
+}
+
+/* What the task of a product begins with: the counter, and the rows first .. end - 1 of x and out. */
+typedef struct {
+    int64_t next, first, end;
+} Rows;
 
 static inline int64_t next_piece(int64_t *counter)
 {

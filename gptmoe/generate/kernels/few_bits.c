@@ -10,7 +10,7 @@
 #define LARGEST 32639 /* 127 * 256 + 127: of two bytes with signs */
 
 typedef struct {
-    int64_t next;
+    Rows rows;
     const words *weight;   /* 8 bits: [B, Q, WIDE], 4 bits: [B, Q / 2, WIDE]; 4 inputs of each output,
                               and 4 more in the upper halves */
     const uint16_t *scale; /* [B, G, 64] */
@@ -20,14 +20,14 @@ typedef struct {
     float *unit;           /* [R] */
     const uint16_t *bias;  /* [O] or null */
     uint16_t *out;         /* [R, O] */
-    int64_t blocks, quads, group, outputs, rows; /* group: its quads */
+    int64_t blocks, quads, group, outputs; /* group: its quads */
 } FewBits;
 
 /* Take x apart. */
 void halve(FewBits *task)
 {
     int64_t row, count = 4 * task->quads, group = 4 * task->group;
-    while ((row = next_piece(&task->next)) < task->rows) {
+    while ((row = task->rows.first + next_piece(&task->rows.next)) < task->rows.end) {
         const uint16_t *x = task->x + row * count;
         int8_t *low = (int8_t *)(task->low + row * task->quads);
         int8_t *high = (int8_t *)(task->high + row * task->quads);
@@ -146,9 +146,9 @@ static inline __attribute__((always_inline)) void block_by_rows(
 static inline __attribute__((always_inline)) void products(FewBits *task, const int bits)
 {
     int64_t block;
-    while ((block = next_piece(&task->next)) < task->blocks)
-        for (int64_t row = 0; row < task->rows; row += MOST)
-            switch (task->rows - row) {
+    while ((block = next_piece(&task->rows.next)) < task->blocks)
+        for (int64_t row = task->rows.first; row < task->rows.end; row += MOST)
+            switch (task->rows.end - row) {
             case 1: block_by_rows(task, block, row, 1, bits); break;
             case 2: block_by_rows(task, block, row, 2, bits); break;
             default: block_by_rows(task, block, row, MOST, bits);

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import tasks
 from .library import Kernels, kernels
 from .pages import on_huge_pages
-from .program import Program
+from .program import Lend, ProductCall
 from .workspace import MOST_ROWS
 
 VECTORS, LANES, QUAD = 4, 16, 4
@@ -52,15 +52,14 @@ class FewBits:
         out = x.new_empty(*x.shape[:-1], outputs)
         scratch = torch.empty(self._scratch_bytes(x), dtype=torch.uint8)
         task = self._task(x, out, bias_O, scratch)
-        self.compiled.run("halve", task, most_threads=1 + task.rows // ROWS_A_THREAD)
+        self.compiled.run("halve", task, most_threads=1 + task.end // ROWS_A_THREAD)
         self.compiled.run(self.kernel, task)
         return out
 
-    def enter(self, program: Program, x: Tensor, out: Tensor, bias_O: Tensor) -> None:
+    def calls(self, x: Tensor, out: Tensor, bias_O: Tensor, lend: Lend) -> list[ProductCall]:
         """See Enters."""
-        task = self._task(x, out, bias_O, program.scratch(self._scratch_bytes(x)))
-        program.add("halve", task)
-        program.add(self.kernel, tasks.FewBits.from_buffer_copy(task))
+        task = self._task(x, out, bias_O, lend(self._scratch_bytes(x)))
+        return [("halve", task), (self.kernel, tasks.FewBits.from_buffer_copy(task))]
 
     def _scratch_bytes(self, x: Tensor) -> int:
         rows = x.numel() // x.shape[-1]
@@ -72,7 +71,7 @@ class FewBits:
         """x is taken apart in `scratch`: its halves, their sums, each row's unit."""
         task = tasks.FewBits.from_buffer_copy(self.task)
         rows, low = x.numel() // x.shape[-1], scratch.data_ptr()
-        task.x, task.out, task.rows = x.data_ptr(), out.data_ptr(), rows
+        task.x, task.out, task.end = x.data_ptr(), out.data_ptr(), rows
         sums = low + 2 * x.numel()
         task.low, task.high, task.sums = low, low + x.numel(), sums
         task.unit = sums + 8 * rows * (self.task.quads // self.task.group)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .library import Kernels, kernels
-from .program import Program
+from .program import Lend, ProductCall
 from .tasks import Product
 
 BLOCK = 64
@@ -47,13 +47,13 @@ class FewRows:
         self.compiled.run("product", self._task(x, out, bias_O))
         return out
 
-    def enter(self, program: Program, x: Tensor, out: Tensor, bias_O: Tensor) -> None:
+    def calls(self, x: Tensor, out: Tensor, bias_O: Tensor, lend: Lend) -> list[ProductCall]:
         """See Enters."""
-        program.add("product", self._task(x, out, bias_O))
+        return [("product", self._task(x, out, bias_O))]
 
     def _task(self, x: Tensor, out: Tensor, bias_O: Tensor | None) -> Product:
         task = Product.from_buffer_copy(self.task)
-        task.x, task.out, task.rows = x.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1]
+        task.x, task.out, task.end = x.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1]
         if bias_O is not None:
             task.bias = bias_O.data_ptr()
         return task

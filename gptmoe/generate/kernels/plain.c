@@ -11,12 +11,12 @@
 #define AHEAD 512 /* bytes that are asked for before they are needed */
 
 typedef struct {
-    int64_t next;
+    Rows rows;
     const uint16_t *weight; /* [O, I] */
     const uint16_t *x;      /* [R, I] */
     const uint16_t *bias;   /* [O] or null */
     uint16_t *out;          /* [R, O] */
-    int64_t rows, outputs, inputs;
+    int64_t outputs, inputs;
 } Plain;
 
 /* Some rows, `output` and those after it that are APART. Each lane has a sum in order of the inputs,
@@ -51,17 +51,17 @@ static inline __attribute__((always_inline)) void tile(
 static inline __attribute__((always_inline)) void all_rows(
     const Plain *task, int64_t output, const int outputs)
 {
-    int64_t row = 0;
-    for (; row + ROWS <= task->rows; row += ROWS)
+    int64_t row = task->rows.first;
+    for (; row + ROWS <= task->rows.end; row += ROWS)
         tile(task, row, ROWS, output, outputs);
-    for (; row < task->rows; row++)
+    for (; row < task->rows.end; row++)
         tile(task, row, 1, output, outputs);
 }
 
 void plain_product(Plain *task)
 {
     int64_t piece;
-    while ((piece = next_piece(&task->next)) * BLOCK < task->outputs) {
+    while ((piece = next_piece(&task->rows.next)) * BLOCK < task->outputs) {
         int64_t output = piece * BLOCK, left = task->outputs - output;
         if (left >= BLOCK)
             for (int64_t next = output; next < output + APART; next++)

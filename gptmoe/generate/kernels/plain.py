@@ -17,7 +17,7 @@ from gptmoe.model.layers import ServedWeight
 
 from .library import Kernels, kernels
 from .pages import on_huge_pages
-from .program import Program
+from .program import Lend, ProductCall
 from .rows import gelu_
 from .tasks import Plain
 from .workspace import MOST_ROWS
@@ -59,13 +59,13 @@ class PlainWeight(ServedWeight):
         """See ServedWeight.activated."""
         return gelu_(self.product(x, bias))
 
-    def enter(self, program: Program, x: Tensor, out: Tensor, bias_O: Tensor) -> None:
+    def calls(self, x: Tensor, out: Tensor, bias_O: Tensor, lend: Lend) -> list[ProductCall]:
         """See Enters."""
-        program.add("plain_product", self._task(x, out, bias_O))
+        return [("plain_product", self._task(x, out, bias_O))]
 
     def _task(self, x: Tensor, out: Tensor, bias_O: Tensor | None) -> Plain:
         task = Plain.from_buffer_copy(self.task)
-        task.x, task.out, task.rows = x.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1]
+        task.x, task.out, task.end = x.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1]
         if bias_O is not None:
             task.bias = bias_O.data_ptr()
         return task

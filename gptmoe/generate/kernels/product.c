@@ -5,13 +5,13 @@
 #define MOST 4 /* rows that share the reading of a block */
 
 typedef struct {
-    int64_t next;
+    Rows rows;
     const words *weight;  /* [B, P, WIDE]: for each pair of inputs, two numbers of each output, 64
                              outputs together: as oneDNN packs */
     const uint32_t *x;    /* [R, P] */
     const uint16_t *bias; /* [O] or null */
     uint16_t *out;        /* [R, O] */
-    int64_t blocks, pairs, chunk, outputs, rows;
+    int64_t blocks, pairs, chunk, outputs;
 } Product;
 
 #ifdef __AVX512BF16__
@@ -48,9 +48,9 @@ static inline __attribute__((always_inline)) void block_by_rows(
 void product(Product *task)
 {
     int64_t block;
-    while ((block = next_piece(&task->next)) < task->blocks)
-        for (int64_t row = 0; row < task->rows; row += MOST)
-            switch (task->rows - row) {
+    while ((block = next_piece(&task->rows.next)) < task->blocks)
+        for (int64_t row = task->rows.first; row < task->rows.end; row += MOST)
+            switch (task->rows.end - row) {
             case 1: block_by_rows(task, block, row, 1); break;
             case 2: block_by_rows(task, block, row, 2); break;
             case 3: block_by_rows(task, block, row, 3); break;

@@ -1,13 +1,19 @@
 """Kernels that run one after the other as one call: no Python lies between them."""
 
 import ctypes
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from .library import Kernels
-from .tasks import Attention, Call, Calls, Task
+from .tasks import Attention, Call, Calls, ProductTask, Task
 from .workspace import Workspace
+
+Lend = Callable[[int], Tensor]
+"""Asked for so many bytes of memory for the time in which a program runs."""
+ProductCall = tuple[str, ProductTask]
+"""A kernel of a product, and what it is told."""
 
 
 class Program:
@@ -29,6 +35,15 @@ class Program:
         self._calls.append(Call(address, ctypes.addressof(task), counters))
         self._all = None
 
+    def add_product(self, weight: "Enters", x: Tensor, out: Tensor, bias_O: Tensor) -> None:
+        """Compute out = x W^T + b next; see Enters.calls."""
+        for kernel, task in weight.calls(x, out, bias_O, self.scratch):
+            self.add(kernel, task)
+
+    def keep(self, *memory: Tensor) -> None:
+        """Own memory that tasks name."""
+        self._kept += memory
+
     def scratch(self, num_bytes: int) -> Tensor:
         """Memory for the kernels that are added next; others use it before and after them."""
         if self._workspace is None:
@@ -49,6 +64,10 @@ class Enters(Protocol):
 
     most_rows: ClassVar[int]
 
-    def enter(self, program: Program, x: Tensor, out: Tensor, bias_O: Tensor) -> None:
-        """Add out = x W^T + b for the rows of x [R, I] and out [R, O], which lie densely."""
+    def calls(self, x: Tensor, out: Tensor, bias_O: Tensor, lend: Lend) -> list[ProductCall]:
+        """What computes out = x W^T + b for the rows of x [R, I] and out [R, O], which lie densely.
+
+        The last is the product. Those before it prepare x, in the same way for all weights of this
+        form and shape.
+        """
         ...

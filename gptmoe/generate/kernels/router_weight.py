@@ -5,6 +5,7 @@ Each row's sums are in the same order among any number of rows.
 Letters: R rows, E outputs (experts), D inputs.
 """
 
+import torch
 from torch import Tensor
 
 from gptmoe.model.layers import ServedWeight
@@ -37,16 +38,17 @@ class RouterWeight(ServedWeight):
         outputs, inputs = self.shape
         x_RD = x.reshape(-1, inputs).contiguous()
         out_RE = x.new_empty(*x.shape[:-1], outputs)
-        task = Scores(
-            weight=self.data_ptr(),
-            x=x_RD.data_ptr(),
-            out=out_RE.data_ptr(),
-            rows=len(x_RD),
-            outputs=outputs,
-            inputs=inputs,
-        )
+        task = self.task(x_RD, out_RE)
         self.compiled.run("scores", task, most_threads=1 + len(x_RD) // ROWS_A_THREAD)
         return out_RE if bias is None else out_RE.add_(bias)
+
+    def task(self, x_RD: Tensor, out_RE: Tensor) -> Scores:
+        """What the kernel is told; x in float32, or bfloat16 that it widens."""
+        outputs, inputs = self.shape
+        task = Scores(weight=self.data_ptr(), out=out_RE.data_ptr())
+        task.rows, task.outputs, task.inputs = len(x_RD), outputs, inputs
+        setattr(task, "half" if x_RD.dtype == torch.bfloat16 else "x", x_RD.data_ptr())
+        return task
 
 
 def router_weight(weight_ED: Tensor) -> RouterWeight | None:

@@ -20,24 +20,6 @@ typedef struct {
     int64_t count;
 } Gelu;
 
-static inline floats wide_of(halves some)
-{
-    return (floats)(__builtin_convertvector(some, words) << 16);
-}
-
-static inline floats read(const uint16_t *from)
-{
-    halves some;
-    memcpy(&some, from, sizeof some);
-    return wide_of(some);
-}
-
-static inline void write(uint16_t *to, floats numbers)
-{
-    halves some = __builtin_convertvector(rounded(numbers), halves);
-    memcpy(to, &some, sizeof some);
-}
-
 /* (x - mean) / sqrt(variance + 1e-5) weight + bias. Each lane has sums in the order of the row. */
 static void norm_row(const Norm *task, const uint16_t *x, uint16_t *out)
 {

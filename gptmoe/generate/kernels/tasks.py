@@ -1,20 +1,22 @@
 """What the kernels are told, as their files of C have it. All tasks begin with their counters.
 
-Letters: R rows, I inputs, O outputs.
+Letters: R rows, I inputs, O outputs, E experts, K choices of a row.
 """
 
 import ctypes
 
 _Address, _Number = ctypes.c_void_p, ctypes.c_int64
+_ROWS = tuple((name, _Number) for name in ("next", "first", "end"))
+"""What the tasks of products begin with: rows `first` to `end` - 1 of x and out; see common.h."""
 
 
 class Product(ctypes.Structure):
     """The task of `product`, as in product.c."""
 
     _fields_ = (
-        ("next", _Number),
+        *_ROWS,
         *((name, _Address) for name in ("weight", "x", "bias", "out")),
-        *((name, _Number) for name in ("blocks", "pairs", "chunk", "outputs", "rows")),
+        *((name, _Number) for name in ("blocks", "pairs", "chunk", "outputs")),
     )
 
 
@@ -22,9 +24,9 @@ class Plain(ctypes.Structure):
     """The task of `plain_product`, as in plain.c."""
 
     _fields_ = (
-        ("next", _Number),
+        *_ROWS,
         *((name, _Address) for name in ("weight", "x", "bias", "out")),
-        *((name, _Number) for name in ("rows", "outputs", "inputs")),
+        *((name, _Number) for name in ("outputs", "inputs")),
     )
 
 
@@ -32,10 +34,10 @@ class FewBits(ctypes.Structure):
     """The task of `halve`, `product8` and `product4`, as in few_bits.c."""
 
     _fields_ = (
-        ("next", _Number),
+        *_ROWS,
         *((name, _Address) for name in ("weight", "scale", "x", "low", "high", "sums", "unit")),
         *((name, _Address) for name in ("bias", "out")),
-        *((name, _Number) for name in ("blocks", "quads", "group", "outputs", "rows")),
+        *((name, _Number) for name in ("blocks", "quads", "group", "outputs")),
     )
 
 
@@ -44,8 +46,50 @@ class Scores(ctypes.Structure):
 
     _fields_ = (
         ("next", _Number),
-        *((name, _Address) for name in ("weight", "x", "out")),
+        *((name, _Address) for name in ("weight", "x", "half", "out")),
         *((name, _Number) for name in ("rows", "outputs", "inputs")),
+    )
+
+
+class Choose(ctypes.Structure):
+    """The task of `choose`, as in experts.c."""
+
+    _fields_ = (
+        ("next", _Number),
+        *((name, _Address) for name in ("logits", "bias", "expert", "weight")),
+        *((name, _Number) for name in ("rows", "experts", "choices")),
+    )
+
+
+class Each(ctypes.Structure):
+    """The task of `each`, as in experts.c."""
+
+    _fields_ = (
+        ("next", _Number),
+        *((name, _Address) for name in ("kernel", "tasks")),
+        ("size", _Number),
+        ("chosen", _Address),
+    )
+
+
+class Group(ctypes.Structure):
+    """The task of `group`, as in experts.c."""
+
+    _fields_ = (
+        ("next", _Number),
+        *((name, _Address) for name in ("expert", "x", "out", "place", "chosen", "ends")),
+        *((name, _Address) for name in ("up", "down")),
+        *((name, _Number) for name in ("rows", "experts", "choices", "width")),
+    )
+
+
+class Weigh(ctypes.Structure):
+    """The task of `weigh`, as in experts.c."""
+
+    _fields_ = (
+        ("next", _Number),
+        *((name, _Address) for name in ("x", "place", "weight", "out")),
+        *((name, _Number) for name in ("rows", "choices", "width")),
     )
 
 
@@ -92,4 +136,5 @@ class Calls(ctypes.Structure):
     )
 
 
-Task = Product | Plain | FewBits | Scores | Attention | Norm | Gelu
+ProductTask = Product | Plain | FewBits
+Task = ProductTask | Scores | Choose | Each | Group | Weigh | Attention | Norm | Gelu

@@ -15,8 +15,10 @@ class Workspace:
     """Memory and programs of one cache, whose steps run one at a time."""
 
     def __init__(self) -> None:
-        self.programs: WeakKeyDictionary[nn.Module, dict[int, Any]] = WeakKeyDictionary()
-        """Of each layer, by its rows."""
+        self.programs: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+        """Of each layer."""
+        self.experts: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+        """What the programs of a layer with experts share."""
         self._memory: dict[tuple[str, int], Tensor] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8)
 

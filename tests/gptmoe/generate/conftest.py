@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gptmoe.generate.kernels.library import Kernels
+from gptmoe.generate.kernels.tasks import Calls
 from gptmoe.generate.packed import pack
 from gptmoe.loaded import LoadedModel
 from gptmoe.model.initialize import initialize
@@ -61,3 +63,16 @@ def make_model(tokenizer: Tokenizer) -> Make:
         return LoadedModel(network.eval(), tokenizer, {}, Path())
 
     return make
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> list[Calls]:
+    """Those that were run."""
+    found, own = [], Kernels.run_program
+
+    def run(self: Kernels, calls: Calls) -> None:
+        found.append(calls)
+        own(self, calls)
+
+    monkeypatch.setattr(Kernels, "run_program", run)
+    return found

@@ -36,7 +36,7 @@ class Chain:
         self.program, self.bias = Program(compiled), random(WIDTH, seed=2)
         self.buffers = [torch.empty(ROWS, WIDTH, dtype=torch.bfloat16) for _ in range(times + 1)]
         for x, out in zip(self.buffers, self.buffers[1:], strict=False):
-            held.enter(self.program, x, out, self.bias)
+            self.program.add_product(held, x, out, self.bias)
             self.program.add("gelu", Gelu(x=out.data_ptr(), count=out.numel()))
 
     def __call__(self, x: Tensor) -> Tensor:

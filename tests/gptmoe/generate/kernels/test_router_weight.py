@@ -47,6 +47,15 @@ def test_rows_and_threads_change_no_bit() -> None:
     assert torch.equal(held.product(spread, None), held.product(spread.contiguous(), None))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+@pytest.mark.parametrize("outputs", [3, 8])
+def test_rows_in_bfloat16_are_widened(outputs: int, rows: int) -> None:
+    held, half_RD = weight_of(outputs, 96), random(rows, 96, seed=1).bfloat16()
+    out_RE = torch.empty(rows, outputs)
+    held.compiled.run("scores", held.task(half_RD, out_RE))
+    assert torch.equal(out_RE, held.product(half_RD.float(), None))
+
+
 def test_what_it_cannot_hold_is_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert router_weight(random(8, 40)) is None
     monkeypatch.setattr("shutil.which", lambda name: None)
