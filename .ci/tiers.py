@@ -4,7 +4,7 @@ Each tier is its own process, so that none inherits another's threads, processes
 without tests passes. All tiers run even if one fails; the last line sums them up as pytest does.
 
 Tests on Ray wait for half of their time, so the tier that only computes runs beside the others, at
-the lowest priority: it takes the time that they leave. What it says is printed when it has ended.
+a lower priority: it takes the time that they leave. What it says is printed when it has ended.
 """
 
 import contextlib
@@ -39,7 +39,10 @@ TESTS = {
 CHECKS = {"static": ["ruff format --check .", "ruff check .", "lint-imports", "mypy"]}
 """Commands of a tier that are not pytest's."""
 BESIDE = ("ranks",)
-"""Tiers that run beside others: no test of theirs measures time."""
+"""Tiers that run beside others: no test of theirs measures time, and their limits are minutes."""
+NICENESS = 5
+"""Of those. Far from the lowest priority: they wait for each other, and at 19 a machine that others
+kept busy for five minutes left them too little to end a test within its limit."""
 ALONE = ("gpu", "bench")
 """Tiers that want the machine for themselves, and torch's threads as they are."""
 SHARING = {"OMP_WAIT_POLICY": "passive"}
@@ -147,13 +150,13 @@ class Beside:
 
 
 def give_way(leader: int) -> None:
-    """Let all other processes go before those of a session.
+    """Let all other processes go before those of a session, mostly.
 
     Linux may share its time among sessions first, whose own priority is that of their group.
     """
-    os.setpriority(os.PRIO_PROCESS, leader, 19)
+    os.setpriority(os.PRIO_PROCESS, leader, NICENESS)
     with contextlib.suppress(OSError):
-        Path(f"/proc/{leader}/autogroup").write_text("19")
+        Path(f"/proc/{leader}/autogroup").write_text(str(NICENESS))
 
 
 def count(report: Path, status: int) -> Counter[str]:
