@@ -9,6 +9,7 @@ import ray
 import ray.exceptions
 import ray.train
 from ray.train.torch import TorchConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -59,18 +60,21 @@ def say_if_busy(cluster: Session, workers: int) -> None:
 
 
 class SteadyTrainer(TorchTrainer):
-    """TorchTrainer without two of its habits, and with our own idea of what can be tried again.
+    """TorchTrainer without three of its habits, and with our own idea of what can be tried again.
 
     Its watchdog removes the workers of a controller that it takes for dead. It asks the dashboard,
     and on a busy machine an unanswered question counts as a death (seen on two loaded cores, Ray
     2.60). The workers' placement group belongs to the controller and goes with it anyway.
+
+    It starts a process that hands out Ray datasets, for every group of workers; we read our own.
 
     Its handler of Ctrl-C ends the process with 0; ours is to say that the run was interrupted.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [c for c in callbacks if not isinstance(c, PlacementGroupCleanerCallback)]
+        habits = (PlacementGroupCleanerCallback, DatasetsCallback)
+        return [c for c in callbacks if not isinstance(c, habits)]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         pass

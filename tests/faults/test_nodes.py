@@ -32,6 +32,10 @@ WORDS = (
     "checkpoint.every_steps=5",
 )
 
+SOON = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
+"""Ray asks for as many workers as before until it has noticed that a node is gone, and waits a
+minute for room that will not come. Where there is room, it is found at once."""
+
 
 def workers(run_dir: Path) -> int:
     topology = topology_file.read(run_dir)
@@ -46,7 +50,7 @@ def test_a_run_goes_on_with_whatever_nodes_there_are(nodes: Nodes, tmp_path: Pat
     run_dir = tmp_path / "run"
     nodes.change("add", 4)
     words = ["pretrain", str(TINY), *WORDS, f"run.dir={run_dir}", "--address", nodes.address]
-    command = Command(tmp_path, *words)
+    command = Command(tmp_path, *words, **SOON)
     seen: list[int] = []
 
     def until(count: int, more_steps: int) -> None:
@@ -83,7 +87,7 @@ def test_a_node_that_is_to_go_is_saved_first(nodes: Nodes, tmp_path: Path) -> No
     nodes.change("add", 2)
     words = [*WORDS, "parallel.dp=2", "checkpoint.every_steps=0", "train.max_steps=60"]
     run = ["pretrain", str(TINY), *words, f"run.dir={run_dir}", "--address", nodes.address]
-    command = Command(tmp_path, *run, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1")
+    command = Command(tmp_path, *run, RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S="1", **SOON)
     command.wait_until(lambda: workers(run_dir) == 2 and newest_step(run_dir) > 5)
     nodes.change("drain", 1)
     command.wait_until(lambda: workers(run_dir) == 1)

@@ -1,7 +1,6 @@
 """A model on several ranks, served: the bits of one process, whatever the layout."""
 
 from collections.abc import Iterator, Sequence, Set
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from gptmoe.model.spec import RouterKind, RouterSpec
 from gptmoe.shard.parts import ExpertSpan, Part, arrange, layout_of
 from gptmoe.shard.shard import Shard
 from tests import small_model
-from tests.ranks.pool import RankPool
+from tests.ranks.pool import GROUP_TIMEOUT, RankPool
 
 ENGINE = EngineConfig(max_batch_size=8, token_budget=48)
 LONG = "春风又绿江南岸，明月何时照我还。" * 6
@@ -119,10 +118,11 @@ def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype
     """What a rank does: the last one is the engine's."""
     stored = open_checkpoint(checkpoint)
     spec = gptmoe.loaded.spec_of(stored)
-    groups = groups_of(parts, rank, timedelta(seconds=30))
+    groups = groups_of(parts, rank, GROUP_TIMEOUT)
     store = dist.distributed_c10d._get_default_store()
     ways = neighbours(parts, rank)
-    sockets = connect(store, rank, "127.0.0.1", ways, timeout_s=30, within_s=30)
+    limit_s = GROUP_TIMEOUT.total_seconds()
+    sockets = connect(store, rank, "127.0.0.1", ways, timeout_s=limit_s, within_s=limit_s)
     line = Links(groups.everyone, sockets)
     if rank == len(parts):
         executor = ShardsExecutor(parts, line, 1, spec.vocab_size, dtype)

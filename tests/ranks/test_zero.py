@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +45,6 @@ SGD = OptimizerSpec(kind="sgd", max_grad_norm=0.5)  # below every norm here: cli
 ADAMW = OptimizerSpec(max_grad_norm=0.5)
 RATE = {"sgd": 0.1, "adamw": 3e-3}
 STEPS = 6
-
-LIMIT_S, WAIT = 240.0, timedelta(seconds=120)
-"""A rank's first step imports for seconds, of which a busy machine makes many, while peers wait."""
 
 ONE = Layout(dp=1)
 LAYOUTS = {
@@ -168,7 +165,7 @@ def zero_2(model: GPT, mesh: meshes.Mesh, optimizer: OptimizerSpec) -> ZeroUpdat
 
 def on_ranks(pool: RankPool, run: Run) -> Seen:
     """The run on a process for each rank; all ranks see the same."""
-    seen = pool.run(run.layout.world, train, run, limit_s=LIMIT_S, group_timeout=WAIT)
+    seen = pool.run(run.layout.world, train, run)
     assert all(other == seen[0] for other in seen)
     return seen[0]
 
@@ -180,42 +177,57 @@ def assert_same(one: Checkpoint, other: Checkpoint, group: str) -> None:
         assert torch.equal(one.read(name, None, group), other.read(name, None, group)), name
 
 
+OneProcess = Callable[[ModelSpec, OptimizerSpec], tuple[Seen, Path]]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> OneProcess:
+    """What the plain updater does in one process, and its checkpoint: done once for all layouts."""
+
+    @cache
+    def done(spec: ModelSpec, optimizer: OptimizerSpec) -> tuple[Seen, Path]:
+        target = tmp_path_factory.mktemp("plain") / "saved"
+        plain = Run(layout=ONE, spec=spec, optimizer=optimizer, updater=PlainUpdater, target=target)
+        return train(0, plain), target
+
+    return done
+
+
 @each_layout
 def test_sgd_takes_the_steps_of_one_process(
-    pool: RankPool, tmp_path: Path, layout: Layout, spec: ModelSpec
+    pool: RankPool, one_process: OneProcess, tmp_path: Path, layout: Layout, spec: ModelSpec
 ) -> None:
-    plain = Run(
-        layout=ONE, spec=spec, optimizer=SGD, updater=PlainUpdater, target=tmp_path / "plain"
-    )
-    expected = train(0, plain)
+    expected, saved = one_process(spec, SGD)
     assert min(expected.norm) > SGD.max_grad_norm
     found = on_ranks(pool, Run(layout=layout, spec=spec, optimizer=SGD, target=tmp_path / "zero"))
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert found.norm == pytest.approx(expected.norm, rel=1e-6)
-    one, other = open_checkpoint(tmp_path / "plain"), open_checkpoint(tmp_path / "zero")
+    one, other = open_checkpoint(saved), open_checkpoint(tmp_path / "zero")
     for name in one.names():
         difference = (one.read(name) - other.read(name)).norm()
         assert difference <= 1e-5 * one.read(name).norm(), name
 
 
 @pytest.mark.parametrize("name", ["one", "dense dp2", "dp2 ep2", "dp4 ep2", "dp2 tp2 ep4"])
-def test_zero_2_has_the_numbers_of_one_process(pool: RankPool, name: str) -> None:
+def test_zero_2_has_the_numbers_of_one_process(
+    pool: RankPool, one_process: OneProcess, name: str
+) -> None:
     layout, spec = LAYOUTS[name]
     for optimizer in (SGD, ADAMW):
-        plain = Run(layout=ONE, spec=spec, optimizer=optimizer, updater=PlainUpdater)
-        expected = train(0, plain)
-        found = on_ranks(pool, replace(plain, layout=layout, updater=zero_2))
+        expected, _ = one_process(spec, optimizer)
+        run = Run(layout=layout, spec=spec, optimizer=optimizer, updater=zero_2)
+        found = on_ranks(pool, run)
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
         assert found.norm == pytest.approx(expected.norm, rel=1e-5)
 
 
 @each_layout
 def test_adamw_has_the_losses_of_one_process(
-    pool: RankPool, layout: Layout, spec: ModelSpec
+    pool: RankPool, one_process: OneProcess, layout: Layout, spec: ModelSpec
 ) -> None:
-    plain = Run(layout=ONE, spec=spec, optimizer=ADAMW, updater=PlainUpdater)
+    expected, _ = one_process(spec, ADAMW)
     found = on_ranks(pool, Run(layout=layout, spec=spec, optimizer=ADAMW))
-    assert found.loss == pytest.approx(train(0, plain).loss, rel=1e-5)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
 
 
 def test_two_ranks_have_the_plain_updaters_bits(pool: RankPool) -> None:
@@ -233,10 +245,11 @@ def zero_3(layout: Layout, **given: object) -> Run:
 
 
 @pytest.mark.parametrize("dp", [1, 2, 4])
-def test_zero_3_has_the_numbers_of_one_process(pool: RankPool, dp: int) -> None:
+def test_zero_3_has_the_numbers_of_one_process(
+    pool: RankPool, one_process: OneProcess, dp: int
+) -> None:
     for optimizer in (SGD, ADAMW):
-        one = Run(layout=ONE, spec=DENSE, optimizer=optimizer, updater=PlainUpdater)
-        expected = train(0, one)
+        expected, _ = one_process(DENSE, optimizer)
         found = on_ranks(pool, replace(zero_3(Layout(dp=dp)), optimizer=optimizer))
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
         assert found.norm == pytest.approx(expected.norm, rel=1e-5)

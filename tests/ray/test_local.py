@@ -22,7 +22,9 @@ def test_a_local_cluster_has_room_for_more_workers_than_cores() -> None:
 
 
 def test_a_second_process_connects_to_it_and_is_told_what_is_missing() -> None:
-    with local.session(workers=1) as session:
+    """Workers take no GPUs where there are none."""
+    with local.session(workers=1, gpus=True) as session:
+        assert session.gpus_per_worker == (1 if env.has_gpu() else 0)
         code = (
             "from cluster import local\n"
             f"with local.session(workers=1, address='{session.address}') as s: print(s.threads)\n"
@@ -61,11 +63,6 @@ def test_workers_take_gpus_where_the_cluster_has_any() -> None:
     assert done.stdout.split() == ["1", "0"], done.stderr
     assert "ClusterError: the cluster at" in done.stderr
     assert "lacks 1 of 2 GPU for this run (waited 0.1 s); add nodes, or use" in done.stderr
-
-
-def test_workers_take_none_where_there_are_none() -> None:
-    with local.session(workers=1, gpus=True) as session:
-        assert session.gpus_per_worker == (1 if env.has_gpu() else 0)
 
 
 def test_an_address_without_a_cluster_is_refused_in_seconds() -> None:
