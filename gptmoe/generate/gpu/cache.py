@@ -4,10 +4,12 @@ Letters: L layers, P pages, H heads, B tokens of a block (a page), K head width,
 slot may have.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 
+from gptmoe.errors import ConfigError
 from gptmoe.generate.plan import SlotCopy, SlotSpan, SlotTrim
 from gptmoe.generate.slots import BLOCK, blocks_of
 from gptmoe.model.spec import ModelSpec
@@ -16,7 +18,10 @@ from .pages import NOWHERE, PageTable
 
 
 class PagedCache:
-    """Memory for `blocks` blocks, shared by `slots` sequences; `idle` is a slot for padding."""
+    """Memory for `blocks` blocks, shared by `slots` sequences; `idle` is a slot for padding.
+
+    Raises ConfigError if there is not so much.
+    """
 
     def __init__(
         self, spec: ModelSpec, slots: int, blocks: int, dtype: torch.dtype, device: torch.device
@@ -25,7 +30,16 @@ class PagedCache:
         self.table = PageTable(slots, blocks)
         self.idle = slots
         shape = (spec.num_layers, self.table.num_pages, spec.num_heads, BLOCK, spec.head_dim)
-        self.keys, self.values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        try:
+            self.keys, self.values = (
+                torch.empty(shape, dtype=dtype, device=device) for _ in range(2)
+            )
+        except torch.OutOfMemoryError:
+            size = 2 * math.prod(shape) * dtype.itemsize
+            raise ConfigError(
+                f"a KV cache of {blocks * BLOCK} tokens takes {size / 1e9:.1f} GB, which {device} "
+                "has not left beside the weights; lower engine.kv_tokens or engine.max_batch_size"
+            ) from None
         self.table_SX = torch.full(
             (slots + 1, blocks_of(spec.max_seq_len)), NOWHERE, dtype=torch.int32, device=device
         )

@@ -4,6 +4,7 @@ Letters: R rows (tokens of the step), D model width, S sampled rows, V vocabular
 """
 
 from collections.abc import Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -43,7 +44,8 @@ class PagedExecutor:
         """See WholeModel.add."""
         self._models[version] = model.eval()
         if self.device.type == "cuda" and can_be_captured(model):
-            self._graphs[version] = DecodingGraphs(model, self.cache, self._slots)
+            with self._here():
+                self._graphs[version] = DecodingGraphs(model, self.cache, self._slots)
 
     def keep(self, versions: Set[int]) -> None:
         """See Executor.keep."""
@@ -61,7 +63,8 @@ class PagedExecutor:
         row_3R = rows_of(plan.spans, tokens_of(plan.spans, tokens))
         graphs = self._graphs.get(plan.version)
         if graphs is not None and plan.num_decoding == len(plan.spans):
-            return graphs.run(row_3R).cpu()
+            with self._here():
+                return graphs.run(row_3R).cpu()
         hidden_RD = self._compute(row_3R, plan.spans, plan.num_decoding)
         return self.logits(output_rows(hidden_RD, plan.spans)).cpu()
 
@@ -74,7 +77,8 @@ class PagedExecutor:
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """See WholeModel.logits."""
-        return scores(self.model, hidden_SD)
+        with self._here():
+            return scores(self.model, hidden_SD)
 
     @torch.inference_mode()
     def _compute(self, row_3R: Tensor, spans: Sequence[SlotSpan], num_decoding: int) -> Tensor:
@@ -83,8 +87,13 @@ class PagedExecutor:
             layer.live_T = None
         chunks = () if self.invariant else spans[num_decoding:]
         attend = PagedAttend(self.cache, row_3R[2], row_3R[1], chunks)
-        output = self.model(row_3R[:1], row_3R[1:2], attend=attend)
+        with self._here():
+            output = self.model(row_3R[:1], row_3R[1:2], attend=attend)
         return output.hidden_BTD[0]
+
+    def _here(self) -> AbstractContextManager[object]:
+        """Kernels of Triton start on the current device, wherever their tensors are."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
 
 def executors(network: GPT, *, invariant: bool = False) -> MakeExecutor:

@@ -42,6 +42,7 @@ class DecodingGraphs:
         # The largest first: the others fit into its memory.
         self._graphs = {size: self._capture(size) for size in reversed(self._sizes)}
 
+    @torch.inference_mode()
     def run(self, row_3R: Tensor) -> Tensor:
         """Scores [R, V] of these rows; valid until the next run."""
         count = row_3R.shape[1]

@@ -40,7 +40,7 @@ def prepare(network: GPT, *, invariant: bool = False) -> None:
     for module in list(network.modules()):
         if type(module) is LayerNorm:
             module.__class__ = OneNorm
-        elif type(module) is MoE and isinstance(module.router, TokenChoiceRouter):
+        elif type(module) in (MoE, RoutedMoE) and isinstance(module.router, TokenChoiceRouter):
             module.__class__ = RoutedMoE
             assert isinstance(module, RoutedMoE)
             module.begin(invariant)

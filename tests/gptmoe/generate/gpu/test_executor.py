@@ -1,8 +1,11 @@
 """The paged executor says what the one for CPUs says, however its steps are run; in float32."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,10 +14,10 @@ from gptmoe.errors import ConfigError
 from gptmoe.generate import gpu
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor, WholeModel
-from gptmoe.generate.gpu import products
+from gptmoe.generate.gpu import graphs, products
 from gptmoe.generate.gpu.cache import PagedCache
 from gptmoe.generate.gpu.executor import PagedExecutor
-from gptmoe.generate.gpu.graphs import decode, padded, sizes
+from gptmoe.generate.gpu.graphs import decode, sizes
 from gptmoe.generate.gpu.products import can_be_captured
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.plan import Span
@@ -45,8 +48,8 @@ def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "TILE_OUTPUTS", 4096)
 
 
-def network(kind: RouterKind = "switch", **changes: Any) -> GPT:
-    spec = ModelSpec(
+def network_spec(kind: RouterKind = "switch", **changes: Any) -> ModelSpec:
+    return ModelSpec(
         num_layers=2,
         d_model=32,
         num_heads=1,
@@ -58,23 +61,48 @@ def network(kind: RouterKind = "switch", **changes: Any) -> GPT:
         router=RouterSpec(kind=kind),
         **changes,
     )
-    made = GPT(spec)
+
+
+def network(kind: RouterKind = "switch", **changes: Any) -> GPT:
+    made = GPT(network_spec(kind, **changes))
     initialize(made, seed=3)
     settle(made)
     return made.requires_grad_(False).eval()
 
 
-class Captured:
-    """What DecodingGraphs runs, without capturing it."""
+class StandIn:
+    """A CUDA graph that computes its step again when it is replayed."""
 
-    def __init__(self, model: GPT, cache: PagedCache, most: int) -> None:
-        self.model, self.cache, self.most = model, cache, most
+    step: Any = None
 
-    @torch.inference_mode()
-    def run(self, row_3R: torch.Tensor) -> torch.Tensor:
-        count = row_3R.shape[1]
-        row_3R = padded(row_3R, self.most + 1 - count, self.cache.idle)
-        return decode(self.model, self.cache, row_3R)[:count]
+    def replay(self) -> None:
+        arguments, logits_RV = self.step
+        logits_RV.copy_(decode(*arguments))
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device here captures anything; all else of DecodingGraphs is as it is."""
+    capturing: list[StandIn] = []
+
+    @contextmanager
+    def graph(made: StandIn, **_: Any) -> Iterator[None]:
+        capturing.append(made)
+        yield
+        capturing.clear()
+
+    def noted(*arguments: Any) -> torch.Tensor:
+        logits_RV = decode(*arguments)
+        for made in capturing:
+            made.step = arguments, logits_RV
+        return logits_RV
+
+    monkeypatch.setattr(graphs, "decode", noted)
+    monkeypatch.setattr(graphs, "sizes", lambda most: [2, most + 1])  # some with padding
+    for name in ("graph_pool_handle", "Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
 
 
 def paged(model: GPT, *, invariant: bool = False, captured: bool = False) -> PagedExecutor:
@@ -83,8 +111,7 @@ def paged(model: GPT, *, invariant: bool = False, captured: bool = False) -> Pag
     assert isinstance(made, PagedExecutor)
     if captured:
         assert can_be_captured(model)
-        graphs: Any = Captured(model, made.cache, CONFIG.max_batch_size)
-        made._graphs[0] = graphs
+        made._graphs[0] = graphs.DecodingGraphs(model, made.cache, CONFIG.max_batch_size)
     return made
 
 
@@ -107,6 +134,7 @@ def answers(executor: WholeModel, tokenizer: Tokenizer) -> tuple[dict[Any, list[
     ("invariant", "kind", "changes"),
     [(False, "switch", {}), (True, "top2", {"residual_moe": True})],
 )
+@pytest.mark.usefixtures("stand_ins")
 def test_the_same_texts(
     tokenizer: Tokenizer, invariant: bool, kind: RouterKind, changes: Any
 ) -> None:
@@ -126,6 +154,7 @@ def test_experts_that_choose_run_uncaptured(tokenizer: Tokenizer) -> None:
     assert not can_be_captured(copied)
 
 
+@pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize("most_rows", [0, 64])
 def test_rows_of_experts_are_counted_without_padding(
     monkeypatch: pytest.MonkeyPatch, most_rows: int
@@ -172,10 +201,19 @@ def answers_of(engine: Engine, request: Request) -> list[int]:
 
 
 def test_a_page_is_16_tokens_of_each_slot_and_padding_has_one() -> None:
-    cache = PagedCache(network().spec, 3, 7, torch.float32, torch.device("cpu"))
+    cache = PagedCache(network_spec(), 3, 7, torch.float32, torch.device("cpu"))
     assert cache.keys.shape == (2, 1 + 7 + 3, 1, 16, 32)
     assert cache.table_SX.shape == (4, blocks_of(CONTEXT))
     assert not cache.table_SX.any()
+
+
+def test_a_cache_that_does_not_fit_is_said_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(ConfigError, match=r"a KV cache of 112 tokens takes 0\.0 GB, which cpu has"):
+        PagedCache(network_spec(), 3, 7, torch.float32, torch.device("cpu"))
 
 
 def test_sizes_of_graphs() -> None:
