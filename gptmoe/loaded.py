@@ -14,6 +14,7 @@ from gptmoe.errors import CheckpointError, ConfigError, RequestError
 from gptmoe.generate import gpu, offline
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import LocalExecutor, MakeExecutor
+from gptmoe.generate.gpu.memory import full
 from gptmoe.generate.packed import pack
 from gptmoe.generate.params import SamplingParams, as_params
 from gptmoe.generate.plan import Span
@@ -50,9 +51,9 @@ def load(
     where it can (generate/packed.py); experts that are large beside the free memory stay
     memory-mapped if they are stored in this dtype (`may_copy`). `weights` int8 or int4 rounds them
     (generate/quantized.py). On a GPU a text's bits depend on no other text if `invariant`, at a
-    cost; on a CPU they never do. `verify=False` checks the sizes of files, not their checksums:
+    cost; on a CPU always. `verify=False` checks the sizes of files, not their checksums:
     `gptmoe verify` does that apart. Raises CheckpointError naming a missing or corrupt part,
-    ConfigError for a type that cannot be had here.
+    ConfigError for a type that cannot be had here, or a GPU that is too small.
     """
     checkpoint = open_checkpoint(Path(path), verify=verify)
     spec = spec_of(checkpoint)
@@ -63,7 +64,8 @@ def load(
             f"only {spec.vocab_size}; they do not belong together"
         )
     wanted, place = named_dtype(dtype), named_device(device)
-    network = read_network(checkpoint, spec, wanted, place, as_stored=bool(weights))
+    with full(f"the weights in {checkpoint.path}", place):
+        network = read_network(checkpoint, spec, wanted, place, as_stored=bool(weights))
     if weights:
         quantize(network, named_weights(weights))
         _narrow(network)
@@ -133,7 +135,8 @@ class LoadedModel:
 
     @torch.inference_mode()
     def logits(self, token_ids_BT: Sequence[Sequence[int]] | Tensor) -> Tensor:
-        """Scores of the next token after each position, [B, T, V]: generation's path, same bits.
+        """Scores of the next token after each position, [B, T, V]: generation's path, same bits
+        (on a GPU if `invariant`).
 
         Raises RequestError for rows of different lengths, a row that is empty or longer than the
         context, or ids outside the vocabulary.

@@ -72,6 +72,7 @@ class LocalCore:
         self._counts: list[Mapping[int, Callable[[], list[int]]]] = []
         self._count_rows(model.network)
         self.engine = model.engine(config.engine)
+        cast(WholeModel, self.engine.executor).warm_up()
 
     def prepare(self, checkpoint: Location, version: int) -> None:
         """See Core.prepare."""

@@ -5,7 +5,7 @@ Letters: T flat tokens, D model width, S sampled rows, V vocabulary.
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from .attention import CachedAttend
 from .cache import KVCache
 from .kernels.row_attention import RowAttend, row_kernels
 from .plan import SlotSpan, Span, StepPlan
+
+M = TypeVar("M")
 
 ROW_MULTIPLE = 4
 """Products run over multiples of this many rows, so that a row's bits do not depend on the others
@@ -50,7 +52,7 @@ class Executor(Protocol):
         ...
 
     def keep(self, versions: Set[int]) -> None:
-        """Weights of other versions are not asked for any more."""
+        """Weights of other versions are not asked for any more, but for newer ones to come."""
         ...
 
 
@@ -58,7 +60,11 @@ class WholeModel(Executor, Protocol):
     """An executor that has all of a model in this process."""
 
     def add(self, version: int, model: GPT) -> None:
-        """Weights of another version, beside those that are here."""
+        """Weights of another version, beside those that are here; from any thread."""
+        ...
+
+    def warm_up(self) -> None:
+        """Do now what the first steps would have to wait for, here and whenever weights come."""
         ...
 
     def hidden(
@@ -86,15 +92,18 @@ class LocalExecutor:
         self.model = model.eval()
         device = model.embed.tokens.weight.device
         self.cache = KVCache(model.spec, slots, model.compute_dtype, device)
-        self._models = {0: self.model}
+        self._models: Mapping[int, GPT] = {0: self.model}
 
     def add(self, version: int, model: GPT) -> None:
         """See WholeModel.add."""
-        self._models[version] = model.eval()
+        self._models = {**self._models, version: model.eval()}
+
+    def warm_up(self) -> None:
+        """See WholeModel.warm_up: nothing."""
 
     def keep(self, versions: Set[int]) -> None:
         """See Executor.keep."""
-        self._models = {v: model for v, model in self._models.items() if v in versions}
+        self._models = kept(self._models, versions)
 
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         """See Executor.run."""
@@ -112,6 +121,12 @@ class LocalExecutor:
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """See WholeModel.logits."""
         return scores(self.model, hidden_SD)
+
+
+def kept(by_version: Mapping[int, M], versions: Set[int]) -> dict[int, M]:
+    """What belongs to these versions, or to newer ones, which may not be asked for yet."""
+    newest = max(versions)
+    return {v: held for v, held in by_version.items() if v in versions or v > newest}
 
 
 def tokens_of(spans: Sequence[Span], tokens: Mapping[str, Sequence[int]]) -> list[int]:

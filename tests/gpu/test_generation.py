@@ -1,5 +1,6 @@
 """What only a GPU can show of generation: compiled kernels, captured steps, invariant bits."""
 
+import threading
 from copy import deepcopy
 from typing import cast
 
@@ -15,6 +16,7 @@ from gptmoe.model.initialize import initialize
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec, RouterKind, RouterSpec
 from gptmoe.model.transformer import GPT
+from gptmoe.stored import kept_dtype
 
 CONTEXT, SLOTS = 640, 9
 LENGTHS = (1, 15, 16, 17, 64, 255, 256, 300, 500)
@@ -38,13 +40,12 @@ def network(dtype: torch.dtype, kind: RouterKind = "switch") -> GPT:
     return made.requires_grad_(False).eval()
 
 
-def on_gpu(model: GPT, *, invariant: bool = False) -> PagedExecutor:
+def on_gpu(model: GPT, *, invariant: bool = False, slots: int = SLOTS) -> PagedExecutor:
     model = deepcopy(model).to("cuda")
     for name, parameter in model.named_parameters():
-        if not any(part in name for part in ("norm", "router")):
-            parameter.data = parameter.data.to(model.compute_dtype)
+        parameter.data = parameter.data.to(kept_dtype(name, model.compute_dtype))
     executors = gpu.executors(model, invariant=invariant)
-    return cast(PagedExecutor, executors(model, SLOTS, SLOTS * blocks_of(CONTEXT)))
+    return cast(PagedExecutor, executors(model, slots, slots * blocks_of(CONTEXT)))
 
 
 def prompts() -> dict[str, list[int]]:
@@ -56,7 +57,7 @@ def prompts() -> dict[str, list[int]]:
 
 
 def scores(
-    executor: WholeModel, names: list[str], chunk: int = 1000
+    executor: WholeModel, names: list[str], chunk: int = 1000, version: int = 0
 ) -> dict[str, list[torch.Tensor]]:
     """Of greedy steps of these prompts together, which enter in chunks."""
     tokens = {name: list(ids) for name, ids in prompts().items() if name in names}
@@ -71,7 +72,7 @@ def scores(
             done[name] += count
         spans.sort(key=lambda span: span.count > 1)
         decoding = sum(span.count == 1 for span in spans)
-        rows = iter(executor.run(StepPlan(tuple(spans), decoding), tokens))
+        rows = iter(executor.run(StepPlan(tuple(spans), decoding, version), tokens))
         for span in spans:
             if span.outputs:
                 logits_V = next(rows).float()
@@ -83,8 +84,10 @@ def scores(
 EVERY = list(prompts())
 
 
-@pytest.mark.parametrize("kind", ["switch", "top2", "expert_choice"])
-@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "invariant"),
+    [("switch", False), ("switch", True), ("top2", True), ("expert_choice", False)],
+)
 def test_a_gpu_says_what_a_cpu_says(kind: RouterKind, invariant: bool) -> None:
     model = network(torch.float32, kind)
     expected = scores(LocalExecutor(model, SLOTS), EVERY)
@@ -94,9 +97,18 @@ def test_a_gpu_says_what_a_cpu_says(kind: RouterKind, invariant: bool) -> None:
             torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bits_alone_and_in_any_batch_and_chunking(dtype: torch.dtype) -> None:
-    executor = on_gpu(network(dtype), invariant=True)
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    [
+        (torch.float32, "switch"),
+        (torch.bfloat16, "switch"),
+        (torch.bfloat16, "top2"),
+        (torch.bfloat16, "s_base"),
+        (torch.bfloat16, "loss_free"),
+    ],
+)
+def test_bits_alone_and_in_any_batch_and_chunking(dtype: torch.dtype, kind: RouterKind) -> None:
+    executor = on_gpu(network(dtype, kind), invariant=True)
     together = scores(executor, EVERY)
     for chunk in (1000, 37):
         for name in EVERY:
@@ -120,3 +132,27 @@ def test_experts_answer_all_rows_and_no_padding() -> None:
     scores(executor, EVERY)
     rows = sum(LENGTHS) + (STEPS - 1) * len(EVERY)
     assert [sum(read()) for read in counts] == [rows, rows]
+
+
+def test_graphs_of_more_rows_than_experts_take_at_once_are_captured() -> None:
+    executor = on_gpu(network(torch.bfloat16), slots=80)
+    executor.warm_up()
+    assert scores(executor, EVERY)
+
+
+def test_older_weights_can_go_while_newer_ones_are_replayed() -> None:
+    """Each captured in a thread that ends, as a replica does it."""
+    executor = on_gpu(network(torch.bfloat16))
+    executor.warm_up()
+    expected = scores(executor, EVERY)
+    for version in (1, 2, 3):
+        newer = on_gpu(network(torch.bfloat16)).model
+        thread = threading.Thread(target=executor.add, args=(version, newer))
+        thread.start()
+        while thread.is_alive():
+            scores(executor, EVERY[:2], version=version - 1)
+        thread.join()
+        executor.keep({version})
+        found = scores(executor, EVERY, version=version)
+        for name in EVERY:
+            assert all(map(torch.equal, found[name], expected[name]))

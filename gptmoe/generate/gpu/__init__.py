@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def executors(network: "GPT", *, invariant: bool = False) -> "MakeExecutor":
     """Prepare a network on a GPU, in place: what makes executors for it.
 
-    With `invariant` a row's bits depend on no other row, as they never do on a CPU. Raises
-    ConfigError without Triton.
+    With `invariant` a row's bits depend on no other row, as on a CPU always. Raises
+    ConfigError without Triton, or for a model that cannot be.
     """
     try:
         module = importlib.import_module("gptmoe.generate.gpu.executor")
@@ -25,8 +25,8 @@ def executors(network: "GPT", *, invariant: bool = False) -> "MakeExecutor":
         if error.name != "triton":
             raise
         raise ConfigError(
-            "device=cuda wants Triton, which comes with torch for CUDA on Linux; install it with "
-            "`pip install triton`, or use device=cpu"
+            "device=cuda wants Triton, which comes with torch for CUDA on Linux; install that "
+            "torch, or use device=cpu"
         ) from None
     made: MakeExecutor = module.executors(network, invariant=invariant)
     return made

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
-from gptmoe.errors import ConfigError
 from gptmoe.generate.plan import SlotCopy, SlotSpan, SlotTrim
 from gptmoe.generate.slots import BLOCK, blocks_of
 from gptmoe.model.spec import ModelSpec
 
+from .memory import full
 from .pages import NOWHERE, PageTable
 
 
@@ -30,16 +30,11 @@ class PagedCache:
         self.table = PageTable(slots, blocks)
         self.idle = slots
         shape = (spec.num_layers, self.table.num_pages, spec.num_heads, BLOCK, spec.head_dim)
-        try:
+        gigabytes = 2 * math.prod(shape) * dtype.itemsize / 1e9
+        with full(f"a KV cache of {blocks * BLOCK} tokens ({gigabytes:.1f} GB)", device):
             self.keys, self.values = (
                 torch.empty(shape, dtype=dtype, device=device) for _ in range(2)
             )
-        except torch.OutOfMemoryError:
-            size = 2 * math.prod(shape) * dtype.itemsize
-            raise ConfigError(
-                f"a KV cache of {blocks * BLOCK} tokens takes {size / 1e9:.1f} GB, which {device} "
-                "has not left beside the weights; lower engine.kv_tokens or engine.max_batch_size"
-            ) from None
         self.table_SX = torch.full(
             (slots + 1, blocks_of(spec.max_seq_len)), NOWHERE, dtype=torch.int32, device=device
         )

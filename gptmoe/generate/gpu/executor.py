@@ -10,13 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptmoe.generate.executor import MakeExecutor, output_rows, scores, tokens_of
+from gptmoe.generate.executor import MakeExecutor, kept, output_rows, scores, tokens_of
 from gptmoe.generate.plan import SlotSpan, Span, StepPlan
 from gptmoe.model.transformer import GPT
 
 from .attention import PagedAttend
 from .cache import PagedCache
 from .graphs import DecodingGraphs
+from .memory import full
 from .products import can_be_captured, prepare, routed
 
 
@@ -36,25 +37,38 @@ class PagedExecutor:
         self.device = model.embed.tokens.weight.device
         self.cache = PagedCache(model.spec, slots, blocks, model.compute_dtype, self.device)
         self._slots = slots
-        self._models: dict[int, GPT] = {}
-        self._graphs: dict[int, DecodingGraphs] = {}
+        self._models: Mapping[int, GPT] = {}
+        self._graphs: Mapping[int, DecodingGraphs] = {}
+        self._is_warm = False
         self.add(0, model)
 
     def add(self, version: int, model: GPT) -> None:
         """See WholeModel.add."""
-        self._models[version] = model.eval()
         if self.device.type == "cuda" and can_be_captured(model):
-            with self._here():
-                self._graphs[version] = DecodingGraphs(model, self.cache, self._slots)
+            graphs = DecodingGraphs(model, self.cache, self._slots)
+            if self._is_warm:
+                self._capture(graphs)
+            self._graphs = {**self._graphs, version: graphs}
+        self._models = {**self._models, version: model.eval()}
+
+    def warm_up(self) -> None:
+        """See WholeModel.warm_up. Raises ConfigError if there is not enough memory."""
+        self._is_warm = True
+        for graphs in self._graphs.values():
+            self._capture(graphs)
+
+    def _capture(self, graphs: DecodingGraphs) -> None:
+        with self._here(), full("the captured decoding steps", self.device):
+            graphs.capture()
 
     def keep(self, versions: Set[int]) -> None:
         """See Executor.keep."""
-        self._models = {v: model for v, model in self._models.items() if v in versions}
-        self._graphs = {v: graphs for v, graphs in self._graphs.items() if v in versions}
+        self._models = kept(self._models, versions)
+        self._graphs = kept(self._graphs, versions)
 
     def forget_graphs(self) -> None:
         """Compute decoding steps uncaptured from now on: to compare, or to look for a fault."""
-        self._graphs.clear()
+        self._graphs = {}
 
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         """See Executor.run. The scores come back to the CPU, where tokens are chosen."""
@@ -97,7 +111,7 @@ class PagedExecutor:
 
 
 def executors(network: GPT, *, invariant: bool = False) -> MakeExecutor:
-    """Prepare a network on a GPU, in place: what makes executors for it."""
+    """See the package's function of this name, which imports this one."""
     prepare(network, invariant=invariant)
     return partial(PagedExecutor, invariant=invariant)
 

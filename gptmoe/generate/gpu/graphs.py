@@ -31,39 +31,51 @@ class _Graph:
 class DecodingGraphs:
     """Captured steps of one version of the weights, for 1 to `most` sequences.
 
-    They share their memory: only one runs at a time. All are captured at once, so that no request
-    waits for it later.
+    They share their memory: only one runs at a time. Each is captured when it is needed first, or
+    all before, by `capture`.
     """
 
     def __init__(self, model: GPT, cache: PagedCache, most: int) -> None:
         self._model, self._cache = model, cache
         self._sizes = sizes(most)
         self._pool = torch.cuda.graph_pool_handle()
-        # The largest first: the others fit into its memory.
-        self._graphs = {size: self._capture(size) for size in reversed(self._sizes)}
+        # Of its own: what cuBLAS keeps for a stream is gone when a graph of another version is.
+        self._stream = torch.cuda.Stream(cache.device)
+        self._graphs: dict[int, _Graph] = {}
+
+    def capture(self) -> None:
+        """Capture all that there may be, so that no request waits for it."""
+        for size in reversed(self._sizes):  # the largest first: the others fit into its memory
+            self._of(size)
 
     @torch.inference_mode()
     def run(self, row_3R: Tensor) -> Tensor:
         """Scores [R, V] of these rows; valid until the next run."""
         count = row_3R.shape[1]
-        graph = self._graphs[self._sizes[bisect_left(self._sizes, count)]]
+        graph = self._of(self._sizes[bisect_left(self._sizes, count)])
         padding = graph.row_3R.shape[1] - count
         graph.row_3R.copy_(padded(row_3R, padding, self._cache.idle), non_blocking=True)
         graph.graph.replay()
         return graph.logits_RV[:count]
 
+    def _of(self, size: int) -> _Graph:
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(size)
+        return self._graphs[size]
+
     @torch.inference_mode()
     def _capture(self, size: int) -> _Graph:
         device = self._cache.device
         row_3R = padded(torch.zeros(3, 0, dtype=torch.int64), size, self._cache.idle).to(device)
-        aside = torch.cuda.Stream(device)
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):  # kernels are compiled, libraries wake up
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):  # kernels are compiled, libraries wake up
             decode(self._model, self._cache, row_3R)
-        torch.cuda.current_stream(device).wait_stream(aside)
+        torch.cuda.current_stream(device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads of a replica may use the device meanwhile: they read newer weights.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             logits_RV = decode(self._model, self._cache, row_3R)
         return _Graph(row_3R, logits_RV, graph)
 
@@ -79,7 +91,7 @@ def decode(model: GPT, cache: PagedCache, row_3R: Tensor) -> Tensor:
 
 
 def padded(row_3R: Tensor, padding: int, idle: int) -> Tensor:
-    """With rows of the idle slot behind; they repeat the last token, and so ask its experts."""
+    """With rows of the idle slot behind: the last token again, alone, for nobody."""
     if not padding:
         return row_3R
     row_31 = row_3R[:, -1:] if row_3R.shape[1] else row_3R.new_zeros(3, 1)

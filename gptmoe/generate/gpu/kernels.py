@@ -4,7 +4,7 @@ Each computes a row by itself, in an order that depends on nothing but the row's
 row's bits are the same alone and in any batch. Sums are in float32.
 
 Arguments that are tensors come as pointers to their first number. The compiler takes no other
-annotation than constexpr.
+annotation than constexpr. A kernel is compiled once, not for some numbers of rows again.
 
 Letters: R rows, H heads, K head width, X pages of a slot, C keys taken at once, P parts of a
 sequence's keys, D model width, M rows of a tile, N outputs of a tile, I inputs, O outputs.
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_R", "position_R"])
 def store(
     keys,
     values,
@@ -31,7 +31,7 @@ def store(
     BLOCK: tl.constexpr,
 ):
     """Write a row's key and value of one head to its page. `stride`: from row to row of k, v."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot, position = tl.load(slot_R + row), tl.load(position_R + row)
     page = tl.load(table_SX + slot * most_pages + position // BLOCK).to(tl.int64)
     place = ((page * num_heads + head) * BLOCK + position % BLOCK) * WIDTH
@@ -42,7 +42,7 @@ def store(
     tl.store(values + place + lane_K, tl.load(v + source, mask=inside_K), mask=inside_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_R", "position_R"])
 def attend_part(
     out_RHPK,
     best_RHP,
@@ -67,7 +67,7 @@ def attend_part(
     """One head of one row over the keys PART * part ..: their weighted values, not yet divided by
     the sum of weights, which are relative to the best score. Parts behind the row stay as they are.
     """
-    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slot, position = tl.load(slot_R + row), tl.load(position_R + row)
     first = part * PART
     if first <= position:
@@ -100,7 +100,7 @@ def attend_part(
         tl.store(sum_RHP + place, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["position_R"])
 def merge_parts(
     out_RHK,
     part_RHPK,
@@ -115,7 +115,7 @@ def merge_parts(
     PART: tl.constexpr,
 ):
     """The parts of one head of one row as one, [K]."""
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     part_P, lane_K = tl.arange(0, PARTS), tl.arange(0, LANES)
     inside_K = lane_K < WIDTH
     there_P = part_P * PART <= tl.load(position_R + row)
@@ -179,7 +179,7 @@ def _tile(
     tl.store(y + place_MN, sum_MN.to(y.dtype.element_ty), mask=there_MN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def product(
     x_RI,
     weight_OI,
@@ -200,7 +200,7 @@ def product(
     _tile(x_RI, weight_OI, bias_O, y_RO, row_M, row_M, mine_M, inputs, outputs, N, I, BIASED, GELU)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tokens"])
 def expert_product(
     x,
     weight_EOI,
@@ -249,7 +249,7 @@ def norm(
     LANES: tl.constexpr,
 ):
     """Layer normalisation of one row, in float32."""
-    row, lane_D = tl.program_id(0), tl.arange(0, LANES)
+    row, lane_D = tl.program_id(0).to(tl.int64), tl.arange(0, LANES)
     inside_D = lane_D < width
     x_D = tl.load(x_RD + row * width + lane_D, mask=inside_D, other=0.0).to(tl.float32)
     mean = tl.sum(x_D, 0) / width

@@ -25,7 +25,7 @@ class PageTable:
 
     def __init__(self, slots: int, blocks: int) -> None:
         self.num_pages = 1 + blocks + slots
-        """With one more for each slot: copies come before what is not wanted any more is free."""
+        """With one more for each slot: copies take pages before trims give theirs back."""
         self._free = list(range(self.num_pages - 1, NOWHERE, -1))
         self._holders = [0] * self.num_pages
         self._pages: list[list[int]] = [[] for _ in range(slots)]

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from gptmoe.errors import ConfigError
 from gptmoe.model.experts import Experts
 from gptmoe.model.layers import LayerNorm, Linear, ServedWeight, linear
 from gptmoe.model.moe import MoE
@@ -36,7 +37,10 @@ MOST_ROWS = 64
 
 
 def prepare(network: GPT, *, invariant: bool = False) -> None:
-    """Have a network on a GPU compute so, in place. It cannot be trained then."""
+    """Have a network on a GPU compute so, in place. It cannot be trained then.
+
+    Raises ConfigError for a router whose experts choose, if it is to be invariant.
+    """
     for module in list(network.modules()):
         if type(module) is LayerNorm:
             module.__class__ = OneNorm
@@ -44,6 +48,11 @@ def prepare(network: GPT, *, invariant: bool = False) -> None:
             module.__class__ = RoutedMoE
             assert isinstance(module, RoutedMoE)
             module.begin(invariant)
+        elif invariant and isinstance(module, MoE):
+            raise ConfigError(
+                "invariant=true is for routers that send each token to as many experts; experts of "
+                "this model choose their tokens (router.kind=expert_choice): use invariant=false"
+            )
         if invariant and isinstance(module, (Linear, LinearRouter, Mix)):
             module.weight = TiledWeight(module.weight.detach(), requires_grad=False)
     if invariant:
@@ -53,7 +62,7 @@ def prepare(network: GPT, *, invariant: bool = False) -> None:
 
 
 def can_be_captured(network: GPT) -> bool:
-    """Whether a step of few tokens never asks how many rows there are."""
+    """Whether a decoding step never waits to hear how many rows there are."""
     moe_layers = [module for module in network.modules() if isinstance(module, MoE)]
     return all(isinstance(moe, RoutedMoE) and moe.residual is None for moe in moe_layers)
 
@@ -83,7 +92,7 @@ class TiledWeight(ServedWeight):
 
     def _run(self, x: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor:
         outputs, inputs = self.shape
-        x_RI = x.reshape(-1, inputs)
+        x_RI = x.reshape(-1, inputs).contiguous()
         y_RO = x.new_empty(len(x_RI), outputs)
         grid = (triton.cdiv(len(x_RI), TILE_ROWS), triton.cdiv(outputs, TILE_OUTPUTS))
         kernels.product[grid](
@@ -132,7 +141,8 @@ class RoutedMoE(MoE):
         choices = len(expert_R) // tokens
         live_R = torch.ones_like(expert_R) if self.live_T is None else self.live_T.repeat(choices)
         self.rows_E.index_add_(0, expert_R, live_R)
-        if len(expert_R) > MOST_ROWS and not self._invariant:
+        captured = self.live_T is not None  # then nobody may wait for the device
+        if len(expert_R) > MOST_ROWS and not (self._invariant or captured):
             return (yield from super().answer(h_TD, routing))
         answer_RD = few_rows(self.experts, h_TD, expert_R)
         weighted_RD = (answer_RD * routing.weight_R.unsqueeze(-1)).to(h_TD.dtype)
@@ -162,7 +172,7 @@ def _expert_product(
         len(x),
         inputs,
         outputs,
-        ROWS=triton.next_power_of_2(rows),
+        ROWS=max(MOST_ROWS, triton.next_power_of_2(rows)),
         M=TILE_ROWS,
         N=TILE_OUTPUTS,
         I=TILE_INPUTS,
