@@ -197,7 +197,10 @@ def product(
     """y = x W^T + b, in tiles of one size whatever the number of rows."""
     row_M = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
     mine_M = row_M < rows
-    _tile(x_RI, weight_OI, bias_O, y_RO, row_M, row_M, mine_M, inputs, outputs, N, I, BIASED, GELU)
+    _tile(
+        x_RI, weight_OI, bias_O, y_RO, row_M, row_M, mine_M, inputs, outputs,
+        N=N, I=I, BIASED=BIASED, GELU=GELU,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -235,7 +238,7 @@ def expert_product(
             if tl.max(mine_M.to(tl.int32), 0) == 1:
                 _tile(
                     x, weight_OI, bias_O, y_RO, row_M % tokens, row_M, mine_M, inputs, outputs,
-                    N, I, True, GELU,
+                    N=N, I=I, BIASED=True, GELU=GELU,
                 )  # fmt: skip
 
 
@@ -256,7 +259,7 @@ def norm(
     centred_D = tl.where(inside_D, x_D - mean, 0.0)
     variance = tl.sum(centred_D * centred_D, 0) / width
     scaled_D = centred_D / tl.sqrt(variance + 1e-5)
-    weight_D_ = tl.load(weight_D + lane_D, mask=inside_D, other=0.0).to(tl.float32)
-    bias_D_ = tl.load(bias_D + lane_D, mask=inside_D, other=0.0).to(tl.float32)
-    y_D = scaled_D * weight_D_ + bias_D_
+    gain_D = tl.load(weight_D + lane_D, mask=inside_D, other=0.0).to(tl.float32)
+    shift_D = tl.load(bias_D + lane_D, mask=inside_D, other=0.0).to(tl.float32)
+    y_D = scaled_D * gain_D + shift_D
     tl.store(y_RD + row * width + lane_D, y_D.to(y_RD.dtype.element_ty), mask=inside_D)
