@@ -165,7 +165,7 @@ def calibrate(
     """
     stored = lazy.gptmoe_checkpoint().open_checkpoint(checkpoint)
     tokenizer = lazy.gptmoe_text().load_tokenizer(stored.path)
-    spec = lazy.gptmoe_loaded().spec_of(stored)
+    spec = lazy.gptmoe_stored().spec_of(stored)
     with _prepared(data, tokenizer, kind) as folder, bar("calibrating") as progress:
         samples = lazy.gptmoe_data().open_samples(
             folder,

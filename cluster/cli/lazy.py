@@ -14,6 +14,11 @@ def gptmoe_loaded() -> Any:
     return importlib.import_module("gptmoe.loaded")
 
 
+def gptmoe_stored() -> Any:
+    """gptmoe.stored: a checkpoint's spec and network (torch)."""
+    return importlib.import_module("gptmoe.stored")
+
+
 def gptmoe_evaluate() -> Any:
     """gptmoe.evaluate: validation loss (torch)."""
     return importlib.import_module("gptmoe.evaluate")

@@ -27,6 +27,7 @@ from gptmoe.model.routers import ROUTERS
 from gptmoe.model.spec import RouterKind, RouterSpec
 from gptmoe.shard.parts import ExpertSpan, Part, arrange, layout_of
 from gptmoe.shard.shard import Shard
+from gptmoe.stored import spec_of
 from tests import small_model
 from tests.ranks.pool import GROUP_TIMEOUT, RankPool
 
@@ -117,7 +118,7 @@ def generate(executor: Executor, banks: int) -> Generated:
 def serve(rank: int, parts: Sequence[Part], checkpoint: Path, dtype: torch.dtype) -> Any:
     """What a rank does: the last one is the engine's."""
     stored = open_checkpoint(checkpoint)
-    spec = gptmoe.loaded.spec_of(stored)
+    spec = spec_of(stored)
     groups = groups_of(parts, rank, GROUP_TIMEOUT)
     store = dist.distributed_c10d._get_default_store()
     ways = neighbours(parts, rank)
@@ -241,7 +242,7 @@ def test_split_shared_layers_give_the_same_text(pool: RankPool, choosing: Path, 
 def test_each_expert_counts_its_rows_and_hot_ones_share_them(
     pool: RankPool, checkpoint: Path
 ) -> None:
-    spec = gptmoe.loaded.spec_of(open_checkpoint(checkpoint))
+    spec = spec_of(open_checkpoint(checkpoint))
     rows = {}
     for name in ("expert ranks", "hot"):
         parts = arrange(spec, **LAYOUTS[name])
