@@ -68,6 +68,6 @@ install: .venv/.installed  ## only install
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
-	@echo "Installing what the tests need ..."
+	@echo "Installing what the tests need: about 1 GB ..."
 	@$(PIP) -e '.[dev]'
 	@touch $@
