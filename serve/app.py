@@ -8,6 +8,7 @@ from typing import Any
 import ray.serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, BackpressureConfig
 
+from cluster import env
 from gptmoe.config import build as load_config
 from gptmoe.errors import ConfigError
 
@@ -42,6 +43,7 @@ def build(
         ray_actor_options={
             "num_cpus": num_cpus if config.parallel.world == 1 else 0,
             "num_gpus": int(config.device == "cuda"),
+            "runtime_env": {"env_vars": env.replica_environment()},
         },
         user_config=asdict(Settings(checkpoint=str(config.checkpoint))),
         max_ongoing_requests=bound,

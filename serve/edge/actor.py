@@ -11,6 +11,7 @@ import ray
 import ray.serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster import env
 from gptmoe.errors import ClusterError, GptMoeError
 from serve import access_log
 from serve.access_log import AccessLog
@@ -154,6 +155,7 @@ def _on_node(node: str, config: ServeConfig) -> Any:
         num_cpus=0,
         max_restarts=-1,
         max_concurrency=4,
+        runtime_env={"env_vars": env.edge_environment()},
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
     )
     return options.remote(config)

@@ -62,6 +62,17 @@ def test_workers_get_their_threads() -> None:
     assert "DS_ACCELERATOR" not in env.worker_environment(3, use_gpu=True, environment={})
 
 
+def test_what_enters_at_a_door_reaches_the_replica() -> None:
+    """A replica takes what Ray Serve's proxies and the edge take, and they take its answers."""
+    process: dict[str, str] = {}
+    env.prepare(process)
+    limit = "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"
+    for environment in (process, env.replica_environment(), env.edge_environment()):
+        assert int(environment[limit]) == 2**31 - 1
+    assert process["RAY_SERVE_PROXY_USE_GRPC"] == "1"
+    assert env.edge_environment()["RAY_SERVE_USE_GRPC_BY_DEFAULT"] == "1"
+
+
 def test_inside_a_job() -> None:
     assert not env.inside_job({"RAY_ADDRESS": "http://head:8265"})
     job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "pretrain-1"}}'}
