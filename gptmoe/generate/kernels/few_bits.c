@@ -8,6 +8,7 @@
 
 #define MOST 3      /* rows whose sums fill the registers */
 #define LARGEST 32639 /* 127 * 256 + 127: of two bytes with signs */
+#define AHEAD 2048  /* bytes of a weight that are asked for before they are needed */
 
 typedef struct {
     Rows rows;
@@ -105,6 +106,8 @@ static inline __attribute__((always_inline)) void add_group(
 #pragma GCC unroll 8
             for (int v = 0; v < WIDE; v++) {
                 words four = weight[v];
+                if (!part && v * sizeof four % 64 == 0)
+                    __builtin_prefetch((const char *)(weight + v) + AHEAD);
                 if (bits == 4)
                     four = (part ? four >> 4 : four) & 0x0F0F0F0Fu;
 #pragma GCC unroll 3
