@@ -22,7 +22,11 @@ IDLE = Progress(pending=0, silent_s=0.0, draining=False)
 
 
 class Died(Exception):
-    """What kills a Poet."""
+    """What kills a Poet, and what reaches those who asked it."""
+
+    def __init__(self, seen: Exception | None = None) -> None:
+        super().__init__()
+        self.seen = seen or ActorDiedError()
 
 
 @dataclass
@@ -36,6 +40,8 @@ class Poet:
     poem: str = POEM
     dies_after: int = 10**9
     """Chunks of a stream that it lives to send."""
+    death: Exception | None = None
+    """What reaches those who asked when it dies; default: Ray's error."""
     tokens_a_chunk: int = 4
     finish_apart: bool = False
     counts_all: bool = False
@@ -57,7 +63,7 @@ class Poet:
         if self.error:
             raise self.error
         if self.dies_after < 1:
-            raise Died
+            raise Died(self.death)
         if self.hangs:
             await self._for_ever()
         return messages.GenerateResponse(text=self.poem).SerializeToString()
@@ -74,13 +80,13 @@ class Poet:
         request.request_id = request.request_id or ticket.holder
         for number, chunk in enumerate(self._chunks(request)):
             if number == self.dies_after:
-                raise Died
+                raise Died(self.death)
             if number and self.hangs:
                 await self._for_ever()
             yield (chunk.SerializeToString(),)
             await asyncio.sleep(0)
         if self.dies_after == number + 1:
-            raise Died
+            raise Died(self.death)
 
     async def edge_progress(self) -> Progress:
         if self.progress is None:
@@ -228,7 +234,7 @@ async def _as_ray_says(call: Any) -> Any:
 def wrapped(error: Exception) -> Exception:
     """As it arrives at a handle."""
     if isinstance(error, Died):
-        return ActorDiedError()
+        return error.seen
     with suppress(TypeError):
         return RayTaskError("edge_stream", "a traceback", error).as_instanceof_cause()
     return error

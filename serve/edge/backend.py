@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
+import grpc.aio
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
@@ -93,7 +94,7 @@ def _cancelling(response: Any) -> Iterator[Any]:
 
 @contextmanager
 def _typed() -> Iterator[None]:
-    """Errors of Ray as ours."""
+    """Errors of Ray, and of its way to a replica, as ours."""
     try:
         yield
     except asyncio.CancelledError:
@@ -111,6 +112,6 @@ def _typed() -> Iterator[None]:
         ) from None
     except DeploymentUnavailableError:
         raise Unavailable("the application does not run; ask its operator", 10.0) from None
-    except RayError as error:
+    except (RayError, grpc.aio.AioRpcError) as error:  # gRPC's: between the edge and a replica
         log.warning("a replica is lost reason=%s", error)
         raise ReplicaLost("the replica that worked on it is gone") from None

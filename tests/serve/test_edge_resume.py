@@ -60,6 +60,22 @@ def test_one_replica_after_the_other_dies_and_the_text_goes_on() -> None:
     assert [len(one.resume_token_ids) for one in resumed] == [0, 4, 4, 4]
 
 
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "CANCELLED", "INTERNAL"])
+def test_a_broken_connection_is_a_lost_replica(code: str) -> None:
+    """Handles ask over gRPC: what happens between them and a replica is of gRPC's making."""
+    broken = grpc.aio.AioRpcError(grpc.StatusCode[code], grpc.aio.Metadata(), grpc.aio.Metadata())
+    poets = [Poet(dies_after=3, death=broken), Poet(dies_after=0, death=broken), Poet()]
+
+    async def stream(stub: Stub) -> str:
+        return "".join(chunk.text for chunk in await streamed(stub))
+
+    async def whole(stub: Stub) -> str:
+        return str((await stub.Generate(request())).text)
+
+    assert ask(Handle(*poets), stream) == POEM
+    assert ask(Handle(*poets[1:]), whole) == POEM
+
+
 def test_each_replica_hears_whose_request_goes_on() -> None:
     """One holder for a call, another for the next; the id of a call without one is its holder."""
     poets = [Poet(dies_after=0), Poet(dies_after=3), Poet()]
