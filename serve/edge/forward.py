@@ -9,13 +9,13 @@ import itertools
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
 import grpc
 
-from gptmoe.errors import DeadlineExceeded, GptMoeError
+from gptmoe.errors import DeadlineExceeded, GptMoeError, Unavailable
 from serve.config import EdgeConfig
 from serve.methods import GENERATION, Method
 from serve.names import ALONE, Ticket
@@ -34,12 +34,40 @@ class Forward:
     def __init__(self, backend: Backend, config: EdgeConfig) -> None:
         self._backend = backend
         self._tries, self._resume_s = config.tries, config.resume_s
+        self._under_way, self._closing = 0, False
+        self._none = asyncio.Event()
+        self._none.set()
 
     def handler(self, method: Method) -> grpc.RpcMethodHandler:
         """What grpc.aio calls for a method: bytes in, bytes out."""
         if method.streaming:
-            return grpc.unary_stream_rpc_method_handler(partial(self.stream, method))
-        return grpc.unary_unary_rpc_method_handler(partial(self.unary, method))
+            return grpc.unary_stream_rpc_method_handler(partial(self._call, self.stream, method))
+        return grpc.unary_unary_rpc_method_handler(partial(self._call, self.unary, method))
+
+    async def drain(self, within_s: float) -> None:
+        """Refuse new requests for text; comes back when those under way have ended, or in time."""
+        self._closing = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._none.wait(), within_s)
+
+    async def _call(
+        self, answer: Callable[..., Awaitable[Any]], method: Method, request: bytes, context: Any
+    ) -> Any:
+        if method.service != GENERATION:  # WatchTopology never ends
+            return await answer(method, request, context)
+        if self._closing:
+            refusal = Unavailable(
+                "this edge is stopping and takes no new calls; send it again", 1.0
+            )
+            await context.abort_with_status(statuses.status_of(refusal))
+        self._under_way += 1
+        self._none.clear()
+        try:
+            return await answer(method, request, context)
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._none.set()
 
     async def unary(self, method: Method, request: bytes, context: Any) -> bytes:
         """One answer; sent again as it is where a replica dies: the same request, the same text."""

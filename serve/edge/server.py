@@ -36,6 +36,8 @@ _OPERATIONS = {method.path: method.name for method in METHODS if method.operates
 
 _PING_TIMEOUT_S = 20.0
 _LEAST_PING_S = 10.0
+_LAST_WORDS_S = 0.5
+"""For statuses of ended calls to go out, and for health's last word."""
 
 
 class EdgeServer:
@@ -52,6 +54,7 @@ class EdgeServer:
     ) -> None:
         """`sleeps`: where no replica runs, a request starts one. `log`: of whom it turns away."""
         self._backend, self._config, self._sleeps = backend, config, sleeps
+        self._forward = Forward(backend, config)
         doors = [KeyCheck(keys, log)] if keys else []
         self._server = grpc.aio.server(interceptors=doors, options=_options(config))
         self._health = health.aio.HealthServicer()
@@ -85,17 +88,18 @@ class EdgeServer:
         return int(port)
 
     async def stop(self, grace_s: float) -> None:
-        """Say so to whoever watches, take no new calls, give running ones so long."""
+        """Say so to whoever watches, take no new calls, give running ones so long to finish."""
         await self._health.enter_graceful_shutdown()
         if self._watch:
             self._watch.cancel()
-        await self._server.stop(grace_s)
+        await self._forward.drain(grace_s)
+        # Who watches health or shards never ends by itself.
+        await self._server.stop(min(grace_s, _LAST_WORDS_S))
 
     def _add_services(self) -> None:
-        forward = Forward(self._backend, self._config)
         services = sorted({method.service for method in METHODS})
         for service in services:
-            methods = {m.name: forward.handler(m) for m in METHODS if m.service == service}
+            methods = {m.name: self._forward.handler(m) for m in METHODS if m.service == service}
             handler = grpc.method_handlers_generic_handler(service, methods)
             self._server.add_generic_rpc_handlers((handler,))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

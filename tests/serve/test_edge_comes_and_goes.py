@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 import ray
 import ray.exceptions
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos import generation_pb2_grpc as services
 from serve.config import EdgeConfig, ServeConfig
@@ -81,6 +82,27 @@ def test_a_stream_that_takes_too_long_ends_with_the_grace() -> None:
                 grpc.StatusCode.CANCELLED,
             )
             assert poet.cancelled == 1, "and its replica works for nobody no longer"
+
+    asyncio.run(run())
+
+
+def test_who_watches_health_does_not_hold_it_up() -> None:
+    async def run() -> None:
+        server = EdgeServer(Replicas(Handle(Poet())), EdgeConfig(port=0))
+        target = f"127.0.0.1:{await server.start()}"
+        async with grpc.aio.insecure_channel(target) as channel:
+            told = []
+
+            async def listen() -> None:
+                call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+                async for answer in call:
+                    told.append(answer.status)
+
+            listening = asyncio.create_task(refusal(listen()))
+            await asyncio.to_thread(wait_until, lambda: told)
+            await asyncio.wait_for(server.stop(60.0), 10)
+            await listening
+            assert told[-1] == health_pb2.HealthCheckResponse.NOT_SERVING
 
     asyncio.run(run())
 
