@@ -45,7 +45,7 @@ class Forward:
         return grpc.unary_unary_rpc_method_handler(partial(self._call, self.unary, method))
 
     async def drain(self, within_s: float) -> None:
-        """Refuse new requests for text; comes back when those under way have ended, or in time."""
+        """Refuse new calls; comes back when those under way have ended, or in time."""
         self._closing = True
         with suppress(TimeoutError):
             await asyncio.wait_for(self._none.wait(), within_s)
@@ -53,7 +53,7 @@ class Forward:
     async def _call(
         self, answer: Callable[..., Awaitable[Any]], method: Method, request: bytes, context: Any
     ) -> Any:
-        if method.service != GENERATION:  # WatchTopology never ends
+        if method.streaming and method.service != GENERATION:  # WatchTopology: it never ends
             return await answer(method, request, context)
         if self._closing:
             refusal = Unavailable(
