@@ -15,42 +15,18 @@ from gptmoe.model.dropout import Drop, keep_all
 from gptmoe.model.layers import Attend, FeedForward
 from gptmoe.model.moe import MoE
 from gptmoe.model.routing import Groups, Routing
-from gptmoe.model.transformer import GPT, Block
+from gptmoe.model.transformer import Block
 from gptmoe.model.turns import Pausing
 
 from .fused_experts import EnteringExperts
-from .kernels.plain import LANES
 from .kernels.program import Program
 from .kernels.row_attention import RowAttend
-from .kernels.row_router import RowRouter, use_row_routers
-from .kernels.rows import norm_task, use_row_norms
+from .kernels.row_router import RowRouter
+from .kernels.rows import norm_task
 from .kernels.tasks import Attention, Gelu, Norm
 from .kernels.workspace import Workspace
 from .packed_weight import entering
 from .routed_experts import RoutedExperts
-
-
-def fuse(network: GPT) -> None:
-    """Have the layers of a packed or quantized network do so, in place, where they can."""
-    spec = network.spec
-    if network.compute_dtype != torch.bfloat16:
-        return
-    compiled = use_row_norms(network, spec.d_model)
-    if compiled is None:
-        return
-    use_row_routers(network, compiled)
-    if spec.d_model % LANES or spec.d_ff % LANES:
-        return
-    for block in network.layers:
-        if type(block) is not Block or block.attention.num_heads < spec.num_heads:
-            continue  # of another stage, or sliced
-        products = _products(block)
-        weights = [weight for layer in products if (weight := entering(layer.weight)) is not None]
-        if len(weights) == len(products):
-            block.__class__ = FusedBlock
-            assert isinstance(block, FusedBlock)
-            block.most_rows = min(weight.most_rows for weight in weights)
-            block.routed = _routed(block.ffn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +72,18 @@ class FusedBlock(Block):
         layer.program.run()
         return sum_BTD, h_BTD
 
+    def is_one_call(self, rows: int, groups: Groups) -> bool:
+        """Whether nothing of so many rows is left to do behind the program."""
+        shared = isinstance(self.ffn, MoE) and self.ffn.shared is not None
+        return rows <= self.most_rows and self._is_whole(rows, groups) and not shared
+
+    def count(self, layer: LayerProgram) -> None:
+        """Count the rows of experts, once the program has run."""
+        if layer.experts is not None:
+            assert isinstance(self.ffn, MoE)
+            assert is_local(self.ffn.dispatcher)
+            self.ffn.dispatcher.count(layer.experts.rows())
+
     def _is_small(self, attend: Attend, x_BTD: Tensor, drop: Drop) -> TypeGuard[RowAttend]:
         """Whether the step is a program, at least up to the experts."""
         return (
@@ -117,13 +105,10 @@ class FusedBlock(Block):
         if layer.last is not None:
             layer.last.sum = out_BTD.data_ptr()
         layer.program.run()
-        if layer.experts is None:
-            return out_BTD
-        assert isinstance(self.ffn, MoE)
-        assert is_local(self.ffn.dispatcher)
-        self.ffn.dispatcher.count(layer.experts.rows())
+        self.count(layer)
         if layer.between is None:
             return out_BTD
+        assert isinstance(self.ffn, MoE)
         sum_BTD, h_BTD, answer_BTD = (rows_RD.view_as(x_BTD) for rows_RD in layer.between)
         return sum_BTD + self.ffn.share(h_BTD, answer_BTD, None)
 
@@ -185,7 +170,7 @@ def _shared_by_programs(block: FusedBlock, workspace: Workspace) -> RoutedExpert
     return found
 
 
-def _routed(ffn: nn.Module) -> tuple[RowRouter, EnteringExperts] | None:
+def routed_part(ffn: nn.Module) -> tuple[RowRouter, EnteringExperts] | None:
     """The router and the experts of a layer, if both can be part of a program and nothing that
     comes behind them wants to know the routing."""
     if type(ffn) is not MoE or ffn.residual is not None or not isinstance(ffn.router, RowRouter):
@@ -198,7 +183,7 @@ def _rows(x_BTD: Tensor) -> int:
     return x_BTD.shape[0] * x_BTD.shape[1]
 
 
-def _products(block: Block) -> list[nn.Module]:
+def parts(block: Block) -> list[nn.Module]:
     """What has the products of a layer that its program would hold in any case."""
     found: list[nn.Module] = [block.attention.qkv, block.attention.out]
     if isinstance(block.ffn, FeedForward):

@@ -18,8 +18,8 @@ from gptmoe.model.residual_moe import Mix
 from gptmoe.model.routing import LinearRouter
 from gptmoe.model.transformer import GPT
 
-from .fused import fuse
 from .fused_experts import entering_experts
+from .fused_network import fuse
 from .kernels.plain import PlainWeight, kernels_of_mapped
 from .kernels.router_weight import router_weight
 from .packed_weight import can_pack, packed_weight

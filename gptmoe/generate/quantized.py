@@ -30,7 +30,7 @@ from gptmoe.model.routing import LinearRouter
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 
-from .fused import fuse
+from .fused_network import fuse
 from .kernels.few_bits import FewBits, few_bits
 from .kernels.rows import gelu_
 from .packed import SeparateExperts, pack_router

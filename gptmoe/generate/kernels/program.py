@@ -40,6 +40,13 @@ class Program:
         for kernel, task in weight.calls(x, out, bias_O, self.scratch):
             self.add(kernel, task)
 
+    def extend(self, other: "Program") -> None:
+        """Go on with the calls of another program."""
+        self._tasks += other._tasks
+        self._kept += other._kept
+        self._calls += other._calls
+        self._all = None
+
     def keep(self, *memory: Tensor) -> None:
         """Own memory that tasks name."""
         self._kept += memory

@@ -102,14 +102,19 @@ def spans(slots: int, start: int) -> list[Span]:
 
 
 @torch.inference_mode()
-def steps(network: GPT, rows: int, cache: KVCache | None = None, **more: Any) -> Tensor:
-    """Hidden states of three decoding steps of so many sequences, [3, R, D]."""
-    cache = cache or KVCache(network.spec, rows, torch.bfloat16, CPU)
+def steps(network: GPT, rows: int, *caches: KVCache, **more: Any) -> Tensor:
+    """Hidden states of three decoding steps of so many sequences, [3, R, D]; through all layers, or
+    through those of each cache."""
+    caches = caches or (KVCache(network.spec, rows, torch.bfloat16, CPU),)
     compiled, found = kernels(), []
     assert compiled is not None
     for position in range(3):
         token_1R = (torch.arange(rows) * 7 + position).view(1, -1) % 96
-        attend = RowAttend(cache, spans(rows, position), compiled)
-        output = network(token_1R, torch.full((1, rows), position), attend=attend, **more)
-        found.append(output.hidden_BTD[0])
+        position_1R, x_1RD = torch.full((1, rows), position), None
+        for cache in caches:
+            attend = RowAttend(cache, spans(rows, position), compiled)
+            named = {"attend": attend, "layers": cache.layers, "x_BTD": x_1RD, **more}
+            x_1RD = network(token_1R, position_1R, **named).hidden_BTD
+        assert x_1RD is not None
+        found.append(x_1RD[0])
     return torch.stack(found)

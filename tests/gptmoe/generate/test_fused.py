@@ -26,7 +26,7 @@ def test_bits_are_those_of_the_parts(form: str, rows: int) -> None:
 
 
 @each_form
-def test_a_step_of_few_rows_is_one_call_a_layer(form: str, programs: list[Calls]) -> None:
+def test_a_step_of_few_rows_is_one_call(form: str, programs: list[Calls]) -> None:
     network = make_fused(form, experts=())
     block = network.layers[0]
     assert isinstance(block, FusedBlock)
@@ -35,10 +35,34 @@ def test_a_step_of_few_rows_is_one_call_a_layer(form: str, programs: list[Calls]
     for rows in (1, block.most_rows):
         programs.clear()
         steps(network, rows)
-        assert len(programs) == 3 * 4
+        assert len(programs) == 3
     programs.clear()
     steps(network, block.most_rows + 1)
     assert not programs
+
+
+@each_form
+def test_stages_are_a_call_each(form: str, programs: list[Calls]) -> None:
+    """Of a pipeline: the first begins with tokens, the last ends with a norm."""
+    network = make_fused(form)
+    expected = steps(network, 3)
+    caches = [
+        KVCache(network.spec, 3, torch.bfloat16, CPU, layers=layers)
+        for layers in (range(1), range(1, 3), range(3, 4))
+    ]
+    programs.clear()
+    assert torch.equal(steps(network, 3, *caches), expected)
+    assert len(programs) == 3 * 3
+
+
+@pytest.mark.parametrize("odd", [0, 1, 3])
+def test_where_one_layer_is_no_call_the_others_are(odd: int, programs: list[Calls]) -> None:
+    network = make_fused()
+    expected = steps(network, 2)
+    network.layers[odd].__class__ = Block
+    programs.clear()
+    assert torch.equal(steps(network, 2), expected)
+    assert len(programs) == 3 * (3 + odd % 2)  # the experts of a plain layer are a call
 
 
 def test_networks_of_one_cache_do_not_meet() -> None:
@@ -55,7 +79,10 @@ def test_programs_go_with_their_weights() -> None:
     network = make_fused()
     cache = KVCache(network.spec, 2, torch.bfloat16, CPU)
     steps(network, 2, cache)
-    assert len(cache.workspace.programs) == 4
+    assert len(cache.workspace.programs) == 1
+    network.layers[2].__class__ = Block
+    steps(network, 2, cache)
+    assert len(cache.workspace.programs) == 1 + 3
     del network
     assert not cache.workspace.programs
 

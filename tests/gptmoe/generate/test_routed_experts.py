@@ -68,12 +68,12 @@ def test_threads_change_no_bit(threads: int) -> None:
 
 @each_form
 @pytest.mark.parametrize("kind", ALONE)
-def test_a_step_is_one_call_a_layer(form: str, kind: RouterKind, programs: list[Calls]) -> None:
+def test_a_step_is_one_call(form: str, kind: RouterKind, programs: list[Calls]) -> None:
     network = make_fused(form, kind=kind)
     for rows in (1, 3):
         programs.clear()
         steps(network, rows)
-        assert len(programs) == 3 * 4
+        assert len(programs) == 3
 
 
 def test_rows_share_what_a_layer_keeps() -> None:
@@ -105,14 +105,14 @@ class Asked:
 
 @pytest.fixture
 def check(programs: list[Calls]) -> Callable[..., None]:
-    """Whether the experts of the second layer are in its program, with the same bits anyhow."""
+    """Whether the experts of the second layer are in the program, with the same bits anyhow."""
 
     def check(network: GPT, inside: bool, **more: Any) -> None:
         expected = steps(taken_apart(make_fused()), 3)
         programs.clear()
         assert torch.equal(steps(network, 3, **more), expected)
-        # Else it is one program before the experts, and one of theirs.
-        assert len(programs) == 3 * (4 if inside else 5)
+        # Else each layer is one, and this one two: before the experts, and theirs.
+        assert len(programs) == 3 * (1 if inside else 5)
 
     return check
 
