@@ -72,10 +72,11 @@ class FusedBlock(Block):
         layer.program.run()
         return sum_BTD, h_BTD
 
-    def is_one_call(self, rows: int, groups: Groups) -> bool:
-        """Whether nothing of so many rows is left to do behind the program."""
+    def is_one_call(self, x_BTD: Tensor, groups: Groups, attend: Attend, drop: Drop) -> bool:
+        """Whether the step is a program, and nothing is left to do behind it."""
         shared = isinstance(self.ffn, MoE) and self.ffn.shared is not None
-        return rows <= self.most_rows and self._is_whole(rows, groups) and not shared
+        small = self._is_small(attend, x_BTD, drop)
+        return small and self._is_whole(_rows(x_BTD), groups) and not shared
 
     def count(self, layer: LayerProgram) -> None:
         """Count the rows of experts, once the program has run."""

@@ -11,9 +11,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from gptmoe.model.dropout import Drop, keep_all
-from gptmoe.model.jitter import Jitter
-from gptmoe.model.layers import Attend, LayerNorm, attend_causally
+from gptmoe.model.dropout import Drop
+from gptmoe.model.layers import Attend, LayerNorm
 from gptmoe.model.routing import Groups
 from gptmoe.model.transformer import GPT, Block, Output
 from gptmoe.model.turns import Pausing
@@ -75,38 +74,14 @@ class NetworkProgram:
 class FusedGPT(GPT):
     """A GPT for inference; see the module."""
 
-    def steps(
-        self,
-        token_BT: Tensor,
-        position_BT: Tensor | None = None,
-        valid_BT: Tensor | None = None,
-        attend: Attend = attend_causally,
-        drop: Drop = keep_all,
-        *,
-        jitter: Jitter | None = None,
-        layers: range | None = None,
-        x_BTD: Tensor | None = None,
+    def through(
+        self, layers: range, x_BTD: Tensor, groups: Groups, attend: Attend, drop: Drop
     ) -> Pausing[Output]:
-        """See GPT.steps."""
-        if isinstance(attend, RowAttend) and drop is keep_all:
-            blocks = list(self.layers)[slice(layers.start, layers.stop) if layers else slice(None)]
-            groups = self._groups(token_BT, valid_BT, jitter)
-            if _are_one_call(blocks, token_BT.numel(), attend, groups):
-                if x_BTD is None:
-                    x_BTD = self._begin(token_BT, position_BT, drop)
-                return Output(self._run(x_BTD.contiguous(), attend, blocks), ())
-        return (
-            yield from super().steps(
-                token_BT,
-                position_BT,
-                valid_BT,
-                attend,
-                drop,
-                jitter=jitter,
-                layers=layers,
-                x_BTD=x_BTD,
-            )
-        )
+        """See GPT.through."""
+        blocks = list(self.layers)[layers.start : layers.stop]
+        if isinstance(attend, RowAttend) and _are_one_call(blocks, x_BTD, groups, attend, drop):
+            return Output(self._run(x_BTD.contiguous(), attend, blocks), ())
+        return (yield from super().through(layers, x_BTD, groups, attend, drop))
 
     def _run(self, x_BTD: Tensor, attend: RowAttend, blocks: Sequence[FusedBlock]) -> Tensor:
         programs = attend.cache.workspace.programs.setdefault(self, {})
@@ -126,10 +101,11 @@ class FusedGPT(GPT):
 
 
 def _are_one_call(
-    blocks: Sequence[nn.Module], rows: int, attend: RowAttend, groups: Groups
+    blocks: Sequence[nn.Module], x_BTD: Tensor, groups: Groups, attend: Attend, drop: Drop
 ) -> TypeGuard[Sequence[FusedBlock]]:
-    return attend.rows == rows and all(
-        isinstance(block, FusedBlock) and block.is_one_call(rows, groups) for block in blocks
+    return all(
+        isinstance(block, FusedBlock) and block.is_one_call(x_BTD, groups, attend, drop)
+        for block in blocks
     )
 
 

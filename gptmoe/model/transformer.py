@@ -128,6 +128,12 @@ class GPT(nn.Module):
         groups = self._groups(token_BT, valid_BT, jitter)
         if x_BTD is None:
             x_BTD = self._begin(token_BT, position_BT, drop)
+        return (yield from self.through(layers, x_BTD, groups, attend, drop))
+
+    def through(
+        self, layers: range, x_BTD: Tensor, groups: Groups, attend: Attend, drop: Drop
+    ) -> Pausing[Output]:
+        """The part of `steps` behind the embeddings."""
         routings = []
         for layer in layers:
             block = self.layers[layer]
