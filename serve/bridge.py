@@ -32,8 +32,12 @@ from .metrics import Observer
 log = logging.getLogger(__name__)
 
 
-DELTAS_A_SECOND = 150.0
-"""Of all streams together. One that is sent takes 1 to 2 ms of a core on its way to the caller."""
+DELTAS_A_SECOND = 75.0
+"""Of all streams together, for each core that computes for them: one that is sent takes 1 to 2 ms
+of a core of its own on its way to the caller."""
+
+SMOOTH_S = 1 / 30
+"""Between two deltas of a stream however few streams there are: no eye sees more pictures."""
 
 
 class Stepper(Protocol):
@@ -57,6 +61,8 @@ class _Outbox:
     unfinished: set[int]
     """Indices of its answers; the engine's thread keeps them."""
     items: asyncio.Queue[Delta | GptMoeError] = field(default_factory=asyncio.Queue)
+    complete: asyncio.Event = field(default_factory=asyncio.Event)
+    """Nothing comes behind what is there."""
 
     def taken(self, first: Delta | GptMoeError) -> list[Delta | GptMoeError]:
         """All that is there: one delta for each answer, then an error if there is one."""
@@ -70,9 +76,22 @@ class _Outbox:
         deltas = [merge(deltas) for _, deltas in sorted(by_index.items())]
         return [*deltas, item] if isinstance(item, GptMoeError) else [*deltas]
 
+    async def completed(self, within_s: float) -> None:
+        """Come back when it is complete, or in time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self.complete.wait()
+
     def put(self, item: Delta | GptMoeError) -> None:
+        """Called by the engine's thread."""
+        last = isinstance(item, GptMoeError) or not self.unfinished
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self.loop.call_soon_threadsafe(self.items.put_nowait, item)
+            self.loop.call_soon_threadsafe(self._receive, item, last)
+
+    def _receive(self, item: Delta | GptMoeError, last: bool) -> None:
+        self.items.put_nowait(item)
+        if last:
+            self.complete.set()
 
 
 class EngineThread:
@@ -81,8 +100,10 @@ class EngineThread:
     Invariant: only that thread touches the engine and `_outboxes`.
     """
 
-    def __init__(self, engine: Stepper, observer: Observer | None = None) -> None:
+    def __init__(self, engine: Stepper, observer: Observer | None = None, cores: int = 2) -> None:
+        """`cores` compute for the engine: the more there are, the smoother streams may be."""
         self._engine, self._observer = engine, observer
+        self._cores = cores
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outboxes: dict[str, _Outbox] = {}
         self._moved_s = time.monotonic()  # when something came out, or work came to an idle engine
@@ -95,7 +116,8 @@ class EngineThread:
         """Yield the request's deltas; the last one of each answer has a finish_reason.
 
         Each holds all tokens since the one before. The more streams there are the longer one waits
-        for its next tokens, so that sending does not take the time of computing.
+        for its next tokens, so that sending does not take the time of computing; what ends an
+        answer waits for nothing.
 
         Leaving early (a cancelled task, a closed generator) frees its place in the engine. Raises
         RequestError and Overloaded before the first delta; ClusterError if the engine stops, as
@@ -112,7 +134,7 @@ class EngineThread:
                 first = await outbox.items.get()
                 wait_s = sent_s + self.send_every_s - time.monotonic()
                 if wait_s > 0 and not isinstance(first, GptMoeError):
-                    await asyncio.sleep(wait_s)
+                    await outbox.completed(within_s=wait_s)
                 for item in outbox.taken(first):
                     if isinstance(item, GptMoeError):
                         raise item
@@ -140,7 +162,7 @@ class EngineThread:
     @property
     def send_every_s(self) -> float:
         """Seconds between two deltas of a stream, at least."""
-        return len(self._outboxes) / DELTAS_A_SECOND
+        return max(SMOOTH_S, len(self._outboxes) / (DELTAS_A_SECOND * self._cores))
 
     def between_steps(self, call: Callable[[], None]) -> Future[None]:
         """Have the engine's thread make a call when no step is under way."""
@@ -234,9 +256,9 @@ class EngineThread:
         self._moved_s = time.monotonic()
         outbox = self._outboxes.get(delta.request_id)
         if outbox is not None:  # None: abandoned
-            outbox.put(delta.error or delta)
             if delta.finish_reason:
                 outbox.unfinished.discard(delta.index)
+            outbox.put(delta.error or delta)
             if not outbox.unfinished:
                 del self._outboxes[delta.request_id]
 

@@ -141,6 +141,7 @@ def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
     ray.serve.start(
         http_options=ray.serve.HTTPOptions(host=config.host, port=config.http_port),
         grpc_options=grpc_options(config),
+        logging_config=app.LOGGING,
     )
     if cluster.local or not cluster.dashboard_url:
         return config

@@ -72,7 +72,8 @@ class Generator(Servicer, ControlServicer, Inlet):
             )
             engine, spec = self._core.engine, self._core.spec
             self._metrics = EngineMetrics(RaySink(config.name, me), since=engine.stats)
-            self._bridge = EngineThread(engine, self._metrics)
+            cores = config.threads * config.parallel.world
+            self._bridge = EngineThread(engine, self._metrics, cores)
             self._stack = stack.pop_all()
         access_log.to_stdout()
         shorten()

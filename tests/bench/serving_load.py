@@ -13,7 +13,6 @@ from typing import Any
 import ray
 
 from cluster.client import AsyncClient, Client, GenerationError
-from tests.bench.side_by_side import seconds_of
 
 NEW_TOKENS = 48
 LINES = ("春风又绿江南岸", "明月何时照我还", "白日依山尽", "黄河入海流", "千山鸟飞绝", "万径人踪灭")
@@ -36,6 +35,16 @@ class Found:
     alive: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """How long one took."""
+
+    seconds: float
+    """From the call."""
+    in_engine_s: float
+    """Of them, as the engine says."""
+
+
 def prompt(lines: int = 4) -> str:
     """One that no request had before: nothing of it is in the prefix cache but by chance."""
     number = next(_numbers)
@@ -43,19 +52,17 @@ def prompt(lines: int = 4) -> str:
     return f"{number}。{'，'.join(chosen)}。"
 
 
-def caller_of_one(target: str) -> Callable[[], float]:
-    """Seconds from a call to its first token."""
+def caller_of_one(target: str) -> Callable[[], FirstToken]:
+    """One call after another, each with a prompt of its own."""
     client = Client(target)
 
-    def act() -> float:
-        asked = prompt()
-
-        def first() -> None:
-            stream = client.stream(asked, max_new_tokens=1, temperature=0.0, ignore_end=True)
-            next(stream)
-            stream.close()
-
-        return seconds_of(first)
+    def act() -> FirstToken:
+        began_s = time.perf_counter()
+        stream = client.stream(prompt(), max_new_tokens=1, temperature=0.0, ignore_end=True)
+        first = next(stream)
+        seconds = time.perf_counter() - began_s
+        stream.close()
+        return FirstToken(seconds, first.timings.first_token_s)
 
     return act
 

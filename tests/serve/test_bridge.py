@@ -2,8 +2,10 @@
 
 import asyncio
 import random
+import time
 from collections.abc import Callable
 from contextlib import aclosing
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ from gptmoe.generate.request import Request
 from serve.bridge import EngineThread
 
 Make = Callable[..., Request]
+
+ENDLESS = 10**9
+"""Tokens."""
 
 
 def run(task: Any) -> Any:
@@ -39,31 +44,75 @@ def test_a_stream_brings_each_delta_and_ends_with_a_reason(
     assert not any(delta.finish_reason for delta in deltas[:-1])
 
 
-def test_the_first_token_comes_at_once_and_what_waits_comes_together(
-    engine: Any, bridge: EngineThread, make_request: Make, monkeypatch: pytest.MonkeyPatch
+def test_the_first_token_comes_at_once_and_the_end_waits_for_nothing(
+    bridge: EngineThread, make_request: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.bridge.DELTAS_A_SECOND", 0.01)
-    slept: list[float] = []
-    sleep = asyncio.sleep
-
-    async def until_all_is_there(seconds: float) -> None:
-        slept.append(seconds)
-        while bridge.progress()[0]:
-            await sleep(0.001)
-
-    monkeypatch.setattr("serve.bridge.asyncio.sleep", until_all_is_there)
+    monkeypatch.setattr("serve.bridge.SMOOTH_S", 100.0)  # more than a test may take
 
     async def collect() -> list[Any]:
         return [delta async for delta in bridge.stream(make_request(max_new_tokens=9))]
 
     first, *rest = run(collect())
     assert first.token_ids[:1] == (ord("一"),)
-    assert len(rest) <= 1
-    assert all(50 < seconds <= 100 for seconds in slept), "one stream, a delta every 100 s"
+    assert len(rest) <= 1, "what came while it waited comes together"
     assert first.text + "".join(delta.text for delta in rest) == "一二三四五六七八九"
     assert [*first.token_ids, *(t for d in rest for t in d.token_ids)] == [
         ord(character) for character in "一二三四五六七八九"
     ]
+
+
+def test_an_error_waits_for_nothing(
+    engine: Any, bridge: EngineThread, make_request: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.bridge.SMOOTH_S", 100.0)
+
+    async def broken_off() -> None:
+        async with aclosing(bridge.stream(make_request(max_new_tokens=ENDLESS))) as stream:
+            await anext(stream)
+            engine.breaks = True
+            await anext(stream)  # what came before the error
+            await anext(stream)
+
+    with pytest.raises(ClusterError, match="has stopped"):
+        run(broken_off())
+
+
+def test_a_stream_waits_between_its_deltas(
+    bridge: EngineThread, make_request: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.bridge.SMOOTH_S", 0.1)
+
+    async def times_s() -> list[float]:
+        async with aclosing(bridge.stream(make_request(max_new_tokens=ENDLESS))) as stream:
+            found = []
+            async for _ in stream:
+                found.append(time.monotonic())
+                if len(found) == 4:
+                    return found
+        raise AssertionError("it never ends")
+
+    assert all(after - before > 0.09 for before, after in pairwise(run(times_s())))
+
+
+def test_streams_are_smoother_where_more_cores_compute(
+    engine: Any, make_request: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.bridge.SMOOTH_S", 0.0)
+
+    def send_every_s(cores: int) -> float:
+        bridge = EngineThread(engine, cores=cores)
+
+        async def between_two() -> float:
+            async with aclosing(bridge.stream(make_request(max_new_tokens=ENDLESS))) as stream:
+                await anext(stream)
+                return bridge.send_every_s
+
+        try:
+            return run(between_two())
+        finally:
+            bridge.stop()
+
+    assert send_every_s(2) == pytest.approx(4 * send_every_s(8)) != 0
 
 
 def test_many_streams_share_the_engine(bridge: EngineThread, make_request: Make) -> None:
