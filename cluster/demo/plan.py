@@ -72,8 +72,9 @@ class DemoPlan:
         return words
 
     def serve_command(self) -> list[str]:
-        """`gptmoe serve` of the finetuned checkpoint on free ports."""
-        return ["serve", "--checkpoint", str(self.finetune_dir), "grpc_port=0", "http_port=0"]
+        """`gptmoe serve` of the finetuned checkpoint on free ports, in the faster type."""
+        words = ["serve", "--checkpoint", str(self.finetune_dir), "dtype=bfloat16"]
+        return [*words, "grpc_port=0", "http_port=0"]
 
 
 def typed(words: Sequence[str]) -> str:

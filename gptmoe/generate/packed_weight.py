@@ -11,7 +11,7 @@ from gptmoe.model.experts import MIN_ROWS
 from gptmoe.model.layers import ServedWeight
 
 from .kernels.few_bits import FewBits
-from .kernels.few_rows import MOST_ROWS, FewRows, few_rows
+from .kernels.few_rows import FewRows, few_rows
 from .kernels.library import kernels
 from .kernels.pages import on_huge_pages
 from .kernels.plain import PlainWeight, plain_weight
@@ -43,7 +43,7 @@ class PackedWeight(ServedWeight):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """See ServedWeight.product."""
         rows = x.numel() // x.shape[-1]
-        if self.few_rows is not None and 0 < rows <= MOST_ROWS:
+        if self.few_rows is not None and 0 < rows <= self.few_rows.most_rows:
             return self.few_rows.product(x, bias)
         if rows >= MIN_ROWS[x.dtype]:
             return self._of_many(x, bias)
@@ -70,7 +70,7 @@ def packed_weight(weight_OI: Tensor, dtype: torch.dtype) -> ServedWeight:
 def entering(weight: object) -> Enters | None:
     """The same weight, if it can be part of a program."""
     if isinstance(weight, PackedWeight):
-        return weight.few_rows
+        return weight.few_rows if weight.dtype == torch.bfloat16 else None
     return weight if isinstance(weight, PlainWeight | FewBits) else None
 
 

@@ -30,6 +30,7 @@ FLAGS = (
 COMPILE_WITHIN_S = 120.0
 KERNELS = (
     "product",
+    "wide_product",
     "plain_product",
     "halve",
     "product8",

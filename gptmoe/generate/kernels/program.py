@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -69,7 +69,10 @@ class Program:
 class Enters(Protocol):
     """A weight whose products can be part of a program, up to a number of rows."""
 
-    most_rows: ClassVar[int]
+    @property
+    def most_rows(self) -> int:
+        """Of a product."""
+        ...
 
     def calls(self, x: Tensor, out: Tensor, bias_O: Tensor, lend: Lend) -> list[ProductCall]:
         """What computes out = x W^T + b for the rows of x [R, I] and out [R, O], which lie densely.

@@ -11,12 +11,12 @@ _ROWS = tuple((name, _Number) for name in ("next", "first", "end"))
 
 
 class Product(ctypes.Structure):
-    """The task of `product`, as in product.c."""
+    """The task of `product`, as in product.c, and of `wide_product`, as in wide_product.c."""
 
     _fields_ = (
         *_ROWS,
         *((name, _Address) for name in ("weight", "x", "bias", "out")),
-        *((name, _Number) for name in ("blocks", "pairs", "chunk", "outputs")),
+        *((name, _Number) for name in ("blocks", "steps", "chunk", "outputs")),
     )
 
 
