@@ -6,7 +6,7 @@ and register there (`join`).
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,11 @@ _ANSWER_WITHIN_S = 30.0
 class CoordinatorActor:
     """One run's Coordinator behind `handle(bytes) -> bytes`, with its topology kept on disk."""
 
-    def __init__(self, run: str, folder: str | None) -> None:
-        self._coordinator = Coordinator(run, time.monotonic)
+    def __init__(
+        self, run: str, folder: str | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._coordinator = Coordinator(run, clock)
         self._folder = Path(folder) if folder else None
         self._write_at_s = 0.0
         self._written: tuple[str, ...] = ()
@@ -45,21 +48,22 @@ class CoordinatorActor:
         """Answer one control message; write topology.json if it changed much, else every 2 s."""
         answer = self._coordinator.handle_bytes(data)
         changed = self._facts() != self._written
-        if changed or time.monotonic() >= self._write_at_s:
+        if changed or self._clock() >= self._write_at_s:
             self.flush()
         return answer
 
     def flush(self) -> None:
         """Write topology.json now."""
-        self._write_at_s = time.monotonic() + _WRITE_EVERY_S
+        self._write_at_s = self._clock() + _WRITE_EVERY_S
         self._written = self._facts()
         if self._folder is not None:
             topology_file.write(self._folder, self._coordinator.topology())
 
     def _facts(self) -> tuple[str, ...]:
         topology = self._coordinator.topology()
+        owners = (f"{owner.worker} silent={owner.is_silent}" for owner in topology.owners)
         failures = (failure.reason for failure in topology.failures)
-        return (str(topology.epoch), *(owner.worker for owner in topology.owners), *failures)
+        return (str(topology.epoch), *owners, *failures)
 
 
 class ActorChannel:

@@ -15,9 +15,6 @@ from .planner.hot import Proposal, propose, rows_answered
 from .shards.roles import part_of
 from .status import ClusterStatus, JobStatus, RunStatus
 
-SILENT_S = 15.0
-"""A worker of a running run that was not heard of for longer is marked."""
-
 ENOUGH_ROWS = 1000
 """Fewer rows answered in all say nothing of which experts are hot."""
 
@@ -63,7 +60,7 @@ def draw_topology(topology: Topology, *, running: bool) -> Table:
             f"{shard.slice + 1}/{shard.slices}",
             describe_experts(shard.experts),
             str(owner.step),
-            Text(f"{age_s:.0f} s ago", style="red" if running and age_s > SILENT_S else ""),
+            Text(f"{age_s:.0f} s ago", style="red" if running and owner.is_silent else ""),
         )
     return table
 
@@ -132,7 +129,7 @@ def _shards_table(topology: Topology) -> Table:
             rows,
             load,
             describe_step(owner),
-            Text(f"{age_s:.0f} s ago", style="red" if age_s > SILENT_S else ""),
+            Text(f"{age_s:.0f} s ago", style="red" if owner.is_silent else ""),
         )
     return table
 

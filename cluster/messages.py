@@ -5,6 +5,9 @@ Fields have the names of the proto fields: `wire.py` maps one to the other by na
 
 from dataclasses import dataclass, field
 
+SILENT_S = 15.0
+"""A worker of a running run that was not heard of for longer is marked."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Begin:
@@ -97,6 +100,11 @@ class Owner:
     step: int = 0
     heartbeat_age_s: float = 0.0
     counters: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has not been heard of for so long that people are to notice."""
+        return self.heartbeat_age_s > SILENT_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
