@@ -71,17 +71,21 @@ def pack_router(router: LinearRouter | Mix) -> None:
 
 
 class SeparateExperts(Experts, Generic[W]):
-    """Experts for inference, each with weights of its own that `make` made of the plain ones."""
+    """Experts for inference, each with weights of its own that `make` made of the plain ones; what
+    they compute has type `dtype`."""
 
-    def __init__(self, experts: Experts, make: Callable[[Tensor], W]) -> None:
+    def __init__(self, experts: Experts, make: Callable[[Tensor], W], dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.first = experts.first
         self.up = [make(weight) for weight in experts.up_weight.detach()]
         del experts.up_weight
         self.down = [make(weight) for weight in experts.down_weight.detach()]
         del experts.down_weight
-        self.up_bias = experts.up_bias
-        self.down_bias = experts.down_bias
+        # Kernels read them where they lie: they must not be in another type, nor move.
+        self.up_bias, self.down_bias = (
+            nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+            for bias in (experts.up_bias, experts.down_bias)
+        )
         self.entering = entering_experts(self.up, self.down, self.up_bias, self.down_bias)
 
     @property
@@ -118,10 +122,13 @@ class PackedExperts(ServedExperts):
     """Experts with packed weights."""
 
     def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
-        super().__init__(experts, partial(packed_weight, dtype=dtype))
+        super().__init__(experts, partial(packed_weight, dtype=dtype), dtype)
 
 
 def mapped_experts(experts: Experts) -> Experts:
     """The same experts where they lie, for inference, by the fastest products for that."""
     compiled = kernels_of_mapped(experts.up_weight) and kernels_of_mapped(experts.down_weight)
-    return ServedExperts(experts, partial(PlainWeight, compiled=compiled)) if compiled else experts
+    if not compiled:
+        return experts
+    make = partial(PlainWeight, compiled=compiled)
+    return ServedExperts(experts, make, experts.up_weight.dtype)

@@ -101,7 +101,7 @@ def quantize(network: GPT, weights: Weights) -> None:
         elif isinstance(module, (LinearRouter, Mix)):
             pack_router(module)
         elif isinstance(module, MoE):
-            module.experts = QuantizedExperts(module.experts, make)
+            module.experts = QuantizedExperts(module.experts, make, dtype)
     network.fixed_rows = False
     fuse(network)
 
