@@ -18,6 +18,7 @@ from gptmoe.model.transformer import GPT, Block, Output
 from gptmoe.model.turns import Pausing
 
 from .fused import FusedBlock, LayerProgram, layer_program, parts, routed_part
+from .kernels.library import kernels
 from .kernels.plain import LANES
 from .kernels.program import Program
 from .kernels.row_attention import RowAttend
@@ -29,14 +30,13 @@ from .packed_weight import entering
 
 def fuse(network: GPT) -> None:
     """Have the layers of a packed or quantized network be calls of kernels, in place, where they
-    can; all together one, if all can."""
-    spec = network.spec
-    if network.compute_dtype != torch.bfloat16:
-        return
-    compiled = use_row_norms(network, spec.d_model)
+    can; all together one, if all can. In float32 only routers can."""
+    spec, compiled = network.spec, kernels()
     if compiled is None:
         return
     use_row_routers(network, compiled)
+    if network.compute_dtype != torch.bfloat16 or not use_row_norms(network, spec.d_model):
+        return
     if spec.d_model % LANES or spec.d_ff % LANES:
         return
     for block in network.layers:

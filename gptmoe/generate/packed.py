@@ -20,7 +20,7 @@ from gptmoe.model.transformer import GPT
 
 from .fused_experts import entering_experts
 from .fused_network import fuse
-from .kernels.plain import LANES, PlainWeight, kernels_of_mapped
+from .kernels.plain import PlainWeight, kernels_of_mapped
 from .kernels.router_weight import router_weight
 from .packed_weight import PackedWeight, can_pack, packed_weight
 
@@ -55,13 +55,11 @@ def pack(network: GPT, *, head: bool = True, experts: bool = True) -> bool:
 
 def _take_any_rows(network: GPT) -> bool:
     """Whether steps may have any number of rows. Products see to that; in float32 it is cheaper to
-    have enough rows from the start, unless there are kernels for few, and torch's GELU would
-    compute the last numbers of some rows in another way than those of others."""
+    have enough rows from the start, unless there are kernels for few."""
     if network.compute_dtype == torch.bfloat16:
         return True
     weights = [module.weight for module in network.modules() if isinstance(module, Linear)]
-    few = all(isinstance(weight, PackedWeight) and weight.few_rows for weight in weights)
-    return few and network.spec.d_ff % LANES == 0
+    return all(isinstance(weight, PackedWeight) and weight.few_rows for weight in weights)
 
 
 def pack_router(router: LinearRouter | Mix) -> None:

@@ -44,6 +44,7 @@ KERNELS = (
     "attend",
     "norm",
     "gelu",
+    "wide_gelu",
 )
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ typedef struct {
 
 typedef struct {
     int64_t next;
-    uint16_t *x;
+    void *x; /* numbers of 16 bits, or of 32 */
     int64_t count;
 } Gelu;
 
@@ -69,6 +69,7 @@ static inline floats gelu_of(floats x)
 /* In place. */
 void gelu(Gelu *task)
 {
+    uint16_t *x = task->x;
     int64_t piece;
     while ((piece = next_piece(&task->next)) * PIECE < task->count) {
         int64_t first = piece * PIECE, end = first + PIECE;
@@ -76,9 +77,27 @@ void gelu(Gelu *task)
         for (; first < end; first += LANES) {
             halves some = {0};
             int64_t bytes = 2 * (end - first < LANES ? end - first : LANES);
-            memcpy(&some, task->x + first, bytes);
+            memcpy(&some, x + first, bytes);
             some = __builtin_convertvector(rounded(gelu_of(wide_of(some))), halves);
-            memcpy(task->x + first, &some, bytes);
+            memcpy(x + first, &some, bytes);
+        }
+    }
+}
+
+/* The same in float32. */
+void wide_gelu(Gelu *task)
+{
+    float *x = task->x;
+    int64_t piece;
+    while ((piece = next_piece(&task->next)) * PIECE < task->count) {
+        int64_t first = piece * PIECE, end = first + PIECE;
+        end = end < task->count ? end : task->count;
+        for (; first < end; first += LANES) {
+            floats some = {0};
+            int64_t bytes = 4 * (end - first < LANES ? end - first : LANES);
+            memcpy(&some, x + first, bytes);
+            some = gelu_of(some);
+            memcpy(x + first, &some, bytes);
         }
     }
 }

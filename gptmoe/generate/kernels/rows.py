@@ -1,4 +1,4 @@
-"""Layer normalisation and GELU for bfloat16 on a CPU, with the same bits in a program and alone.
+"""Layer normalisation (in bfloat16) and GELU on a CPU, with the same bits in a program and alone.
 
 Letters: R rows, D model width.
 """
@@ -16,6 +16,7 @@ LANES = 16
 """Numbers of the widest instruction."""
 NUMBERS_A_THREAD = 1 << 15
 """For fewer numbers than these another thread is not worth waking."""
+GELUS = {torch.bfloat16: "gelu", torch.float32: "wide_gelu"}
 
 
 class RowNorm(LayerNorm):
@@ -63,10 +64,13 @@ def norm_task(
 
 
 def gelu_(x: Tensor) -> Tensor:
-    """GELU (tanh form), in place where there is a kernel for it."""
-    compiled = kernels() if x.dtype == torch.bfloat16 else None
-    if compiled is None or not x.is_contiguous():
+    """GELU (tanh form), in place where there is a kernel for it.
+
+    torch's own gives the last numbers of each thread's share other bits than the others.
+    """
+    kernel, compiled = GELUS.get(x.dtype), kernels()
+    if kernel is None or compiled is None or not x.is_contiguous():
         return F.gelu(x, approximate="tanh")
     task = Gelu(x=x.data_ptr(), count=x.numel())
-    compiled.run("gelu", task, most_threads=1 + x.numel() // NUMBERS_A_THREAD)
+    compiled.run(kernel, task, most_threads=1 + x.numel() // NUMBERS_A_THREAD)
     return x

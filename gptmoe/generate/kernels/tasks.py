@@ -116,7 +116,7 @@ class Norm(ctypes.Structure):
 
 
 class Gelu(ctypes.Structure):
-    """The task of `gelu`, as in rows.c."""
+    """The task of `gelu` and `wide_gelu`, as in rows.c."""
 
     _fields_ = (("next", _Number), ("x", _Address), ("count", _Number))
 

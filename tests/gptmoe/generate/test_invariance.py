@@ -43,6 +43,10 @@ CASES: dict[str, tuple[Any, ...]] = {  # dtype, has experts, packed, threads, ro
 }
 OTHERS = [kind for kind in ROUTERS if kind != "switch"]
 CASES |= {f"float32-{kind}": (torch.float32, True, False, 1, kind) for kind in OTHERS}
+CASES |= {
+    f"float32-{kind}-packed-3threads": (torch.float32, True, True, 3, kind) for kind in OTHERS
+}
+CASES["float32-dense-packed-3threads"] = (torch.float32, False, True, 3)
 CASES |= {f"bfloat16-{kind}-packed": (torch.bfloat16, True, True, 2, kind) for kind in OTHERS}
 CASES["bfloat16-residual-moe-packed"] = (torch.bfloat16, True, True, 2, "switch", True)
 TORCH_ATTENDS = (CASES["bfloat16-dense"], CASES["bfloat16-moe-packed"])

@@ -77,15 +77,23 @@ def test_gelu_of_every_number() -> None:
     assert gelu_(torch.tensor([torch.nan]).bfloat16()).isnan().all()
 
 
-def test_neighbours_and_threads_change_no_bit_of_gelu() -> None:
-    x = random(70_001).bfloat16()
+def test_gelu_in_float32() -> None:
+    x = torch.cat((torch.linspace(-20, 20, 40_001), random(10_000)))
+    exact = F.gelu(x.double(), approximate="tanh")
+    assert ((gelu_(x.clone()).double() - exact).abs() <= x.double().abs() * 2e-7).all()
+    assert gelu_(torch.tensor([torch.nan])).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_neighbours_and_threads_change_no_bit_of_gelu(dtype: torch.dtype) -> None:
+    x = random(70_001).to(dtype)
     expected = gelu_(x.clone())
     for count in (0, 1, 7, 8, 17, 511, 512, 513, 4097):
         assert torch.equal(gelu_(x[:count].clone()), expected[:count])
     check_callers_and_threads(lambda numbers: gelu_(numbers.clone()), x, expected)
 
 
-@pytest.mark.parametrize("x", [random(5), random(6, 4).bfloat16().t()])
+@pytest.mark.parametrize("x", [random(5).double(), random(6, 4).bfloat16().t()])
 def test_torch_computes_gelu_where_the_kernel_cannot(x: Tensor) -> None:
     assert torch.equal(gelu_(x), F.gelu(x, approximate="tanh"))
 
