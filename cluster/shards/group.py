@@ -55,6 +55,7 @@ class ShardGroup:
         """Of each: the reason, the moment it began (time.monotonic), seconds of its phases."""
         self._state = supervisor.State()
         self._live: ShardsExecutor | None = None
+        self._filled: ShardsExecutor | None = None  # whose cache the engine counts on
         self._changed = threading.Condition()
         self._in_use = threading.Lock()
         self._refreshing = threading.Lock()
@@ -108,13 +109,17 @@ class ShardGroup:
             live = self._live
         if live is None:
             self._give_up()
+        if live is None or self._filled not in (None, live):  # they came back while nobody asked
+            self._filled = None
             raise CacheLost(self._muster.job.version)
+        self._filled = live
         try:
             with self._in_use:
                 self._step_began_s = time.monotonic()
                 return live.run(plan, tokens)
         except ClusterError as error:
             self._lost(live, str(error))
+            self._filled = None
             raise CacheLost(self._muster.job.version) from None
         finally:
             self._step_began_s, self._used_s = None, time.monotonic()

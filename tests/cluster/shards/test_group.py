@@ -7,10 +7,14 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import torch
 
 from cluster.messages import Owner, Shard, Topology
+from cluster.shards.executor import ShardsExecutor
 from cluster.shards.group import ShardGroup
 from cluster.shards.muster import GroupJob, Muster
+from gptmoe.generate.executor import CacheLost
+from gptmoe.generate.plan import StepPlan
 from gptmoe.model.spec import ModelSpec
 from gptmoe.shard.parts import arrange
 
@@ -34,6 +38,23 @@ def group() -> ShardGroup:
         threads=1,
     )
     return ShardGroup(job)
+
+
+def test_shards_that_came_back_while_nobody_asked_have_lost_the_cache(group: ShardGroup) -> None:
+    """Else a prompt that begins like an earlier one would go on behind keys that are not there."""
+    shards = [SimpleNamespace(run=lambda plan, tokens: torch.zeros(1)) for _ in range(2)]
+    first, second = cast(list[ShardsExecutor], shards)
+    plan = StepPlan(spans=(), num_decoding=0)
+    group._muster = cast(Muster, SimpleNamespace(job=group.job))
+    group._set_live(first)
+    for _ in range(2):
+        group.run(plan, {})
+    group._set_live(None)  # a shard died
+    group._set_live(second)
+    with pytest.raises(CacheLost):
+        group.run(plan, {})
+    for _ in range(2):
+        group.run(plan, {})
 
 
 def test_letting_go_of_weights_does_not_wait_for_a_shard_that_is_lost(
