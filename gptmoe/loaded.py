@@ -221,10 +221,9 @@ class LoadedModel:
 
     def stream(self, text: str, **sampling: Any) -> Iterator[str]:
         """Continue a text, piece by piece, in whole characters. Keywords as in `generate`."""
-        engine = self.engine(EngineConfig(max_batch_size=BATCH))
-        engine.add(
-            self._request("0", text, as_params(sampling))
-        )  # here, so that errors do not wait
+        params = as_params(sampling)
+        engine = self.engine(EngineConfig(max_batch_size=max(BATCH, params.num_beams)))
+        engine.add(self._request("0", text, replace(params, n=1)))  # here: errors do not wait
 
         def pieces() -> Iterator[str]:
             while engine.has_work:

@@ -4,7 +4,7 @@ Letters: V vocabulary, N rows.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -199,11 +199,13 @@ class Account:
             self.scores += token_scores(rows_NV, wanted)
             lane.score_from += count
 
-    def timings(self, now_s: float) -> Timings:
-        """As of now."""
+    def closed(self, last: Delta, now_s: float) -> Delta:
+        """The last delta of an answer, with the times of now and what the cache knew."""
         begun_s = now_s if self.begun_s is None else self.begun_s
         first_s = now_s if self.first_token_s is None else self.first_token_s
-        return Timings(begun_s - self.arrived_s, first_s - self.arrived_s, now_s - self.arrived_s)
+        arrived_s, cached = self.arrived_s, min(self.entry.cached, len(self.request.prompt_ids))
+        timings = Timings(begun_s - arrived_s, first_s - arrived_s, now_s - arrived_s)
+        return replace(last, timings=timings, cached_tokens=cached)
 
 
 def lane_key(request_id: str, index: int) -> str:

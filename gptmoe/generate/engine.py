@@ -138,7 +138,7 @@ class Engine:
 
         Scores that are no numbers end their request alone: its last deltas have the error. Where
         the executor has lost its cache nothing is new: the next steps compute all tokens again, and
-        go on with the same. Raises Unavailable if it cannot for now; all requests are still here.
+        go on with the same. Raises Unavailable if it cannot for now; who is not late is still here.
         """
         began_s = self._clock()
         late = self._end_late(began_s)
@@ -248,7 +248,8 @@ class Engine:
 
     def _drawn(self, account: Account) -> list[Delta]:
         entry, logits = account.entry, account.pending
-        complete = all(lane.idle or lane.key in logits for lane in entry.live)
+        # What was kept before the cache was lost does not count: such a lane is not computed.
+        complete = all(lane.idle or lane.computed == len(lane.tokens) for lane in entry.live)
         if not complete and account.answers.together:
             return []
         account.pending = {}
@@ -285,8 +286,7 @@ class Engine:
                 delta = replace(delta, prompt_scores=tuple(account.scores))
                 account.scores.clear()
             if delta.finish_reason:
-                timings = account.timings(self._clock())
-                delta = replace(delta, timings=timings, cached_tokens=account.entry.cached)
+                delta = account.closed(delta, self._clock())
             result.append(delta)
         return result
 

@@ -110,7 +110,7 @@ class Scheduler:
     """The engine's account of slots, blocks and order. Invariant: see SlotPool."""
 
     def __init__(self, config: EngineConfig, max_seq_len: int, banks: int = 1) -> None:
-        self.config = config
+        self.config, self.max_seq_len = config, max_seq_len
         self.pool = SlotPool(config.max_batch_size, config.blocks(max_seq_len), banks)
         self.waiting: list[Entry] = []
         self.running: list[Entry] = []
@@ -235,9 +235,9 @@ class Scheduler:
         copies = []
         while self.waiting:
             entry = self.waiting[0]
-            lanes = len(entry.lanes)
+            lanes, soon = len(entry.lanes), min(entry.length + 1, self.max_seq_len)
             bank = self.pool.room(lanes)
-            if bank < 0 or not self.pool.could_hold(entry.length + 1, lanes):
+            if bank < 0 or not self.pool.could_hold(soon, lanes):
                 break
             self.waiting.pop(0)
             if entry.version < 0:

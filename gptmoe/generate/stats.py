@@ -22,7 +22,7 @@ class EngineStats:
     steps: int = 0
     """Since the start, like all that follow."""
     prompt_tokens: int = 0
-    """Computed or found in the cache."""
+    """Computed, again after a preemption; not those found in the cache."""
     generated_tokens: int = 0
     prefix_queries: int = 0
     """Tokens of prompts looked up in the prefix cache."""

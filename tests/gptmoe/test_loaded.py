@@ -175,6 +175,14 @@ def test_a_stream_is_the_text_in_pieces(model: gptmoe.LoadedModel) -> None:
     assert "".join(pieces) == model.generate("春风", max_new_tokens=12, seed=5)
 
 
+@pytest.mark.parametrize("more", [{"n": 2}, {"n": 2, "num_beams": 3, "temperature": 0.0}])
+def test_a_stream_is_the_first_answer_of_several(
+    model: gptmoe.LoadedModel, more: dict[str, Any]
+) -> None:
+    expected = model.generate("春风", max_new_tokens=12, seed=5, **more)
+    assert "".join(model.stream("春风", max_new_tokens=12, seed=5, **more)) == expected
+
+
 def test_stop_is_one_string_or_several(model: gptmoe.LoadedModel) -> None:
     text = model.generate("春风", max_new_tokens=12, seed=5)
     stop = text[len(text) // 2]

@@ -109,13 +109,16 @@ def built(folder: Path = SOURCES / "__pycache__") -> Path:
     if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
         library = Path(tempfile.mkdtemp(prefix="gptmoe-kernels-")) / library.name
     library.parent.mkdir(exist_ok=True)
-    draft = library.with_suffix(f".{os.getpid()}")
+    handle, name = tempfile.mkstemp(suffix=".so", dir=library.parent)
+    os.close(handle)
+    draft = Path(name)
     sources = [str(path) for path in sorted(SOURCES.glob("*.c"))]
     command = [compiler, *FLAGS, *sources, "-o", str(draft), "-lm"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=COMPILE_WITHIN_S, check=False
     )
     if done.returncode:
+        draft.unlink()
         raise OSError(f"{compiler} cannot compile the kernels: {done.stderr.strip()[-500:]}")
     draft.replace(library)  # at once: other processes may be looking for it
     return library

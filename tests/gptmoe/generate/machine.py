@@ -155,5 +155,7 @@ def arrive_somehow(machine: Machine, random: Random) -> None:
     pool = machine.scheduler.pool
     most = min(machine.scheduler.most_lanes(), pool.blocks // blocks)
     lanes = min(random.choice((1, 1, 1, 2, 3, 4)), most)
+    if not random.randrange(20):  # fills the context, as what is only scored may
+        length, lanes, new = CONTEXT, 1, 1
     prompt = [random.randrange(2)] * random.randint(0, length) + [random.randrange(5, 9)] * length
     machine.arrive(prompt[:length], lanes, new, random.randint(-20, 20))

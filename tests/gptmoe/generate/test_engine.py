@@ -27,6 +27,26 @@ def test_a_request_from_start_to_end(tokenizer: Tokenizer) -> None:
     assert not running.has_work
 
 
+def test_what_fills_the_context_is_scored_where_it_has_all_the_room(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer, max_seq_len=64, max_batch_size=1)
+    prompt = tuple(range(FIRST, FIRST + 64))
+    running.add(Request("a", prompt, SamplingParams(), score_from=1, score_only=True))
+    deltas = [delta for _ in range(10) for delta in running.step()]
+    assert len(deltas[-1].prompt_scores) == 63
+    assert not running.has_work
+
+
+def test_no_more_of_a_prompt_is_known_than_it_has(tokenizer: Tokenizer) -> None:
+    """One that goes on behind what it has said finds that in the cache, too."""
+    running = engine(tokenizer, max_seq_len=256)
+    prompt = range(FIRST, FIRST + 20)
+    running.add(request("a", prompt, max_new_tokens=100))
+    said = tuple(token for delta in run_out(running) for token in delta.token_ids)
+    sampling = request("b", prompt, max_new_tokens=110).sampling
+    running.add(Request("b", tuple(prompt), sampling, resume_ids=said))
+    assert run_out(running)[-1].cached_tokens == 20
+
+
 @pytest.mark.parametrize("special", ["end_id", "sep_id"])
 def test_end_tokens_stop_without_text(tokenizer: Tokenizer, special: str) -> None:
     end = getattr(tokenizer, special)
