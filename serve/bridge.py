@@ -97,7 +97,7 @@ class _Outbox:
 class EngineThread:
     """Runs one engine in one thread, from construction to `stop`.
 
-    Invariant: only that thread touches the engine and `_outboxes`.
+    Invariant: only that thread touches the engine and `_outboxes`, until it has failed.
     """
 
     def __init__(self, engine: Stepper, observer: Observer | None = None, cores: int = 2) -> None:
@@ -176,8 +176,13 @@ class EngineThread:
                 done.set_result(None)
             except GptMoeError as error:
                 done.set_exception(error)
+            except Exception as bug:
+                done.set_exception(bug)
+                raise
 
         self._inbox.put(run)
+        if self._failure:  # the thread may have ended: nobody else comes for it
+            self._empty_inbox()
         return done
 
     def check(self, stall_s: float) -> None:
@@ -270,11 +275,21 @@ class EngineThread:
         self._outboxes.clear()
 
     def _fail(self, failure: GptMoeError) -> None:
-        self._failure = failure
-        for outbox in self._outboxes.values():
-            outbox.put(failure)
+        outboxes = list(self._outboxes.values())
         self._outboxes.clear()
+        self._failure = failure  # from here on callers obey their commands themselves
+        for outbox in outboxes:
+            outbox.put(failure)
+        self._empty_inbox()
+
+    def _empty_inbox(self) -> None:
         with contextlib.suppress(queue.Empty):
             while True:
                 if command := self._inbox.get_nowait():
-                    command()
+                    self._obey_late(command)
+
+    def _obey_late(self, command: Callable[[], None]) -> None:
+        try:
+            command()
+        except Exception:
+            log.exception("a command to an engine that has stopped failed")

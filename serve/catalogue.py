@@ -65,7 +65,7 @@ VLLM = (
     _gauge("vllm_num_requests_running", "requests with a place in the batch"),
     _gauge("vllm_num_requests_waiting", "requests without one"),
     _gauge("vllm_kv_cache_usage_perc", "part of the KV cache that running requests hold, 0 to 1"),
-    _counter("vllm_prompt_tokens", "tokens of prompts computed, or found in the cache"),
+    _counter("vllm_prompt_tokens", "tokens of prompts computed, without those found in the cache"),
     _counter("vllm_generation_tokens", "tokens generated"),
     _counter("vllm_prefix_cache_queries", "tokens of prompts looked up in the prefix cache"),
     _counter("vllm_prefix_cache_hits", "tokens of them that were found"),

@@ -47,7 +47,7 @@ class Interchangeable:
             folder = fetch(location, self.cache_dir) if isinstance(location, Uri) else location
             checkpoint = open_checkpoint(folder)
             spec, tokenizer = spec_of(checkpoint), load_tokenizer(folder)
-        except (CheckpointError, DataError) as error:
+        except (CheckpointError, DataError, OSError) as error:
             raise RequestError(str(error), "checkpoint") from None
         if spec != self.spec or tokenizer.digest != self.tokenizer_digest:
             what = "model of another config" if spec != self.spec else "model of another tokenizer"

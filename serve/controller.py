@@ -126,6 +126,9 @@ class Controlled:
             config.user_config = asdict(settings)
             if config.autoscaling_config is None:
                 config.num_replicas = state.wanted  # which `scale` has set beside the config
+            else:  # a changed config begins with this number again; without one it goes on
+                scaling = config.autoscaling_config
+                config.autoscaling_config = scaling.model_copy(update={"initial_replicas": None})
         arguments.deployment_config = config.to_proto_bytes()
         encoded: bytes = arguments.SerializeToString()
         return encoded

@@ -48,7 +48,9 @@ class _State:
 
     inode: int
     size: int
+    written_ns: int
     changed_ns: int
+    """Also by who may read it."""
 
 
 class Keys:
@@ -153,7 +155,7 @@ def _state(path: Path) -> _State | None:
         found = path.stat()
     except OSError:
         return None
-    return _State(found.st_ino, found.st_size, found.st_mtime_ns)
+    return _State(found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _unreadable(path: Path, error: OSError) -> str:

@@ -136,7 +136,8 @@ def check_doors(config: ServeConfig) -> None:
 def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
     """Start Ray Serve; where it runs already its ports stay, and come back in the config.
 
-    Raises ClusterError if it runs without our gRPC services.
+    Raises ClusterError if it runs without our gRPC services; and with them, if only the edge is to
+    answer: Ray Serve's port asks for no certificate, and reaches each application.
     """
     ray.serve.start(
         http_options=ray.serve.HTTPOptions(host=config.host, port=config.http_port),
@@ -147,7 +148,14 @@ def start_proxies(config: ServeConfig, cluster: local.Session) -> ServeConfig:
         return config
     details = ServeSubmissionClient(cluster.dashboard_url).get_serve_details()
     http, grpc = details["http_options"], details["grpc_options"]
-    if not config.edge.only and SERVICER not in grpc.get("grpc_servicer_functions", ()):
+    opened = SERVICER in grpc.get("grpc_servicer_functions", ())
+    if config.edge.only and opened:
+        raise ClusterError(
+            f"Ray Serve runs on the cluster {cluster.address} already, with its gRPC port "
+            f"{grpc['port']} open, where this application would answer, too; serve on another "
+            "cluster, or without --edge-only"
+        )
+    if not config.edge.only and not opened:
         raise ClusterError(
             f"Ray Serve runs on the cluster {cluster.address} already, without our gRPC services; "
             "shut it down there (serve shutdown), or serve on another cluster"

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 from .access_log import AccessLog, current
 from .methods import METHODS, Method
+from .refusals import ticket_of
 from .service import Call, Running, Service
 
 T = TypeVar("T")
@@ -50,7 +51,10 @@ def _logged(method: Method, answer: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(answer)
     async def unary(self: Logging, request: bytes, grpc_context: Any) -> Any:
         with self.access_log.call(method.name, "grpc") as entry, entry.active():
-            return await answer(self, request, grpc_context)
+            try:
+                return await answer(self, request, grpc_context)
+            finally:
+                entry.name(ticket_of(grpc_context).holder)  # as the edge calls it to its caller
 
     @wraps(answer)
     async def streaming(self: Logging, request: bytes, grpc_context: Any) -> AsyncIterator[Any]:
@@ -59,7 +63,10 @@ def _logged(method: Method, answer: Callable[..., Any]) -> Callable[..., Any]:
                 aclosing(answer(self, request, grpc_context)) as messages,
                 aclosing(entry.within(messages)) as noted,
             ):
-                async for message in noted:
-                    yield message
+                try:
+                    async for message in noted:
+                        yield message
+                finally:
+                    entry.name(ticket_of(grpc_context).holder)
 
     return streaming if method.streaming else unary

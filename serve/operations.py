@@ -29,6 +29,8 @@ from .refusals import Overtaken
 WITHIN_S = 300.0
 EVERY_S = 1.0
 LEAST_EVERY_S = 0.2
+MOST_REPLICAS = 10_000
+"""More are a slip: Ray would try to start them all."""
 _POLL_S = 0.2
 
 
@@ -115,8 +117,9 @@ class Operations:
         Raises RequestError, NotWithThis, DeadlineExceeded or Overtaken.
         """
         deadline_s, wanted = _deadline(request.within_s), request.replicas
-        if wanted < 1:
-            raise RequestError(f"replicas must be at least 1; found {wanted}", "replicas")
+        if not 1 <= wanted <= MOST_REPLICAS:
+            wants = f"replicas must be at least 1 and at most {MOST_REPLICAS}; found {wanted}"
+            raise RequestError(wants, "replicas")
         await asyncio.to_thread(self._application.scale, wanted)
         while True:
             state = await asyncio.to_thread(self._application.state)

@@ -27,6 +27,9 @@ from .names import ALONE, Ticket
 
 Metadata = list[tuple[str, str]]
 
+MOST_CHARACTERS = 500
+"""Of a sentence: in 16 KB of metadata it comes three times, and written with three bytes a byte."""
+
 
 class NotWithThis(GptMoeError):
     """The request is right, and does not go with this application."""
@@ -89,6 +92,12 @@ def ticket_of(context: Context) -> Ticket:
     return context.ticket if isinstance(context, Direct) else ALONE
 
 
+def sentence(error: GptMoeError) -> str:
+    """What is said of an error. It may name what the caller sent, and a status has little room."""
+    text = str(error)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 3]}..."
+
+
 def set_status(error: GptMoeError, context: Context) -> None:
     """The code and sentence of an error, and when to come again; its kind goes into the access log.
 
@@ -99,7 +108,7 @@ def set_status(error: GptMoeError, context: Context) -> None:
     if isinstance(context, Direct):
         context.error = error
     context.set_code(code_of(error))
-    context.set_details(str(error))
+    context.set_details(sentence(error))
     if found := retry_metadata(error):
         context.set_trailing_metadata(found)
 

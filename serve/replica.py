@@ -119,7 +119,7 @@ class Generator(Servicer, ControlServicer, Inlet):
             except Unavailable as error:
                 log.info("weights wait for a shard version=%s reason=%s", self._version, error)
                 await asyncio.sleep(TRY_AGAIN_S)
-            except GptMoeError as error:
+            except (GptMoeError, OSError) as error:  # TimeoutError is an OSError
                 log.warning("weights stay version=%s reason=%s", self._version, error)
                 return
 

@@ -20,6 +20,9 @@ KV_USE = "kv_use"
 WAITING = "waiting"
 RUNNING = "running"
 
+PROBES = 0.5
+"""Fewer calls at a time than this are what an edge asks its replicas every second: nobody else."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScalingConfig:
@@ -101,7 +104,8 @@ def desired(load: Load, targets: Targets) -> int:
 
     More as soon as they are needed; fewer only if those that stay keep `slack` below their targets.
     """
-    least = 1 if load.ongoing > 0 or load.outside > 0 or load.requests > 0 else 0
+    asked = load.ongoing >= PROBES or load.outside > 0 or load.requests > 0
+    least = 1 if asked else 0
     needed = max(least, _enough(load, targets, 1.0))
     if needed >= load.replicas:
         return needed

@@ -182,9 +182,11 @@ class Service:
         """Stop the engine's thread."""
         self._engine.stop()
 
-    def _accepted(self, model: str, deadline_s: float | None) -> float | None:
+    def _accepted(
+        self, model: str, deadline_s: float | None, *, goes_on: bool = False
+    ) -> float | None:
         """The deadline by the engine's clock, of a call that is not refused at once."""
-        if self.draining:
+        if self.draining and not goes_on:
             raise Unavailable(
                 f"{self.card.name} takes no new requests: an operator drains it; ask another server"
             )
@@ -196,7 +198,8 @@ class Service:
         return time.monotonic() + deadline_s
 
     async def _request(self, call: Call) -> Request:
-        deadline_s = self._accepted(call.model, call.deadline_s)
+        goes_on = call.ticket.turn > 0  # it was running elsewhere
+        deadline_s = self._accepted(call.model, call.deadline_s, goes_on=goes_on)
         make = partial(
             make_request,
             resume_ids=call.resume_ids,

@@ -118,7 +118,7 @@ class KeyCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     ) -> Any:
         """What grpc.aio calls before each call."""
         path = handler_call_details.method
-        _, service, _ = path.split("/", 2)
+        service = path.removeprefix("/").partition("/")[0]
         if service not in OPEN:
             shown = authorization(handler_call_details.invocation_metadata)
             try:

@@ -9,7 +9,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from gptmoe.errors import GptMoeError, Overloaded, RequestError, Unavailable
-from serve.refusals import code_of, retry_metadata
+from serve.refusals import code_of, retry_metadata, sentence
 
 
 def status_of(error: GptMoeError, request_id: str = "") -> Any:
@@ -20,7 +20,7 @@ def status_of(error: GptMoeError, request_id: str = "") -> Any:
     """
     status = status_pb2.Status(
         code=code_of(error).value[0],
-        message=str(error),
+        message=sentence(error),
         details=[_packed(detail) for detail in _details(error, request_id)],
     )
     told = rpc_status.to_status(status)
@@ -42,7 +42,7 @@ def _details(error: GptMoeError, request_id: str) -> list[Any]:
     details: list[Any] = []
     if isinstance(error, RequestError) and error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=str(error)
+            field=error.field, description=sentence(error)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, Overloaded | Unavailable):

@@ -10,6 +10,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
+from gptmoe.generate.request import MAX_ID_CHARACTERS
 from protos import generation_pb2 as messages
 
 _KINDS: dict[str, Any] = {
@@ -27,7 +28,8 @@ class Asked:
     holder: str
     """Drawn for this call: see serve/names.py, Ticket."""
     request_id: str
-    """That its caller gave it, else its holder's: so it is named from the start."""
+    """That its caller gave it, else its holder's: so it is named from the start. It is cut if it is
+    too long: what goes behind an answer has little room."""
     deadline_s: float | None = None
     """Seconds from now after which nobody wants the answer."""
     resumable: bool = False
@@ -57,7 +59,7 @@ def read(method: str, data: bytes, remaining_s: float | None, holder: str) -> As
     return Asked(
         data=data,
         holder=holder,
-        request_id=message.request_id or holder,
+        request_id=message.request_id[:MAX_ID_CHARACTERS] or holder,
         deadline_s=deadline_s,
         resumable=message.n <= 1 and message.num_beams <= 1,
     )

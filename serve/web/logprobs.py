@@ -41,8 +41,9 @@ class TextScores:
         return self._of(delta.token_ids, delta.logprobs, delta.top_logprobs)
 
     def of_prompt(self, token_ids: Sequence[int], scores: Sequence[float]) -> TextLogprobs:
-        """Of a prompt's tokens, of which the first has none."""
-        return self._of(token_ids, (None, *scores), ())
+        """Of a prompt's tokens, of which the first has none; of those that were not scored, since
+        the request was ended before, nothing is said."""
+        return self._of(token_ids[: 1 + len(scores)], (None, *scores), ())
 
     def _of(
         self,

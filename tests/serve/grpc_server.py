@@ -6,20 +6,23 @@ from contextlib import asynccontextmanager
 import grpc.aio
 
 from serve.control import ControlServicer
+from serve.operations import Operations
 from serve.proxy import add_services
 from serve.rpc import Servicer
 from serve.service import Service
 
 
 class Both(Servicer, ControlServicer):
-    """What a replica inherits; nobody operates it."""
+    """What a replica inherits."""
 
 
 @asynccontextmanager
-async def serving(service: Service) -> AsyncIterator[str]:
-    """Where `service` answers, on this event loop."""
+async def serving(service: Service, operations: Operations | None = None) -> AsyncIterator[str]:
+    """Where `service` answers, on this event loop; operated only with `operations`."""
     servicer = Both()
     servicer.service = service
+    if operations:
+        servicer.operations = operations
     server = grpc.aio.server()
     add_services(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -99,6 +99,20 @@ def test_the_edge_asks_by_the_same_line(deployment: Deployment, lines: Any) -> N
     ]
 
 
+def test_what_the_edge_has_refused_is_called_as_it_was_called_there(
+    deployment: Deployment, lines: Any
+) -> None:
+    async def ask_both(ticket: Ticket, **fields: Any) -> None:
+        data = request(top_p=0, **fields)
+        await deployment.edge_unary("Generate", data, ticket)
+        assert [answer async for answer in deployment.edge_stream("GenerateStream", data, ticket)]
+
+    asyncio.run(ask_both(Ticket("drawn")))
+    asyncio.run(ask_both(Ticket("drawn"), request_id="mine"))
+    found = [(line["request_id"], line["status"]) for line in lines()]
+    assert found == [(name, "RequestError") for name in ("drawn", "drawn", "mine", "mine")]
+
+
 @pytest.mark.parametrize(
     ("method", "message", "status", "field", "name"),
     [

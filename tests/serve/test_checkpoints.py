@@ -1,7 +1,11 @@
 """Which weights can take the place of others."""
 
+import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +17,10 @@ from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.text import load_tokenizer, train_jiebabpe
 from serve.checkpoints import Interchangeable
+from serve.controller import Settings
 from serve.refusals import NotWithThis
+from serve.replica import Generator
+from serve.service import Service
 from tests.bucket import serving
 
 SPEC = ModelSpec(num_layers=1, d_model=8, num_heads=1, d_ff=16, vocab_size=320, max_seq_len=16)
@@ -86,7 +93,26 @@ def test_what_is_no_checkpoint_is_an_invalid_argument(
         (str(tmp_path / "nowhere"), "nowhere"),
         (str(damaged), weights.name),
         ("nope://a/b", "nope"),
+        ("/" + "a" * 5000, "name too long"),
+        ("长" * 5000, "absolute path"),
     ):
         with pytest.raises(RequestError, match=sentence) as refusal:
             served.check(wanted)
         assert "\n" not in str(refusal.value)
+        assert refusal.value.field == "checkpoint"
+
+
+@pytest.mark.parametrize("error", [OSError(36, "File name too long"), TimeoutError()])
+def test_a_replica_that_cannot_take_others_goes_on_with_its_own(
+    service: Service, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def check(wanted: str) -> str:
+        raise error
+
+    replica = object.__new__(Generator)
+    replica._version, replica.service, replica._stack = 0, service, ExitStack()
+    replica._claims = SimpleNamespace(start=lambda: None)
+    replica._core, replica._alike = SimpleNamespace(engine=None), SimpleNamespace(check=check)
+    asyncio.run(replica.reconfigure(asdict(Settings(checkpoint="/b", version=1))))
+    assert "weights stay version=0" in caplog.text
+    assert service.version == 0

@@ -183,7 +183,8 @@ def test_scale_waits_for_running_replicas_only(call: Any, application: Applicati
         ("Refresh", {}, Code.INVALID_ARGUMENT, "is no checkpoint"),
         ("Refresh", {"checkpoint": "/other"}, Code.FAILED_PRECONDITION, "another config"),
         ("Refresh", {"checkpoint": "/b", "within_s": -1}, Code.INVALID_ARGUMENT, "within_s must"),
-        ("Scale", {}, Code.INVALID_ARGUMENT, "replicas must be at least 1; found 0"),
+        ("Scale", {}, Code.INVALID_ARGUMENT, "replicas must be at least 1 and at most 10000"),
+        ("Scale", {"replicas": 2**31 - 1}, Code.INVALID_ARGUMENT, "found 2147483647"),
         ("Scale", {"replicas": 9}, Code.FAILED_PRECONDITION, "scales itself"),
         ("Drain", {"within_s": float("nan")}, Code.INVALID_ARGUMENT, "found nan"),
     ],
@@ -214,6 +215,7 @@ def test_unreadable_bytes_are_an_invalid_argument(call: Any, method: str) -> Non
         (lambda them: them.refresh(RefreshRequest(checkpoint="/b", within_s=-1)), "within_s"),
         (lambda them: them.scale(ScaleRequest(replicas=1, within_s=-1)), "within_s"),
         (lambda them: them.scale(ScaleRequest(replicas=0)), "replicas"),
+        (lambda them: them.scale(ScaleRequest(replicas=2**31 - 1)), "replicas"),
     ],
 )
 def test_a_refusal_names_its_field(call: Any, ask: Any, field: str) -> None:

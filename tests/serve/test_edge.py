@@ -89,6 +89,22 @@ def test_errors_are_statuses_with_details(error: Any, code: grpc.StatusCode) -> 
     ask(Handle(Poet(error=error)), use)
 
 
+def test_an_id_that_is_too_long_does_not_hide_its_refusal() -> None:
+    """It would not fit behind the answer."""
+    poet = Poet(error=RequestError("request_id must be at most 200 characters", "request_id"))
+
+    async def use(stub: Stub) -> None:
+        asked = request(request_id="春" * 100_000)
+        for call in (stub.Generate(asked), stub.GenerateStream(asked)):
+            error = await refusal(call if hasattr(call, "__await__") else call.read())
+            assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+            bad, which = await details(call)
+            assert [violation.field for violation in bad.field_violations] == ["request_id"]
+            assert asked.request_id.startswith(which.request_id)
+
+    ask(Handle(poet), use)
+
+
 def test_a_refusal_says_which_request_it_was_though_its_caller_did_not() -> None:
     poets = [Poet(error=NotFound("no model of that name")), Poet(error=ZeroDivisionError("a bug"))]
 

@@ -146,6 +146,7 @@ def test_no_method_of_ours_goes_without_a_key(keys_file: Path) -> None:
                 "/gptmoe.v1.ClusterControl/Scale",
                 "/gptmoe.v1.ClusterControl/WatchTopology",
                 "/gptmoe.v1.Nothing/AtAll",
+                "/foo",
             ):
                 for metadata in ((), (("authorization", "Basic c3ByaW5nLXdpbmQ="),)):
                     with pytest.raises(grpc.aio.AioRpcError) as error:

@@ -116,6 +116,25 @@ def test_a_file_that_is_gone_leaves_the_last_good_tokens(
     assert not opens(keys, "spring-wind")
 
 
+def test_a_file_that_may_be_read_again_is_read_again(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, encoding: str) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    keys = Keys(file)
+    replace(file, "autumn-moon\n")
+    with monkeypatch.context() as denied:
+        denied.setattr(Path, "read_text", refuse)
+        assert opens(keys, "spring-wind")
+    before = file.stat()
+    while file.stat().st_ctime_ns == before.st_ctime_ns:  # its clock counts milliseconds
+        file.chmod(0o600)
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    assert opens(keys, "autumn-moon")
+    assert not opens(keys, "spring-wind")
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

@@ -2,15 +2,17 @@
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.serve._private.utils import is_grpc_enabled
 
-from gptmoe.errors import ConfigError
+from cluster.local import Session
+from gptmoe.errors import ClusterError, ConfigError
 from serve import ports
 from serve.config import EdgeConfig, ServeConfig
-from serve.launch import grpc_options
+from serve.launch import SERVICER, grpc_options, start_proxies
 from serve.ports import choose_ports, free_port
 
 
@@ -31,6 +33,42 @@ def test_ports_of_the_edge() -> None:
     assert only.grpc_port == 0, "no port is taken that is not opened"
     assert not is_grpc_enabled(grpc_options(only))
     assert is_grpc_enabled(grpc_options(chosen(port=0)))
+
+
+@pytest.mark.parametrize(
+    ("only", "opened", "sentence"),
+    [
+        (True, True, "Ray Serve runs on the cluster .*, with its gRPC port 9000 open, where this"),
+        (True, False, ""),
+        (False, True, ""),
+        (False, False, "Ray Serve runs on the cluster .*, without our gRPC services"),
+    ],
+)
+def test_a_grpc_port_that_is_open_already_must_be_meant(
+    monkeypatch: pytest.MonkeyPatch, only: bool, opened: bool, sentence: str
+) -> None:
+    services = [SERVICER] if opened else []
+    details = {
+        "http_options": {"host": "0.0.0.0", "port": 8000},
+        "grpc_options": {"port": 9000, "grpc_servicer_functions": services},
+    }
+    client = SimpleNamespace(get_serve_details=lambda: details)
+    monkeypatch.setattr("serve.launch.ServeSubmissionClient", lambda dashboard_url: client)
+    monkeypatch.setattr("ray.serve.start", lambda **options: None)
+    cluster = Session(
+        address="10.0.0.1:6379",
+        dashboard_url="http://10.0.0.1:8265",
+        local=False,
+        cpus_per_worker=1,
+        threads=1,
+    )
+    config = ServeConfig(checkpoint=Path("x"), edge=EdgeConfig(port=9443, only=only))
+    if sentence:
+        with pytest.raises(ClusterError, match=sentence):
+            start_proxies(config, cluster)
+    else:
+        found = start_proxies(config, cluster)
+        assert (found.host, found.http_port, found.grpc_port) == ("0.0.0.0", 8000, 9000)
 
 
 def test_ports_are_free_or_named() -> None:

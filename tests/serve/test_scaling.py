@@ -124,6 +124,11 @@ def test_a_call_that_no_engine_knows_keeps_a_replica() -> None:
     assert decide([IDLE], bounds=(0, 8), ongoing=1.0) == 1
 
 
+def test_what_an_edge_asks_its_replicas_keeps_none() -> None:
+    assert decide([IDLE], bounds=(0, 8), ongoing=0.01) == 0
+    assert decide([IDLE], bounds=(0, 8), ongoing=0.01, outside=1) == 1
+
+
 def test_a_replica_that_said_nothing_yet_is_not_taken_for_idle() -> None:
     assert decide([IDLE, None, None]) == 3
     assert decide([IDLE], target=3) == 3  # two still start

@@ -197,6 +197,14 @@ def test_a_drained_service_refuses(service: Service, engine: FullEngine) -> None
     assert engine.seen == []
 
 
+def test_what_was_running_elsewhere_goes_on_at_a_drained_service(service: Service) -> None:
+    service.draining = True
+    moved = call(ticket=Ticket("mine", 1), resume_ids=(ord("一"),))
+    assert complete(service, moved).text == "二三"
+    with pytest.raises(Unavailable, match="takes no new requests"):
+        complete(service, call(ticket=Ticket("mine", 0)))
+
+
 # --- deadlines -------------------------------------------------------------------------------
 
 

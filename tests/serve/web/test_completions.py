@@ -4,7 +4,10 @@ from typing import Any
 
 import pytest
 
+from gptmoe.generate.delta import Delta
+from gptmoe.generate.output import TextStream
 from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.request import Request
 from tests.serve.web.browser import Browser, events
 from tests.serve.web.talker import Talker
 
@@ -115,6 +118,28 @@ def test_log_probabilities_of_the_chosen_tokens_alone(talking: Browser) -> None:
     [choice] = talking.complete(max_tokens=2, logprobs=0).json()["choices"]
     assert choice["logprobs"]["token_logprobs"] == [-1, -2]
     assert choice["logprobs"]["top_logprobs"] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_is_said_of_a_prompt_that_was_not_scored(
+    talking: Browser, talker: Talker, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """Of a request that was ended while it waited: EngineThread.abort."""
+
+    def ended(request: Request, index: int, step: int, text: TextStream) -> Delta:
+        return Delta(request_id=request.request_id, index=index, finish_reason="abort")
+
+    monkeypatch.setattr(talker, "_next", ended)
+    response = talking.complete(logprobs=1, echo=True, stream=stream)
+    assert response.status_code == 200
+    [choice] = (events(response)[0] if stream else response.json())["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("春风", "abort")
+    assert choice["logprobs"] == {
+        "tokens": ["春"],
+        "token_logprobs": [None],
+        "top_logprobs": [None],
+        "text_offset": [0],
+    }
 
 
 def test_a_stream_brings_the_same_answers(talking: Browser) -> None:
