@@ -117,12 +117,16 @@ def wait_until(condition: Callable[[], object], within_s: float, what: str) -> N
 
 
 def test_replicas_come_with_the_load_and_go_with_it(endpoints: Endpoints) -> None:
-    """1 -> 3 -> 1, and no call fails meanwhile: those of a replica that goes come to their end."""
+    """1 -> 3 -> 1, and no call fails meanwhile: those of a replica that goes come to their end.
+    Newer weights leave the replicas as they are."""
     assert replicas() == 1
     callers = Callers(endpoints.grpc)
     try:
         callers.come(CROWD)
         wait_until(lambda: replicas() == 3, 90, "the crowd gets no three replicas")
+        with Client(endpoints.grpc, timeout_s=120) as client:
+            assert client.refresh(endpoints.checkpoint) == 1
+        assert replicas() == 3
         callers.go(CROWD - 1)
         wait_until(lambda: replicas() == 1, 90, "one caller keeps more than one replica")
     finally:
