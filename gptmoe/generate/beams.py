@@ -12,7 +12,9 @@ Each of `num_beam_groups` groups is a search with num_beams / num_beam_groups = 
       The penalty ranks, and enters no total. Of equals the lower parent goes first, then the
       lower token.
     * The G best that do not end live on. One that ends (end token, stop string, or no room for
-      more) is finished if it is among the G best of all, and dropped if not.
+      more) is finished if it is among the G best of all, and dropped if not. Of each row
+      the 2 G + 2 num_beams likeliest tokens are looked at, and one more for each end token: where
+      nearly all of these hold a stop string, fewer than G live on.
     * A finished one scores total / length ** length_penalty; the length is that of the answer in
       tokens, its end token too (as transformers; arXiv 1609.08144, equation 14, has
       ((5 + length) / 6) instead). A group keeps its G best.
