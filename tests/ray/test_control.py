@@ -106,7 +106,7 @@ def test_a_watch_goes_on_until_its_caller_leaves(client: Client) -> None:
     [
         ("GetTopology", b"\xff\xff\xff\xff", "not a gptmoe.v1.ControlQuery"),
         ("Refresh", b"\x0a\x02\xff\xfe", "checkpoint must be UTF-8 text; found other bytes"),
-        ("Scale", b"", "replicas must be at least 1; found 0"),
+        ("Scale", b"", "replicas must be at least 1 and at most 10000; found 0"),
     ],
 )
 def test_a_bad_request_is_one_sentence(

@@ -191,7 +191,9 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(
     assert all(validations(records)[step] == validations(whole)[step] for step in common)
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
-    assert [point.step for point in events.Scalars("loss")] == list(range(1, last + 1))
+    points = [point.step for point in events.Scalars("loss")]
+    assert points == list(range(1, len(points) + 1))
+    assert last - len(points) in (0, 1), "it may have been ended between one file and the other"
 
 
 @pytest.fixture(scope="module")
