@@ -18,6 +18,11 @@ class Ticket:
     turn: int = 0
     """How many replicas were asked before."""
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether another replica had the request: it is not a new one."""
+        return self.turn > 0
+
     def follows(self, other: "Ticket") -> bool:
         """Whether the request went from the other's replica to this one's, and not back since."""
         return bool(self.holder) and self.holder == other.holder and self.turn > other.turn

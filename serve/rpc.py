@@ -77,7 +77,8 @@ class Servicer:
 
     async def Score(self, request: bytes, grpc_context: Context) -> messages.ScoreResponse:
         asked, answer = messages.ScoreRequest, messages.ScoreResponse
-        return await _unary(request, asked, self._score, answer, grpc_context)
+        method = partial(self._score, ticket_of(grpc_context))
+        return await _unary(request, asked, method, answer, grpc_context)
 
     async def Tokenize(self, request: bytes, grpc_context: Context) -> messages.TokenizeResponse:
         asked, answer = messages.TokenizeRequest, messages.TokenizeResponse
@@ -124,11 +125,14 @@ class Servicer:
             model=self.service.card.name,
         )
 
-    async def _score(self, message: messages.ScoreRequest) -> messages.ScoreResponse:
+    async def _score(
+        self, ticket: Ticket, message: messages.ScoreRequest
+    ) -> messages.ScoreResponse:
         call = ScoreCall(
             prompt=message.prompt,
             continuations=tuple(message.continuations),
             model=message.model,
+            ticket=ticket,
             priority=message.priority,
             deadline_s=_deadline_s(message.deadline_ms),
         )

@@ -18,6 +18,8 @@ from gptmoe.generate.params import SamplingParams, check
 from gptmoe.generate.request import MAX_CHARACTERS_A_TOKEN, Request, make_request
 from gptmoe.text import Tokenizer
 
+from .names import ALONE, Ticket
+
 MAX_CONTINUATIONS = 64
 
 
@@ -29,6 +31,8 @@ class ScoreCall:
     continuations: tuple[str, ...]
     model: str = ""
     """Of what name the model must be; empty: any."""
+    ticket: Ticket = ALONE
+    """Tells one that goes on elsewhere from a new one."""
     priority: int = 0
     deadline_s: float | None = None
     """Seconds from now after which nobody wants the answer."""

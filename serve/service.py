@@ -110,7 +110,7 @@ class Service:
         raise DeadlineExceeded when the call's time is over, ClusterError if the engine stops.
         """
         request = await self._request(call)
-        if call.named or call.ticket.turn:  # another replica has told of this id
+        if call.named or call.ticket.goes_on:  # another replica has told of this id
             await self._names.claim(call.request_id, call.ticket)
         else:
             self._names.note(call.request_id, call.ticket)
@@ -135,7 +135,7 @@ class Service:
 
     async def score(self, call: ScoreCall) -> tuple[Scored, ...]:
         """How likely each continuation is; errors as in `opened`."""
-        deadline_s = self._accepted(call.model, call.deadline_s)
+        deadline_s = self._accepted(call)
         size = sum(map(len, (call.prompt, *call.continuations)))
         known = (self.tokenizer, self.card.max_seq_len)
         requests = await apart(size, score_requests, *known, call, deadline_s)
@@ -182,24 +182,21 @@ class Service:
         """Stop the engine's thread."""
         self._engine.stop()
 
-    def _accepted(
-        self, model: str, deadline_s: float | None, *, goes_on: bool = False
-    ) -> float | None:
+    def _accepted(self, call: Call | ScoreCall) -> float | None:
         """The deadline by the engine's clock, of a call that is not refused at once."""
-        if self.draining and not goes_on:
+        if self.draining and not call.ticket.goes_on:
             raise Unavailable(
                 f"{self.card.name} takes no new requests: an operator drains it; ask another server"
             )
-        self.model(model)
-        if deadline_s is None:
+        self.model(call.model)
+        if call.deadline_s is None:
             return None
-        if deadline_s <= 0:
+        if call.deadline_s <= 0:
             raise DeadlineExceeded("the deadline has passed before the request arrived")
-        return time.monotonic() + deadline_s
+        return time.monotonic() + call.deadline_s
 
     async def _request(self, call: Call) -> Request:
-        goes_on = call.ticket.turn > 0  # it was running elsewhere
-        deadline_s = self._accepted(call.model, call.deadline_s, goes_on=goes_on)
+        deadline_s = self._accepted(call)
         make = partial(
             make_request,
             resume_ids=call.resume_ids,

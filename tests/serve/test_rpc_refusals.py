@@ -9,8 +9,10 @@ import pytest
 from google.protobuf.message import Message
 from ray.serve.grpc_util import RayServegRPCContext
 
-from gptmoe.errors import CheckpointError
+from gptmoe.errors import CheckpointError, Unavailable
 from protos import generation_pb2 as messages
+from serve.names import Ticket
+from serve.refusals import Direct
 from serve.rpc import Servicer
 from serve.service import Service
 
@@ -244,3 +246,15 @@ def test_a_drained_model_is_unavailable_and_running_texts_go_on(
         _, context = call(servicer, request())
         assert context.code == grpc.StatusCode.UNAVAILABLE
         assert "poems takes no new requests" in context.details
+
+
+def test_a_score_whose_replica_died_goes_on_at_a_drained_model(
+    servicer: Servicer, service: Service
+) -> None:
+    service.draining = True
+    asked = messages.ScoreRequest(prompt="春", continuations=["风"]).SerializeToString()
+    new, moved = Direct(Ticket("mine", 0)), Direct(Ticket("mine", 1))
+    assert not asyncio.run(servicer.Score(asked, new)).scores
+    assert isinstance(new.error, Unavailable)
+    assert len(asyncio.run(servicer.Score(asked, moved)).scores) == 1
+    assert moved.error is None

@@ -201,6 +201,8 @@ def test_what_was_running_elsewhere_goes_on_at_a_drained_service(service: Servic
     service.draining = True
     moved = call(ticket=Ticket("mine", 1), resume_ids=(ord("一"),))
     assert complete(service, moved).text == "二三"
+    asked = ScoreCall(prompt="春", continuations=("风",), ticket=Ticket("mine", 1))
+    assert len(run(service.score(asked))) == 1
     with pytest.raises(Unavailable, match="takes no new requests"):
         complete(service, call(ticket=Ticket("mine", 0)))
 
