@@ -14,7 +14,7 @@ from gptmoe.errors import GptMoeError, Overloaded, Unavailable
 from serve.names import Ticket
 
 from .inlet import Progress
-from .patience import ReplicaLost
+from .patience import NoReplica, ReplicaLost
 
 A = TypeVar("A")
 
@@ -111,7 +111,7 @@ def _typed() -> Iterator[None]:
             "too many requests wait already; come again later", error.retry_after_s or 1.0
         ) from None
     except DeploymentUnavailableError:
-        raise Unavailable("the application does not run; ask its operator", 10.0) from None
+        raise NoReplica("the application does not run; ask its operator", 10.0) from None
     except (RayError, grpc.aio.AioRpcError) as error:  # gRPC's: between the edge and a replica
         log.warning("a replica is lost reason=%s", error)
         raise ReplicaLost("the replica that worked on it is gone") from None

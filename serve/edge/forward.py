@@ -15,14 +15,15 @@ from typing import Any
 
 import grpc
 
-from gptmoe.errors import DeadlineExceeded, GptMoeError, Unavailable
+from gptmoe.errors import DeadlineExceeded, GptMoeError
+from serve.access_log import AccessLog
 from serve.config import EdgeConfig
 from serve.methods import GENERATION, Method
 from serve.names import ALONE, Ticket
 
 from . import statuses, wire
 from .backend import Backend
-from .patience import Patience, ReplicaLost
+from .patience import NoReplica, Patience, ReplicaLost
 from .story import Story
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,11 @@ log = logging.getLogger(__name__)
 class Forward:
     """The methods of all services, each of them handed on to the replicas."""
 
-    def __init__(self, backend: Backend, config: EdgeConfig) -> None:
-        self._backend = backend
+    def __init__(
+        self, backend: Backend, config: EdgeConfig, access_log: AccessLog | None = None
+    ) -> None:
+        """`access_log` gets the calls that no replica can write down."""
+        self._backend, self._access_log = backend, access_log
         self._tries, self._resume_s = config.tries, config.resume_s
         self._under_way, self._closing = 0, False
         self._none = asyncio.Event()
@@ -56,9 +60,8 @@ class Forward:
         if method.streaming and method.service != GENERATION:  # WatchTopology: it never ends
             return await answer(method, request, context)
         if self._closing:
-            refusal = Unavailable(
-                "this edge is stopping and takes no new calls; send it again", 1.0
-            )
+            refusal = NoReplica("this edge is stopping and takes no new calls; send it again", 1.0)
+            self._note(method, "", refusal)
             await context.abort_with_status(statuses.status_of(refusal))
         self._under_way += 1
         self._none.clear()
@@ -72,7 +75,7 @@ class Forward:
     async def unary(self, method: Method, request: bytes, context: Any) -> bytes:
         """One answer; sent again as it is where a replica dies: the same request, the same text."""
         asked = _asked(method, request, context)
-        async with _answering(context, asked):
+        async with self._answering(context, method, asked):
             patience = self._patience(method)
             for turn in itertools.count():
                 try:
@@ -87,13 +90,41 @@ class Forward:
     async def stream(self, method: Method, request: bytes, context: Any) -> None:
         """A stream of answers; a text goes on where a replica dies."""
         asked = _asked(method, request, context)
-        async with _answering(context, asked):
+        async with self._answering(context, method, asked):
             if method.service != GENERATION:
                 async with aclosing(self._chunks(method, asked.data, ALONE)) as chunks:
                     async for chunk in chunks:
                         await context.write(chunk)
             else:
                 await self._tell(method, asked, context.write)
+
+    @asynccontextmanager
+    async def _answering(
+        self, context: Any, method: Method, asked: wire.Asked
+    ) -> AsyncIterator[None]:
+        """Ends the call with a status for what goes wrong, at its deadline at the latest."""
+        try:
+            try:
+                async with asyncio.timeout(asked.deadline_s):
+                    yield
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    "the deadline has passed before the answer was complete"
+                ) from None
+        except GptMoeError as error:
+            if isinstance(error, NoReplica):
+                self._note(method, asked.request_id, error)
+            await context.abort_with_status(statuses.status_of(error, asked.request_id))
+        except Exception as error:
+            log.exception("a request failed id=%s", asked.request_id)
+            self._note(method, asked.request_id, error)
+            await context.abort_with_status(statuses.broken(asked.request_id))
+
+    def _note(self, method: Method, request_id: str, error: Exception) -> None:
+        """A line in the access log about what no replica has a line for."""
+        if self._access_log:
+            with self._access_log.call(method.name, "grpc", request_id) as entry:
+                entry.fail(error)
 
     def _chunks(self, method: Method, data: bytes, ticket: Ticket) -> Any:
         return self._backend.stream(method.name, data, ticket)
@@ -149,22 +180,3 @@ async def _taken_over(chunks: Any, patience: Patience) -> AsyncIterator[AsyncIte
         if not limit.expired():
             raise
         raise ReplicaLost("no other replica took it over in time") from None
-
-
-@asynccontextmanager
-async def _answering(context: Any, asked: wire.Asked) -> AsyncIterator[None]:
-    """Ends the call with a status for what goes wrong, at its deadline at the latest."""
-    try:
-        try:
-            async with asyncio.timeout(asked.deadline_s):
-                yield
-        except TimeoutError:
-            raise DeadlineExceeded(
-                "the deadline has passed before the answer was complete"
-            ) from None
-    except GptMoeError as error:
-        status = statuses.status_of(error, asked.request_id)
-        await context.abort_with_status(status)
-    except Exception:
-        log.exception("a request failed id=%s", asked.request_id)
-        await context.abort_with_status(statuses.broken(asked.request_id))

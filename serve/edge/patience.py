@@ -12,6 +12,10 @@ class ReplicaLost(Unavailable):
     """The replica that worked on a request is gone, or cannot be reached any more."""
 
 
+class NoReplica(Unavailable):
+    """None finishes the request: the last that worked on it is gone, or there is none."""
+
+
 class OtherText(Unavailable):
     """Another replica does not go on with the text that was begun."""
 
@@ -38,7 +42,7 @@ class Patience:
         return max(0.0, self._since_s + self._resume_s - self._clock())
 
     def wait_s(self, error: GptMoeError, *, begun: bool = False, can_go_on: bool = True) -> float:
-        """Seconds to wait before another try. Raises the error, or Unavailable, if there is none.
+        """Seconds to wait before another try. Raises the error, or NoReplica, if there is none.
 
         A request that nothing was heard of is refused as a replica refuses it. One that has begun
         waits for room and for parts that come back: it may be one of many that a dead replica left.
@@ -51,7 +55,7 @@ class Patience:
         if self._since_s is None:
             self._since_s = self._clock()
         if not can_go_on or self._losses >= self._tries or self.left_s == 0:
-            raise Unavailable(
+            raise NoReplica(
                 f"no replica could finish the request; send it again (last: {error})"
             ) from error
         if lost:

@@ -52,9 +52,9 @@ class EdgeServer:
         sleeps: bool = False,
         log: AccessLog | None = None,
     ) -> None:
-        """`sleeps`: where no replica runs, a request starts one. `log`: of whom it turns away."""
+        """`sleeps`: where no replica runs, a request starts one. `log`: of what no replica does."""
         self._backend, self._config, self._sleeps = backend, config, sleeps
-        self._forward = Forward(backend, config)
+        self._forward = Forward(backend, config, log)
         doors = [KeyCheck(keys, log)] if keys else []
         self._server = grpc.aio.server(interceptors=doors, options=_options(config))
         self._health = health.aio.HealthServicer()

@@ -181,25 +181,32 @@ def test_only_an_operators_key_operates(keys_file: Path) -> None:
     assert [method for method, _ in poet.asked] == ["Drain"]
 
 
-def test_who_is_turned_away_has_a_line_in_the_access_log(
+def test_what_no_replica_answers_has_a_line_in_the_access_log(
     keys_file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(access_log.log, "propagate", True)
     caplog.set_level(logging.INFO, "serve.access_log")
+    good = Access(token="spring-wind")
 
     async def run() -> None:
-        backend, log = Replicas(Handle(Poet())), AccessLog(LogConfig(), "poems")
-        server = EdgeServer(backend, EdgeConfig(port=0), Keys(keys_file), log=log)
+        handle, log = Handle(Poet()), AccessLog(LogConfig(), "poems")
+        config = EdgeConfig(port=0, tries=2)
+        server = EdgeServer(Replicas(handle), config, Keys(keys_file), log=log)
         target = f"127.0.0.1:{await server.start()}"
         assert await told(target, Access(token="autumn-moon")) == "UNAUTHENTICATED"
-        assert await told(target, Access(token="spring-wind")) == POEM, "a replica logs it"
+        assert await told(target, good) == POEM, "a replica logs it"
+        handle.replicas = [Poet(dies_after=0), Poet(dies_after=0)]
+        assert await told(target, good) == "UNAVAILABLE"
         await server.stop(0)
 
     asyncio.run(run())
     ours = [record for record in caplog.records if record.name == "serve.access_log"]
-    (line,) = [json.loads(record.getMessage()) for record in ours]
-    found = [line[name] for name in ("transport", "method", "status", "model")]
-    assert found == ["grpc", "Generate", "Unauthenticated", "poems"]
+    lines = [json.loads(record.getMessage()) for record in ours]
+    assert [line["status"] for line in lines] == ["Unauthenticated", "NoReplica"]
+    for line in lines:
+        found = [line[name] for name in ("transport", "method", "model")]
+        assert found == ["grpc", "Generate", "poems"]
+    assert len(lines[1]["request_id"]) == 32, "its caller was told it"
 
 
 def test_health_and_reflection_need_no_key(keys_file: Path) -> None:
