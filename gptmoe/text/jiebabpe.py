@@ -17,7 +17,7 @@ from gptmoe.errors import ConfigError, DataError
 
 from .bytelevel import BYTE_OF_CHARACTER, ByteLevelTokenizer, Merges, check_unicode, write_file
 from .protocol import END, SEP
-from .words import CUTTER, cut_words
+from .words import cut_words, cutter_name
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -58,7 +58,7 @@ class JiebaBpe(ByteLevelTokenizer):
         return self._bpe.encode(word, add_special_tokens=False).ids
 
     def _rules(self) -> str:
-        return CUTTER
+        return cutter_name()
 
 
 def train_jiebabpe(

@@ -1,6 +1,7 @@
 """Chinese text to words by jieba, always in the same way.
 
-Nothing outside this file touches jieba. The `jieba.Tokenizer` is our own, so that words added to
+Nothing outside this file touches jieba, and it is imported when a text is cut: a model does without
+it. The `jieba.Tokenizer` is our own, so that words added to
 the shared one change nothing here, and filled from the dictionary in jieba's package: the cache
 file that jieba keeps in the temporary folder saves no time, may be another user's or another
 version's, and is announced on stderr.
@@ -10,12 +11,8 @@ import re
 import warnings
 from collections.abc import Iterator
 from functools import cache
-
-with warnings.catch_warnings():  # jieba's source and its use of pkg_resources warn on some versions
-    warnings.simplefilter("ignore")
-    import jieba
-
-CUTTER = f"jieba {jieba.__version__}"
+from types import ModuleType
+from typing import Any
 
 MAX_RUN = 1024
 """Characters without a space or mark before a cut is forced; jieba's time is quadratic in them."""
@@ -35,6 +32,11 @@ def cut_words(text: str) -> list[str]:
     return words
 
 
+def cutter_name() -> str:
+    """What cuts, with its version: another one may cut in other places."""
+    return f"jieba {_jieba().__version__}"
+
+
 def _split_long_runs(line: str) -> Iterator[str]:
     start = 0
     for run in _LONG_RUN.finditer(line):
@@ -45,9 +47,17 @@ def _split_long_runs(line: str) -> Iterator[str]:
 
 
 @cache
-def _cutter() -> jieba.Tokenizer:
+def _jieba() -> ModuleType:
+    with warnings.catch_warnings():  # its source and its use of pkg_resources, on some versions
+        warnings.simplefilter("ignore")
+        import jieba  # noqa: PLC0415
+    return jieba
+
+
+@cache
+def _cutter() -> Any:
     """One for the process, never changed: it holds the dictionary, about 0.6 s and 100 MB."""
-    cutter = jieba.Tokenizer()
+    cutter = _jieba().Tokenizer()
     cutter.FREQ, cutter.total = cutter.gen_pfdict(cutter.get_dict_file())
     cutter.initialized = True
     return cutter
