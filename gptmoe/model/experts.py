@@ -47,10 +47,13 @@ def grouped_linear(
 ) -> Tensor:
     """y = x W_e^T + b_e for the rows of each expert e, each weight read once. Returns [R, O].
 
-    CUDA in bf16 runs one grouped kernel; elsewhere a loop over the experts that have rows.
+    CUDA in bf16 runs one grouped kernel, which wants rows of whole 16 bytes; elsewhere a loop over
+    the experts that have rows.
     """
     weight_EOI, bias_EO = weight_EOI.to(x_RI.dtype), bias_EO.to(x_RI.dtype)
-    if x_RI.is_cuda and x_RI.dtype == torch.bfloat16:
+    _, outputs, inputs = weight_EOI.shape
+    in_16_bytes = inputs % 8 == 0 and outputs % 8 == 0
+    if x_RI.is_cuda and x_RI.dtype == torch.bfloat16 and in_16_bytes:
         return _grouped_kernel(x_RI, weight_EOI, bias_EO, rows_per_expert)
     result: Tensor = _GroupedLinear.apply(  # type: ignore[no-untyped-call]
         x_RI, weight_EOI, bias_EO, rows_per_expert

@@ -15,6 +15,7 @@ from gptmoe.model.transformer import GPT
 from .attention import PagedAttend
 from .cache import PagedCache
 from .products import routed
+from .streams import own_stream
 
 EXACT = 8
 """Up to so many rows there is a graph for each number, then for each multiple of it."""
@@ -39,8 +40,7 @@ class DecodingGraphs:
         self._model, self._cache = model, cache
         self._sizes = sizes(most)
         self._pool = torch.cuda.graph_pool_handle()
-        # Of its own: what cuBLAS keeps for a stream is gone when a graph of another version is.
-        self._stream = torch.cuda.Stream(cache.device)
+        self._stream: torch.cuda.Stream | None = None
         self._graphs: dict[int, _Graph] = {}
 
     def capture(self) -> None:
@@ -60,21 +60,26 @@ class DecodingGraphs:
 
     def _of(self, size: int) -> _Graph:
         if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
+            self._stream = self._stream or own_stream(self, self._cache.device)
+            try:
+                self._graphs[size] = self._capture(size, self._stream)
+            except BaseException:
+                self._graphs = {}  # what failed took along what they need: see streams.py
+                raise
         return self._graphs[size]
 
     @torch.inference_mode()
-    def _capture(self, size: int) -> _Graph:
+    def _capture(self, size: int, stream: torch.cuda.Stream) -> _Graph:
         device = self._cache.device
         row_3R = padded(torch.zeros(3, 0, dtype=torch.int64), size, self._cache.idle).to(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._stream):  # kernels are compiled, libraries wake up
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # kernels are compiled, libraries wake up
             decode(self._model, self._cache, row_3R)
-        torch.cuda.current_stream(device).wait_stream(self._stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads of a replica may use the device meanwhile: they read newer weights.
         with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         ):
             logits_RV = decode(self._model, self._cache, row_3R)
         return _Graph(row_3R, logits_RV, graph)

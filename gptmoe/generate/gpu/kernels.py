@@ -148,7 +148,7 @@ def _tile(
     GELU: tl.constexpr,
 ):
     """y[to] = x[from] W^T + b for the rows that are mine, and the N outputs of this program."""
-    out_N = tl.program_id(1) * N + tl.arange(0, N)
+    out_N = tl.program_id(1) * N + tl.arange(0, N).to(tl.int64)  # weights can be large
     there_N = out_N < outputs
     sum_MN = tl.zeros([from_M.shape[0], N], tl.float32)
     for start in range(0, inputs, I):
@@ -222,8 +222,9 @@ def expert_product(
 ):
     """y_r = x_t W_e^T + b_e with e the expert of row r and t = r modulo `tokens`.
 
-    Who has the first row of an expert computes all of that expert's, M at a time: each weight that
-    is needed is read once, and nobody else need know how many rows an expert has.
+    Who has the first row of an expert computes all of that expert's, and nobody else need know how
+    many there are. Rows stay where they are: of each M that stand together, those of the expert are
+    computed in one tile. So up to M rows read each weight that is needed once, more of them again.
     """
     first = tl.program_id(0)
     expert = tl.load(expert_R + first)

@@ -23,6 +23,10 @@ TILE = {
     "I": products.TILE_INPUTS,
     "GELU": True,
 }
+MOST = triton.next_power_of_2(products.MOST_ROWS)
+ALIGNED = [["tt.divisibility", 16]]
+UNALIGNED = ("slot_R", "position_R", "most_pages", "num_parts", "rows", "tokens", "scale")
+"""What kernels are not compiled anew for, and numbers that are seldom multiples of 16."""
 ROW = ["*i64", "*i64", "*i32"]
 """slot_R, position_R, table_SX."""
 
@@ -44,7 +48,7 @@ def main() -> None:
             HEAD | PART | {"PARTS": 8},
         ),
         (kernels.product, [x] * 4 + [number] * 3, TILE | {"BIASED": True}),
-        (kernels.expert_product, [x] * 4 + ["*i64"] + [number] * 4, TILE | {"ROWS": 16}),
+        (kernels.expert_product, [x] * 4 + ["*i64"] + [number] * 4, TILE | {"ROWS": MOST}),
         (kernels.norm, [x, wide, wide, x, number], {"LANES": 2048}),
     ]
     for kernel, types, constants in cases:
@@ -63,6 +67,11 @@ def compiled(kernel: Any, types: list[str], constants: dict[str, Any], target: G
         fn=kernel,
         signature=signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (place,): ALIGNED
+            for place, name in enumerate(names)
+            if name not in constants and name not in UNALIGNED
+        },
     )
     return str(triton.compile(source, target=target).asm["ptx"])
 
