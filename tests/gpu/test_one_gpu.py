@@ -86,7 +86,7 @@ def test_float16_learns_with_a_scaled_loss_and_finds_its_scale() -> None:
         (loss * scale.value).backward()
         norm = torch.tensor(updater.step(1e-3, scale.value))
         scale = scale.after(overflow=not bool(norm.isfinite()))
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
     assert scale.value < 2.0**24  # so large a scale overflows float16
 
