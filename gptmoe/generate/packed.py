@@ -43,6 +43,7 @@ def pack(network: GPT, *, head: bool = True, experts: bool = True) -> bool:
     for module in list(network.modules()):
         if isinstance(module, Linear):
             module.weight = packed_weight(module.weight, dtype)
+            module.bias = served_bias(module.bias, dtype)
         elif isinstance(module, (LinearRouter, Mix)):
             pack_router(module)
         elif isinstance(module, MoE):
@@ -68,6 +69,12 @@ def pack_router(router: LinearRouter | Mix) -> None:
     router.weight = packed_weight(router.weight, torch.float32) if served is None else served
 
 
+def served_bias(bias: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """In the type that computes: kernels read it where it lies, so it must not be in another one,
+    nor move."""
+    return nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+
+
 class SeparateExperts(Experts, Generic[W]):
     """Experts for inference, each with weights of its own that `make` made of the plain ones; what
     they compute has type `dtype`."""
@@ -79,11 +86,8 @@ class SeparateExperts(Experts, Generic[W]):
         del experts.up_weight
         self.down = [make(weight) for weight in experts.down_weight.detach()]
         del experts.down_weight
-        # Kernels read them where they lie: they must not be in another type, nor move.
-        self.up_bias, self.down_bias = (
-            nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-            for bias in (experts.up_bias, experts.down_bias)
-        )
+        self.up_bias = served_bias(experts.up_bias, dtype)
+        self.down_bias = served_bias(experts.down_bias, dtype)
         self.entering = entering_experts(self.up, self.down, self.up_bias, self.down_bias)
 
     @property

@@ -33,7 +33,7 @@ from gptmoe.model.transformer import GPT
 from .fused_network import fuse
 from .kernels.few_bits import FewBits, few_bits
 from .kernels.rows import gelu_
-from .packed import SeparateExperts, pack_router
+from .packed import SeparateExperts, pack_router, served_bias
 from .packed_weight import can_pack
 
 Weights = Literal["", "int8", "int4"]
@@ -97,7 +97,8 @@ def quantize(network: GPT, weights: Weights) -> None:
     network.head = make(network.embed.tokens.weight).product
     for name, module in list(network.named_modules()):
         if isinstance(module, Linear):
-            network.set_submodule(name, QuantizedLinear(make(module.weight), module.bias))
+            bias_O = served_bias(module.bias, dtype)
+            network.set_submodule(name, QuantizedLinear(make(module.weight), bias_O))
         elif isinstance(module, (LinearRouter, Mix)):
             pack_router(module)
         elif isinstance(module, MoE):
@@ -124,10 +125,10 @@ def check(spec: ModelSpec, weights: Weights, dtype: torch.dtype, device: torch.d
 class QuantizedLinear(nn.Module):
     """y = x W^T + b; see model.layers.Linear."""
 
-    def __init__(self, weight: Held, bias_O: Tensor) -> None:
+    def __init__(self, weight: Held, bias_O: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
-        self.bias = nn.Parameter(bias_O.detach(), requires_grad=False)
+        self.bias = bias_O
 
     def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         return _linear(x, self.weight, self.bias, gelu=gelu)

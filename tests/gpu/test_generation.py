@@ -17,6 +17,7 @@ from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec, RouterKind, RouterSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.stored import kept_dtype
+from tests.small_model import draw_biases
 
 CONTEXT, SLOTS = 640, 9
 LENGTHS = (1, 15, 16, 17, 64, 255, 256, 300, 500)
@@ -37,6 +38,7 @@ def network(dtype: torch.dtype, kind: RouterKind = "switch") -> GPT:
     )
     made = GPT(spec, compute_dtype=dtype)
     initialize(made, seed=3)
+    draw_biases(made)
     return made.requires_grad_(False).eval()
 
 
@@ -124,6 +126,12 @@ def test_a_captured_step_has_the_bits_of_an_uncaptured_one(invariant: bool) -> N
     uncaptured = scores(executor, EVERY[:8])
     for name in EVERY[:8]:
         assert all(map(torch.equal, captured[name], uncaptured[name]))
+
+
+def test_tokens_that_no_expert_takes_have_scores() -> None:
+    executor = on_gpu(network(torch.bfloat16, "expert_choice"))
+    for rows in scores(executor, EVERY).values():
+        assert all(bool(logits_V.isfinite().all()) for logits_V in rows)
 
 
 def test_experts_answer_all_rows_and_no_padding() -> None:

@@ -45,11 +45,14 @@ static inline floats plus_product(floats sum, floats a, floats b)
 #endif
 }
 
+#define NO_NUMBER 0x7FC0u /* in bfloat16; rounding could carry the bits of one over to zero */
+
 /* float32 to bfloat16 in the lower half, ties to even. */
 static inline words rounded(floats number)
 {
-    words bits = (words)number;
-    return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    words bits = (words)number, none = (words)(number != number);
+    bits = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return (~none & bits) | (none & NO_NUMBER);
 }
 
 static inline float wide(uint16_t number)
@@ -64,7 +67,7 @@ static inline uint16_t narrow(float number)
 {
     uint32_t bits;
     memcpy(&bits, &number, sizeof bits);
-    return (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return number != number ? NO_NUMBER : (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
 }
 
 /* Over the lanes. */
@@ -78,7 +81,7 @@ static inline float sum_of(floats x)
     return x[0];
 }
 
-/* e^x for x <= 0: 2^n 2^f with f in -0.5 .. 0.5 by its series up to f^6. */
+/* e^x for x <= 0: 2^n 2^f with f in -0.5 .. 0.5 by its series up to f^6; 0 below 2^-126. */
 static inline floats exponential(floats x)
 {
     floats scaled = x * 1.44269504088896341f;
@@ -91,7 +94,7 @@ static inline floats exponential(floats x)
     floats series = (floats){} + 1.5403530393381608e-4f;
     for (int i = 0; i < 6; i++)
         series = plus_product((floats){} + factors[i], series, f);
-    return series * (floats)((whole + 127) << 23);
+    return (floats)(~small & (words)(series * (floats)((whole + 127) << 23)));
 }
 
 static inline floats wide_of(halves some)

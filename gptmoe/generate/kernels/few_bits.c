@@ -8,6 +8,8 @@
 
 #define MOST 3      /* rows whose sums fill the registers */
 #define LARGEST 32639 /* 127 * 256 + 127: of two bytes with signs */
+#define LEAST 1e-30f  /* a row of smaller numbers is one of zeros */
+#define INFINITE 0x7F80 /* bits in bfloat16; above it: no number */
 #define AHEAD 2048  /* bytes of a weight that are asked for before they are needed */
 
 typedef struct {
@@ -36,8 +38,14 @@ void halve(FewBits *task)
         uint16_t largest = 0; /* numbers without their signs are ordered as their bits are */
         for (int64_t i = 0; i < count; i++)
             largest = (x[i] & 0x7FFF) > largest ? x[i] & 0x7FFF : largest;
-        float most = wide(largest), times = most > 0 ? LARGEST / most : 0;
+        float most = wide(largest), times = LARGEST / most;
         task->unit[row] = most / LARGEST;
+        if (most < LEAST || largest >= INFINITE) { /* zeros; times `unit` none, if one is none */
+            memset(low, 0, count);
+            memset(high, 0, count);
+            memset(sums, 0, count / group * 2 * sizeof *sums);
+            continue;
+        }
         for (int64_t first = 0; first < count; first += group, sums += 2) {
             int32_t of_low = 0, of_high = 0;
             for (int64_t i = first; i < first + group; i++) {

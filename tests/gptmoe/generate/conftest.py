@@ -16,7 +16,7 @@ from gptmoe.model.spec import ModelSpec, RouterKind, RouterSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.stored import KEPT_WIDE
 from gptmoe.text import Tokenizer, load_tokenizer
-from tests.small_model import settle
+from tests.small_model import draw_biases, settle
 
 ROOT = Path(__file__).parents[3]
 Make = Callable[..., LoadedModel]
@@ -53,6 +53,7 @@ def make_model(tokenizer: Tokenizer) -> Make:
         )
         network = GPT(spec, compute_dtype=dtype)
         initialize(network, seed=3)
+        draw_biases(network)
         settle(network)
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(False)

@@ -19,7 +19,7 @@ from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec, RouterKind, RouterSpec
 from gptmoe.model.transformer import GPT, Block
 from gptmoe.stored import KEPT_WIDE
-from tests.small_model import settle
+from tests.small_model import draw_biases, settle
 
 CPU = torch.device("cpu")
 FORMS: dict[str, Callable[[GPT], Any]] = {
@@ -56,10 +56,8 @@ def make(
     network = GPT(spec, compute_dtype=torch.bfloat16)
     initialize(network, seed=1)
     settle(network)
-    numbers = torch.Generator().manual_seed(2)
+    draw_biases(network)
     for name, parameter in network.named_parameters():
-        if name.endswith("bias"):  # they begin as zeros
-            parameter.data.normal_(0, 0.1, generator=numbers)
         if not any(part in name for part in KEPT_WIDE):
             parameter.data = parameter.data.bfloat16()
     FORMS[form](network.requires_grad_(False))

@@ -10,6 +10,7 @@ from gptmoe.model.layers import ServedWeight
 from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
 from gptmoe.model.transformer import GPT
+from tests.small_model import draw_biases
 
 SPEC = ModelSpec(
     num_layers=2,
@@ -26,6 +27,7 @@ SPEC = ModelSpec(
 def make_network(dtype: torch.dtype) -> GPT:
     network = GPT(SPEC, compute_dtype=dtype)
     initialize(network, seed=0)
+    draw_biases(network)
     return network.eval()
 
 

@@ -17,7 +17,7 @@ from gptmoe.model.transformer import GPT
 from gptmoe.shard.load import Weights, load_part
 from gptmoe.shard.parts import ExpertSpan, Part, arrange
 from gptmoe.stored import KEPT_WIDE
-from tests.small_model import store
+from tests.small_model import draw_biases, store
 
 SPEC = ModelSpec(
     num_layers=4,
@@ -47,6 +47,7 @@ def tensors() -> dict[str, Tensor]:
     """All weights by name."""
     network = GPT(SPEC)
     initialize(network, seed=3)
+    draw_biases(network)
     return {name: parameter.detach() for name, parameter in network.named_parameters()}
 
 

@@ -97,3 +97,10 @@ def test_without_a_compiler_torch_computes(kind: Weights, monkeypatch: pytest.Mo
         kernels.cache_clear()
     assert isinstance(plain, Quantized)
     assert torch.allclose(plain.product(x_RI), ours.product(x_RI), rtol=0.02, atol=0.03)
+
+
+@each_width
+def test_a_row_of_the_least_numbers_is_one_of_zeros(bits: int) -> None:
+    """Times what makes the largest of them a whole number of 16 bits none would be finite."""
+    held, _ = weight_of(128, 64, bits)
+    assert not held.product(torch.full((1, 64), 1e-38).bfloat16()).any()

@@ -102,3 +102,19 @@ def test_widths_that_fill_no_instruction_keep_torchs_norm() -> None:
     norm = LayerNorm(24)
     assert use_row_norms(norm, 24) is None
     assert type(norm) is LayerNorm
+
+
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7F800001])
+def test_what_is_no_number_stays_none(bits: int) -> None:
+    """Rounding must not carry it over to a zero: damaged memory is full of such bits."""
+    norm = norm_of(64)
+    norm.weight.view(torch.int32)[5] = bits
+    found = norm(random(3, 64).bfloat16())
+    assert found[:, 5].isnan().all()
+    assert int(found.isnan().sum()) == 3
+
+
+def test_gelu_of_numbers_far_below_zero_is_zero() -> None:
+    x = torch.tensor([-1e30, -1e38, -3e38]).repeat(32).bfloat16()
+    gelu_(x)
+    assert not x.any()
