@@ -1,7 +1,7 @@
 """The model behind a replica's engine: in its own process, or on actors that hold its shards."""
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, cast
@@ -17,15 +17,14 @@ from gptmoe.config import Location, Uri
 from gptmoe.generate.engine import Engine
 from gptmoe.generate.executor import WholeModel
 from gptmoe.loaded import LoadedModel
-from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec
-from gptmoe.model.transformer import GPT
 from gptmoe.remote import fetch
 from gptmoe.shard.parts import layout_of
 from gptmoe.stored import spec_of
 from gptmoe.text import load_tokenizer
 
 from .config import ServeConfig
+from .rows import AnsweredRows
 
 
 class Core(Protocol):
@@ -69,35 +68,24 @@ class LocalCore:
         self._config = config
         model = self._load(config.checkpoint)
         self.spec = model.spec
-        self._counts: list[Mapping[int, Callable[[], list[int]]]] = []
-        self._count_rows(model.network)
+        self._rows = AnsweredRows(self.spec)
+        self._rows.count(0, model.network)
         self.engine = model.engine(config.engine)
-        cast(WholeModel, self.engine.executor).warm_up()
+        self._executor = cast(WholeModel, self.engine.executor)
+        self._executor.warm_up()
 
     def prepare(self, checkpoint: Location, version: int) -> None:
         """See Core.prepare."""
-        executor = cast(WholeModel, self.engine.executor)
         network = self._load(checkpoint).network
-        self._count_rows(network)
-        executor.add(version, network)
+        self._rows.count(version, network)
+        self._executor.add(version, network)
 
     def check(self) -> None:
         """See Core.check."""
 
     def expert_rows(self) -> Mapping[int, Sequence[int]]:
         """See Core.expert_rows."""
-        return {
-            layer: tuple(map(sum, zip(*(counts[layer]() for counts in self._counts), strict=True)))
-            for layer in self.spec.moe_layers
-        }
-
-    def _count_rows(self, network: GPT) -> None:
-        found = {}
-        for layer in self.spec.moe_layers:
-            ffn = network.get_submodule(f"layers.{layer}.ffn")
-            assert isinstance(ffn, MoE)
-            found[layer] = ffn.count_rows()
-        self._counts.append(found)
+        return self._rows.read(self._executor.held())
 
     def _load(self, checkpoint: Location) -> LoadedModel:
         config = self._config

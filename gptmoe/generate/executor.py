@@ -5,7 +5,7 @@ Letters: T flat tokens, D model width, S sampled rows, V vocabulary.
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from itertools import accumulate
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from .attention import CachedAttend
 from .cache import KVCache
 from .kernels.row_attention import RowAttend, row_kernels
 from .plan import SlotSpan, Span, StepPlan
-
-M = TypeVar("M")
+from .versions import Versions
 
 ROW_MULTIPLE = 4
 """Products run over multiples of this many rows, so that a row's bits do not depend on the others
@@ -63,6 +62,10 @@ class WholeModel(Executor, Protocol):
         """Weights of another version, beside those that are here; from any thread."""
         ...
 
+    def held(self) -> Set[int]:
+        """Versions whose weights are here; from any thread."""
+        ...
+
     def warm_up(self) -> None:
         """Do now what the first steps would have to wait for, here and whenever weights come."""
         ...
@@ -92,22 +95,27 @@ class LocalExecutor:
         self.model = model.eval()
         device = model.embed.tokens.weight.device
         self.cache = KVCache(model.spec, slots, model.compute_dtype, device)
-        self._models: Mapping[int, GPT] = {0: self.model}
+        self._models = Versions[GPT]()
+        self._models.add(0, self.model)
 
     def add(self, version: int, model: GPT) -> None:
         """See WholeModel.add."""
-        self._models = {**self._models, version: model.eval()}
+        self._models.add(version, model.eval())
+
+    def held(self) -> Set[int]:
+        """See WholeModel.held."""
+        return self._models.held.keys()
 
     def warm_up(self) -> None:
         """See WholeModel.warm_up: nothing."""
 
     def keep(self, versions: Set[int]) -> None:
         """See Executor.keep."""
-        self._models = kept(self._models, versions)
+        self._models.keep(versions)
 
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         """See Executor.run."""
-        self.model = self._models[plan.version]
+        self.model = self._models.held[plan.version]
         self.cache.copy(plan.copies)
         hidden_TD = self.hidden(plan.spans, plan.num_decoding, tokens)
         return self.logits(output_rows(hidden_TD, plan.spans))
@@ -121,12 +129,6 @@ class LocalExecutor:
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """See WholeModel.logits."""
         return scores(self.model, hidden_SD)
-
-
-def kept(by_version: Mapping[int, M], versions: Set[int]) -> dict[int, M]:
-    """What belongs to these versions, or to newer ones, which may not be asked for yet."""
-    newest = max(versions)
-    return {v: held for v, held in by_version.items() if v in versions or v > newest}
 
 
 def tokens_of(spans: Sequence[Span], tokens: Mapping[str, Sequence[int]]) -> list[int]:

@@ -48,7 +48,7 @@ def generate(core: LocalCore, tokens: int) -> None:
 
 def test_rows_of_experts_are_counted_with_new_weights_too(checkpoint: Path) -> None:
     core = LocalCore(ServeConfig(checkpoint=checkpoint))
-    assert core.expert_rows() == {1: (0, 0, 0, 0), 3: (0, 0)}
+    assert core.expert_rows() == {1: [0, 0, 0, 0], 3: [0, 0]}
     generate(core, 5)
     first = {layer: sum(rows) for layer, rows in core.expert_rows().items()}
     assert first[1] == first[3] >= 5  # one expert a token

@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptmoe.generate.executor import MakeExecutor, kept, output_rows, scores, tokens_of
+from gptmoe.generate.executor import MakeExecutor, output_rows, scores, tokens_of
 from gptmoe.generate.plan import SlotSpan, Span, StepPlan
+from gptmoe.generate.versions import Versions
 from gptmoe.model.transformer import GPT
 
 from .attention import PagedAttend
@@ -37,8 +38,8 @@ class PagedExecutor:
         self.device = model.embed.tokens.weight.device
         self.cache = PagedCache(model.spec, slots, blocks, model.compute_dtype, self.device)
         self._slots = slots
-        self._models: Mapping[int, GPT] = {}
-        self._graphs: Mapping[int, DecodingGraphs] = {}
+        self._models = Versions[GPT]()
+        self._graphs = Versions[DecodingGraphs]()
         self._is_warm = False
         self.add(0, model)
 
@@ -48,13 +49,17 @@ class PagedExecutor:
             graphs = DecodingGraphs(model, self.cache, self._slots)
             if self._is_warm:
                 self._capture(graphs)
-            self._graphs = {**self._graphs, version: graphs}
-        self._models = {**self._models, version: model.eval()}
+            self._graphs.add(version, graphs)
+        self._models.add(version, model.eval())
+
+    def held(self) -> Set[int]:
+        """See WholeModel.held."""
+        return self._models.held.keys()
 
     def warm_up(self) -> None:
         """See WholeModel.warm_up. Raises ConfigError if there is not enough memory."""
         self._is_warm = True
-        for graphs in self._graphs.values():
+        for graphs in self._graphs.held.values():
             self._capture(graphs)
 
     def _capture(self, graphs: DecodingGraphs) -> None:
@@ -63,19 +68,19 @@ class PagedExecutor:
 
     def keep(self, versions: Set[int]) -> None:
         """See Executor.keep."""
-        self._models = kept(self._models, versions)
-        self._graphs = kept(self._graphs, versions)
+        self._models.keep(versions)
+        self._graphs.keep(versions)
 
     def forget_graphs(self) -> None:
         """Compute decoding steps uncaptured from now on: to compare, or to look for a fault."""
-        self._graphs = {}
+        self._graphs = Versions()
 
     def run(self, plan: StepPlan, tokens: Mapping[str, Sequence[int]]) -> Tensor:
         """See Executor.run. The scores come back to the CPU, where tokens are chosen."""
-        self.model = self._models[plan.version]
+        self.model = self._models.held[plan.version]
         self.cache.begin(plan.copies, plan.trims, plan.spans)
         row_3R = rows_of(plan.spans, tokens_of(plan.spans, tokens))
-        graphs = self._graphs.get(plan.version)
+        graphs = self._graphs.held.get(plan.version)
         if graphs is not None and plan.num_decoding == len(plan.spans):
             with self._here():
                 return graphs.run(row_3R).cpu()

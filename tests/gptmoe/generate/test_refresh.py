@@ -2,7 +2,6 @@
 
 from gptmoe.generate.delta import Delta
 from gptmoe.generate.engine import Engine
-from gptmoe.generate.executor import kept
 from gptmoe.text import Tokenizer
 
 from .counting import FIRST, Counting, engine, request, run_out
@@ -44,10 +43,6 @@ def test_running_requests_go_on_with_new_weights_if_told_so(tokenizer: Tokenizer
     assert [delta.token_ids[0] - FIRST for delta in deltas] == [1, 2, 3]
     assert executor.steps[1].spans[0].start == 0  # computed again from the first token
     assert executor.kept == [{1}]
-
-
-def test_newer_weights_stay_although_nobody_asks_for_them_yet() -> None:
-    assert kept({0: "old", 1: "used", 3: "read just now"}, {1}) == {1: "used", 3: "read just now"}
 
 
 def put_off(tokenizer: Tokenizer) -> tuple[Engine, list[Delta]]:

@@ -31,7 +31,7 @@ from gptmoe.model.moe import MoE
 from gptmoe.model.spec import ModelSpec, RouterKind, RouterSpec
 from gptmoe.model.transformer import GPT
 from gptmoe.text import Tokenizer
-from tests.small_model import settle
+from tests.small_model import draw_biases, settle
 
 CONTEXT = 64
 CONFIG = EngineConfig(max_batch_size=5, token_budget=24, kv_tokens=112)
@@ -73,6 +73,7 @@ def network_spec(kind: RouterKind = "switch", **changes: Any) -> ModelSpec:
 def network(kind: RouterKind = "switch", **changes: Any) -> GPT:
     made = GPT(network_spec(kind, **changes))
     initialize(made, seed=3)
+    draw_biases(made)
     settle(made)
     return made.requires_grad_(False).eval()
 
@@ -126,7 +127,7 @@ def paged(model: GPT, *, invariant: bool = False, captured: bool = False) -> Pag
     assert isinstance(made, PagedExecutor)
     if captured:
         assert can_be_captured(model)
-        made._graphs[0] = graphs.DecodingGraphs(model, made.cache, CONFIG.max_batch_size)
+        made._graphs.add(0, graphs.DecodingGraphs(model, made.cache, CONFIG.max_batch_size))
     return made
 
 
@@ -188,7 +189,7 @@ def test_rows_of_experts_are_counted_without_padding(
     executor.cache.begin(
         (), (), [Span(k, s, p, 1, 1) for k, s, p in zip("abc", (0, 1, 2), (6, 5, 0), strict=True)]
     )
-    executor._graphs[0].run(rows)
+    executor._graphs.held[0].run(rows)
     assert sum(read()) == 14
 
 
@@ -200,10 +201,10 @@ def test_weights_of_another_version(tokenizer: Tokenizer) -> None:
     executor.add(1, other)
     engine = Engine(executor, tokenizer, CONTEXT, CONFIG)
     engine.refresh(1)
-    assert list(executor._models) == [1]
+    assert list(executor.held()) == [1]
     executor.add(3, other)
     executor.keep({1, 2})
-    assert list(executor._models) == [1, 3], "newer ones are not asked for yet"
+    assert list(executor.held()) == [1, 3], "newer ones are not asked for yet"
     found = answers_of(engine, REQUESTS[0])
     plain = network()
     initialize(plain, seed=9)
