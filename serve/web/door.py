@@ -1,7 +1,7 @@
 """What a request passes before its route: its key, its size, its type, its text.
 
 Each of them is refused here, so that routes see checked JSON alone: a missing or wrong key before
-the body is read, a large body as soon as it is known to be one.
+the body is read, a large body as soon as it is known to be one, a body that does not come.
 """
 
 import json
@@ -13,15 +13,16 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gptmoe.errors import RequestError, Unauthenticated
 from gptmoe.generate.params import is_unicode
 
+from .body import Bodies
 from .refusals import path_of, respond
 
 MAX_BODY_BYTES = 4 * 2**20
-"""The same as gRPC's for a message."""
+"""The same as the edge's for a message."""
 
 OPEN = frozenset({"/healthz", "/readyz", "/openapi.json", "/docs"})
 """What needs no key."""
@@ -38,9 +39,8 @@ class Door:
     """An ASGI middleware: callers without a key and bodies over `max_body_bytes` stay outside."""
 
     def __init__(self, app: ASGIApp, keys: Keys | None, max_body_bytes: int) -> None:
-        self._app = app
-        self._keys = keys
-        self._max_body_bytes = max_body_bytes
+        self._app, self._keys = app, keys
+        self._bodies = Bodies(max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,29 +51,13 @@ class Door:
             if self._keys and path not in OPEN:
                 self._keys.check(headers.get("authorization"))
             told = headers.get("content-length", "")
-            self._check_size(int(told) if told.isdecimal() else 0)
+            self._bodies.check(int(told) if told.isdecimal() else 0)
+            whole = await self._bodies.read(receive) if scope["method"] == "POST" else receive
         except (Unauthenticated, HTTPException) as error:
             await respond(path, error)(scope, receive, send)
             return
-        await self._app(scope, self._bounded(receive), send)
-
-    def _bounded(self, receive: Receive) -> Receive:
-        """`receive` for a body whose length was not told, or not truly."""
-        size = 0
-
-        async def bounded() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            self._check_size(size)
-            return message
-
-        return bounded
-
-    def _check_size(self, size_bytes: int) -> None:
-        most = self._max_body_bytes
-        if size_bytes > most:
-            raise HTTPException(413, f"the body must have at most {most} bytes; send less text")
+        if whole is not None:
+            await self._app(scope, whole, send)
 
 
 class JsonRoute(APIRoute):

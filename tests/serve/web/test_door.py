@@ -262,3 +262,60 @@ def test_keys_are_exchanged_while_the_server_runs(
             assert refused.status_code == 401
             assert sentence in error_of(refused)["message"]
             assert refused.headers["www-authenticate"] == "Bearer"
+
+
+class Parts:
+    """What a caller sends, part by part; behind the last one it says nothing more."""
+
+    def __init__(self, *parts: bytes, leaves: bool = False) -> None:
+        self._parts = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+        self._leaves = leaves
+
+    async def __call__(self) -> Any:
+        if self._parts:
+            return self._parts.pop(0)
+        if self._leaves:
+            return {"type": "http.disconnect"}
+        await asyncio.Event().wait()
+
+
+async def answered(app: Any, receive: Any) -> list[Any]:
+    """What the application sends to a completion whose body comes like this."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    await app(scope | {"query_string": b"", "http_version": "1.1"}, receive, send)
+    return sent
+
+
+def test_half_a_body_is_not_waited_for_for_ever(
+    guarded: Browser, talk: Service, talker: Talker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With many of them none has long, so that others find a place."""
+    monkeypatch.setattr("serve.web.body.CROWDED_S", 0.05)
+    monkeypatch.setattr("serve.web.body.MANY", 2)
+    app = build(talk, stall_s=60)
+
+    async def crowd() -> tuple[Any, Any]:
+        patient = [asyncio.create_task(answered(app, Parts(b"{"))) for _ in range(2)]
+        await asyncio.sleep(0)
+        refused = await asyncio.wait_for(answered(app, Parts(b'{"prom')), 5)
+        for task in patient:
+            assert not task.done()
+            task.cancel()
+        return refused
+
+    start, body = asyncio.run(crowd())
+    assert start["status"] == 408
+    assert "the body must arrive within 0.05 s" in json.loads(body["body"])["error"]["message"]
+    assert not talker.requests
+
+
+def test_nobody_answers_who_left_in_midst_of_a_body(talk: Service, talker: Talker) -> None:
+    app = build(talk, stall_s=60)
+    assert asyncio.run(answered(app, Parts(GOOD[:5], leaves=True))) == []
+    assert not talker.requests
