@@ -1,10 +1,12 @@
 """`python -m train ...` and `python -m serve ...` as an attached child process.
 
 The child leads a process group of its own: Ctrl-C on the terminal reaches this process only, which
-hands it on, once. A second Ctrl-C kills the child; its local Ray cluster dies with it.
+hands it on, once. A second Ctrl-C kills the child; its local Ray cluster dies with it. Should this
+process be killed, the child notices: nobody writes to its standard input, whose end is ours.
 """
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -28,7 +30,7 @@ class Child:
             [sys.executable, "-m", *words],
             env=env.child_environment(starts_cluster=True),
             process_group=0,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=pipe,
             stderr=subprocess.STDOUT if on_line else None,
         )
@@ -44,6 +46,8 @@ class Child:
     def wait(self) -> int:
         """Wait for the end; returns the exit code as a shell counts it (128 + signal)."""
         code = self._process.wait()
+        if self._process.stdin:
+            self._process.stdin.close()
         self._reader.join(_LAST_LINES_S)
         return 128 - code if code < 0 else code
 
@@ -75,3 +79,16 @@ class Child:
         with self._process.stdout as lines:
             for line in lines:
                 on_line(line.decode(errors="replace").rstrip("\r\n"))
+
+
+def end_with_parent() -> None:
+    """In a Child: end, as by SIGTERM, when the process that started it has gone without a word."""
+    if env.take_attached():
+        threading.Thread(target=_await_end_of_input, name="parent", daemon=True).start()
+
+
+def _await_end_of_input() -> None:
+    with contextlib.suppress(OSError):
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -33,6 +33,9 @@ _SERVING = {
 _ANY_SIZE = {
     # The doors bound what comes in; what they let through reaches a replica. Ray's default: 4 MiB.
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
+    # Ray Serve's own door, both ways: a message of its default, 2 GiB, would hold up all others for
+    # seconds. The longest answer, with all its logprobs, is a few MiB.
+    "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(32 * 2**20),
 }
 _HEAD = {
     # A node whose processes are gone refuses connections: counted after 2 s instead of Ray's 15.
@@ -41,6 +44,7 @@ _HEAD = {
     "RAY_health_check_failure_threshold": "4",
 }
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's name for what a job knows about itself
+_ATTACHED = "GPTMOE_ATTACHED"  # standard input is the parent's, and closes when that ends
 _DEVICE_FILE = Path("/dev/nvidiactl")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -64,10 +68,21 @@ def child_environment(
 ) -> dict[str, str]:
     """The environment of a child that runs `python -m train` or `python -m serve`."""
     result = {**environment, "PYTHONPATH": _with_root(environment), "PYTHONUNBUFFERED": "1"}
+    result[_ATTACHED] = "1"
     if starts_cluster:
         for name, value in {"RAY_AUTH_MODE": "token", **_HEAD}.items():
             result.setdefault(name, value)
     return result
+
+
+def take_attached(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Whether this process is an attached child. Its own children are not: they do not hear it."""
+    return environment.pop(_ATTACHED, "") == "1"
+
+
+def uses_token(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the Ray cluster of this process wants a token of everybody, its dashboard too."""
+    return environment.get("RAY_AUTH_MODE") == "token"
 
 
 def worker_environment(

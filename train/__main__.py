@@ -15,6 +15,7 @@ from cluster import env
 
 env.prepare()  # before anything imports ray or deepspeed
 
+from cluster.child import end_with_parent  # noqa: E402
 from gptmoe import config as configs  # noqa: E402
 from gptmoe.errors import GptMoeError  # noqa: E402
 from gptmoe.metrics import cut_after  # noqa: E402
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s | %(message)s"
     )
     _listen()
+    end_with_parent()
     try:
         config = configs.load(TrainConfig, options.config, options.overrides)
         with claimed(config.run.dir) as state:

@@ -32,6 +32,13 @@ MODULES = {
         print('ready', flush=True)
         time.sleep(60)
     """,
+    "follows": """
+        import os, time
+        from cluster.child import end_with_parent
+        end_with_parent()
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+    """,
 }
 
 
@@ -109,3 +116,30 @@ def test_a_terminated_command_takes_its_child_along() -> None:
         process.terminate()
         process.communicate(timeout=20)
     assert process.returncode == 128 + signal.SIGTERM
+
+
+KILLED = """
+import sys
+from cluster.child import Child
+Child(["follows"], on_line=lambda line: print(line, flush=True)).wait()
+"""
+
+
+def test_a_child_ends_when_its_parent_is_killed() -> None:
+    """Not even SIGKILL leaves a server behind that nobody knows of."""
+    parent = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    with parent.stdout as lines:
+        pid = lines.readline().strip()
+    parent.kill()
+    parent.wait()
+    limit_s = time.monotonic() + 10
+    while runs(pid):
+        assert time.monotonic() < limit_s
+        time.sleep(0.05)
+
+
+def runs(pid: str) -> bool:
+    """One that has ended stays until somebody asks how, where process 1 does not."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()

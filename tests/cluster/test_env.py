@@ -70,6 +70,7 @@ def test_what_enters_at_a_door_reaches_the_replica() -> None:
     for environment in (process, env.replica_environment(), env.edge_environment()):
         assert int(environment[limit]) == 2**31 - 1
     assert process["RAY_SERVE_PROXY_USE_GRPC"] == "1"
+    assert int(process["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"]) == 32 * 2**20
     assert env.edge_environment()["RAY_SERVE_USE_GRPC_BY_DEFAULT"] == "1"
 
 
