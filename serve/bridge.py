@@ -18,16 +18,16 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 from gptmoe.errors import ClusterError, GptMoeError, Unavailable
-from gptmoe.generate.delta import Delta, merge
+from gptmoe.generate.delta import Delta
 from gptmoe.generate.request import Request
 from gptmoe.generate.stats import EngineStats
 
 from .metrics import Observer
+from .outbox import Outbox
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,9 @@ log = logging.getLogger(__name__)
 DELTAS_A_SECOND = 75.0
 """Of all streams together, for each core that computes for them: one that is sent takes 1 to 2 ms
 of a core of its own on its way to the caller."""
+
+WATCH_EVERY_S = 2.0
+"""Its observer hears of an engine without work so often."""
 
 SMOOTH_S = 1 / 30
 """Between two deltas of a stream however few streams there are: no eye sees more pictures."""
@@ -53,47 +56,6 @@ class Stepper(Protocol):
     def stats(self) -> EngineStats: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Outbox:
-    """Where one caller waits for its deltas, or for the error that ends them."""
-
-    loop: asyncio.AbstractEventLoop
-    unfinished: set[int]
-    """Indices of its answers; the engine's thread keeps them."""
-    items: asyncio.Queue[Delta | GptMoeError] = field(default_factory=asyncio.Queue)
-    complete: asyncio.Event = field(default_factory=asyncio.Event)
-    """Nothing comes behind what is there."""
-
-    def taken(self, first: Delta | GptMoeError) -> list[Delta | GptMoeError]:
-        """All that is there: one delta for each answer, then an error if there is one."""
-        by_index: dict[int, list[Delta]] = {}
-        item: Delta | GptMoeError = first
-        while isinstance(item, Delta):
-            by_index.setdefault(item.index, []).append(item)
-            if self.items.empty():
-                break
-            item = self.items.get_nowait()
-        deltas = [merge(deltas) for _, deltas in sorted(by_index.items())]
-        return [*deltas, item] if isinstance(item, GptMoeError) else [*deltas]
-
-    async def completed(self, within_s: float) -> None:
-        """Come back when it is complete, or in time."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                await self.complete.wait()
-
-    def put(self, item: Delta | GptMoeError) -> None:
-        """Called by the engine's thread."""
-        last = isinstance(item, GptMoeError) or not self.unfinished
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self.loop.call_soon_threadsafe(self._receive, item, last)
-
-    def _receive(self, item: Delta | GptMoeError, last: bool) -> None:
-        self.items.put_nowait(item)
-        if last:
-            self.complete.set()
-
-
 class EngineThread:
     """Runs one engine in one thread, from construction to `stop`.
 
@@ -105,7 +67,7 @@ class EngineThread:
         self._engine, self._observer = engine, observer
         self._cores = cores
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._outboxes: dict[str, _Outbox] = {}
+        self._outboxes: dict[str, Outbox] = {}
         self._moved_s = time.monotonic()  # when something came out, or work came to an idle engine
         self._step_began_s: float | None = None  # None while there is nothing to compute
         self._failure: GptMoeError | None = None
@@ -124,7 +86,7 @@ class EngineThread:
         Unavailable if it will go on; CheckpointError where the model's scores are no numbers.
         """
         unfinished = set(range(request.sampling.n))
-        outbox = _Outbox(asyncio.get_running_loop(), set(unfinished))
+        outbox = Outbox(asyncio.get_running_loop(), set(unfinished))
         self._inbox.put(partial(self._admit, request, outbox))
         if self._failure:  # set before the thread empties its inbox for good: no call is lost
             raise self._failure
@@ -155,9 +117,11 @@ class EngineThread:
 
     def _end(self, request_id: str, ended: list[bool]) -> None:
         if request_id in self._outboxes:
-            for delta in self._engine.end(request_id):
+            deltas = self._engine.end(request_id)
+            for delta in deltas:
                 self._deliver(delta)
             ended.append(True)
+            self._watch(deltas, 0.0)
 
     @property
     def send_every_s(self) -> float:
@@ -206,6 +170,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
+            self._watch((), 0.0)
             while self._obey():
                 self._step_began_s = time.monotonic()
                 try:
@@ -227,9 +192,12 @@ class EngineThread:
         """Run the waiting commands; wait for one while there is nothing to compute. False: stop."""
         while True:
             try:
-                command = self._inbox.get(block=not self._engine.has_work)
+                command = self._inbox.get(not self._engine.has_work, WATCH_EVERY_S)
             except queue.Empty:
-                return True
+                if self._engine.has_work:
+                    return True
+                self._watch((), 0.0)
+                continue
             if command is None:
                 return False
             command()
@@ -240,7 +208,7 @@ class EngineThread:
         if self._observer:
             self._observer.watch(self._engine.stats, deltas, took_s)
 
-    def _admit(self, request: Request, outbox: _Outbox) -> None:
+    def _admit(self, request: Request, outbox: Outbox) -> None:
         if self._failure:
             outbox.put(self._failure)
             return
@@ -252,7 +220,7 @@ class EngineThread:
             self._moved_s = self._moved_s if self._outboxes else time.monotonic()
             self._outboxes[request.request_id] = outbox
 
-    def _abandon(self, request_id: str, outbox: _Outbox) -> None:
+    def _abandon(self, request_id: str, outbox: Outbox) -> None:
         if self._outboxes.get(request_id) is outbox:
             del self._outboxes[request_id]
             self._engine.abort(request_id)

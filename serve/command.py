@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from cluster import env
 from gptmoe.config import load
 from gptmoe.errors import ConfigError, GptMoeError
 
@@ -23,6 +24,7 @@ _ASKED_TO_STOP = 0
 _REFUSED = 2
 _INTERRUPTED = 130
 _LOOK_EVERY_S = 0.5
+_ASKS = "  (it asks for the token in ~/.ray/auth_token)"
 
 
 class Sigterm:
@@ -110,7 +112,7 @@ def _for_people(endpoints: Endpoints) -> str:
         f"{endpoints.name} answers, with {endpoints.checkpoint}\n"
         f"{grpc}{edge}"
         f"  HTTP       {endpoints.http}/generate\n"
-        f"  dashboard  {endpoints.dashboard}\n"
+        f"  dashboard  {endpoints.dashboard}{_ASKS if env.uses_token() else ''}\n"
         "Ctrl-C stops it.\n"
     )
 

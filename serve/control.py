@@ -4,7 +4,8 @@ Messages become dataclasses in cluster/wire.py; what they ask for is done in ope
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from cluster import wire
@@ -19,10 +20,12 @@ from cluster.operations import (
     ScaleResponse,
     Topologies,
 )
-from gptmoe.errors import GptMoeError
+from gptmoe.errors import GptMoeError, Overloaded
 
 from .operations import EVERY_S, Operations
 from .refusals import Context, set_status
+
+MOST_WATCHERS = 16
 
 Q = TypeVar("Q", ControlQuery, DrainRequest, RefreshRequest, ScaleRequest)
 
@@ -31,6 +34,7 @@ class ControlServicer:
     """The methods of the service; a deployment class inherits them. Names are the service's own."""
 
     operations: Operations
+    watchers = 0
 
     async def GetTopology(self, request: bytes, grpc_context: Context) -> Any:
         topology, nothing = self.operations.topology, Topologies(application="")
@@ -39,12 +43,28 @@ class ControlServicer:
     async def WatchTopology(self, request: bytes, grpc_context: Context) -> AsyncIterator[Any]:
         try:
             query = wire.parse(ControlQuery, request)
-            while True:
-                yield wire.to_proto(await self.operations.topology(query))
-                await asyncio.sleep(query.every_s or EVERY_S)
+            with self._watching():
+                while True:
+                    yield wire.to_proto(await self.operations.topology(query))
+                    await asyncio.sleep(query.every_s or EVERY_S)
         except GptMoeError as error:
             set_status(error, grpc_context)
             raise
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Each holds one of the places that Ray Serve lets requests through to a replica."""
+        if self.watchers >= MOST_WATCHERS:
+            raise Overloaded(
+                f"{MOST_WATCHERS} callers watch this replica already; use GetTopology, or come "
+                "again later",
+                EVERY_S,
+            )
+        self.watchers += 1
+        try:
+            yield
+        finally:
+            self.watchers -= 1
 
     async def Drain(self, request: bytes, grpc_context: Context) -> Any:
         drain, nothing = self.operations.drain, DrainResponse()

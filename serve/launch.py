@@ -216,16 +216,21 @@ def endpoints(config: ServeConfig, cluster: local.Session) -> Endpoints:
         await_answer(target, config.name, key)
     if config.edge.port is not None:
         at = node if config.edge.host in ("0.0.0.0", "::") else config.edge.host
-        edge = f"[{at}]:{config.edge.port}" if ":" in at else f"{at}:{config.edge.port}"
+        edge = f"{in_url(at)}:{config.edge.port}"
     return Endpoints(
         name=config.name,
         grpc=target,
         edge=edge,
-        http=f"http://{host}:{config.http_port}",
+        http=f"http://{in_url(host)}:{config.http_port}",
         dashboard=cluster.dashboard_url,
         address=cluster.address,
         checkpoint=str(config.checkpoint),
     )
+
+
+def in_url(host: str) -> str:
+    """An address of IPv6 stands in brackets before a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 def remove(name: str, cluster: local.Session) -> None:

@@ -30,7 +30,8 @@ class Observer(Protocol):
     def watch(self, stats: EngineStats, deltas: Sequence[Delta], took_s: float) -> None:
         """After each step of `took_s` seconds, in the engine's thread; so it must return at once.
 
-        Also, without deltas and with 0 s, when the last request was taken out between two steps.
+        Also, without deltas and with 0 s, when the last request was taken out between two steps,
+        and now and then while there is none: Ray forgets gauges that nobody sets.
         """
         ...
 
@@ -102,7 +103,7 @@ GAUGES: Mapping[str, Callable[[EngineStats], float]] = {
     "vllm_num_requests_running": lambda stats: stats.running,
     "vllm_num_requests_waiting": lambda stats: stats.waiting,
     "vllm_kv_cache_usage_perc": lambda stats: stats.kv_use,
-    "gptmoe_tokens_per_second": lambda stats: stats.tokens_per_s,
+    "gptmoe_tokens_per_second": lambda stats: stats.tokens_per_s if stats.running else 0.0,
     "gptmoe_waiting_tokens": lambda stats: stats.waiting_tokens,
     "gptmoe_running_tokens": lambda stats: stats.running_tokens,
 }
@@ -140,6 +141,7 @@ class EngineMetrics:
         self._values: defaultdict[str, list[float]] = defaultdict(list)
         self._ended: defaultdict[str, int] = defaultdict(int)
         self._rows: dict[int, list[int]] = {}
+        self._imbalance: dict[int, float] = {}
 
     def watch(self, stats: EngineStats, deltas: Sequence[Delta], took_s: float) -> None:
         """See Observer.watch."""
@@ -169,8 +171,12 @@ class EngineMetrics:
                     labels = {"layer": str(layer), "expert": str(expert)}
                     self._sink.count("gptmoe_expert_rows", count, labels)
             if any(more):
-                ratio = max(more) * len(more) / sum(more)
-                self._sink.set("gptmoe_expert_imbalance_ratio", ratio, {"layer": str(layer)})
+                self._imbalance[layer] = max(more) * len(more) / sum(more)
+                self._set_imbalance(layer)
+
+    def _set_imbalance(self, layer: int) -> None:
+        ratio = self._imbalance[layer]
+        self._sink.set("gptmoe_expert_imbalance_ratio", ratio, {"layer": str(layer)})
 
     def _see(self, delta: Delta, now_s: float) -> None:
         key, count = (delta.request_id, delta.index), len(delta.token_ids)
@@ -198,6 +204,8 @@ class EngineMetrics:
     def _flush(self, now_s: float) -> None:
         for name, of in GAUGES.items():
             self._sink.set(name, of(self.stats))
+        for layer in list(self._imbalance):  # `experts` may add one meanwhile
+            self._set_imbalance(layer)
         for name, of in COUNTERS.items():
             if (more := of(self.stats) - of(self._flushed)) > 0:
                 self._sink.count(name, more)

@@ -84,7 +84,7 @@ class Generator(Servicer, ControlServicer, Inlet):
         self.service = LoggedService(
             self._bridge,
             engine.tokenizer,
-            _card(spec, config),
+            _card(spec, config, engine.tokenizer.vocab_size),
             names=self._claims,
             results=ResultCache(most_bytes) if most_bytes else None,
         )
@@ -166,14 +166,15 @@ def _warm(core: Core) -> Core:
     return core
 
 
-def _card(spec: ModelSpec, config: ServeConfig) -> ModelCard:
+def _card(spec: ModelSpec, config: ServeConfig, vocab_size: int) -> ModelCard:
+    """`vocab_size`: its tokenizer's. A model may have places for more, which nobody can ask for."""
     count = parameters(spec)
     return ModelCard(
         name=config.name,
         parameters=count.total,
         active_parameters=count.active,
         max_seq_len=spec.max_seq_len,
-        vocab_size=spec.vocab_size,
+        vocab_size=vocab_size,
         dtype=config.dtype,
         num_layers=spec.num_layers,
         d_model=spec.d_model,

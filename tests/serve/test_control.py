@@ -157,6 +157,26 @@ def test_a_watch_that_is_too_fast_is_refused(call: Any) -> None:
     )
 
 
+def test_few_may_watch_at_a_time(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each holds a place that health checks and requests need, too."""
+    monkeypatch.setattr("serve.control.MOST_WATCHERS", 2)
+    data = messages.ControlQuery(every_s=60).SerializeToString()
+    context = Context()
+
+    async def watch() -> None:
+        watching = [call.servicer.WatchTopology(data, Context()) for _ in range(2)]
+        for one in watching:
+            await anext(one)
+        with pytest.raises(GptMoeError):
+            await anext(call.servicer.WatchTopology(data, context))
+        await watching.pop().aclose()
+        await anext(call.servicer.WatchTopology(data, Context()))
+
+    asyncio.run(watch())
+    assert context.code == Code.RESOURCE_EXHAUSTED
+    assert "2 callers watch this replica already" in context.details
+
+
 def test_drain_and_resume_change_nothing_else(call: Any, application: Application) -> None:
     assert call("Drain")[0] == messages.DrainResponse()
     call("Drain", messages.DrainRequest, resume=True)

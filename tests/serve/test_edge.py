@@ -192,6 +192,22 @@ def test_a_calls_deadline_reaches_the_replica_and_ends_it() -> None:
     assert 0 < messages.GenerateRequest.FromString(asked[1]).deadline_ms <= 300
 
 
+def test_a_replica_says_what_came_before_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its word comes a moment later than the deadline."""
+
+    class Late(Poet):
+        async def edge_unary(self, method: str, data: bytes, ticket: Ticket) -> Answer:
+            await asyncio.sleep(0.21)
+            return DeadlineExceeded("the deadline of 0.2 s has passed after 38 tokens")
+
+    async def use(stub: Stub) -> None:
+        error = await refusal(stub.Generate(request(deadline_ms=200), timeout=10))
+        assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert error.details() == "the deadline of 0.2 s has passed after 38 tokens"
+
+    ask(Handle(Late()), use)
+
+
 def test_a_requests_own_deadline_is_kept_though_the_replica_does_not() -> None:
     poet = Poet(hangs=True)
 

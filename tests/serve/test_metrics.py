@@ -227,7 +227,7 @@ def test_a_shard_that_counts_anew_takes_nothing_away(
 def test_the_bridge_tells_the_observer(
     engine: Any, make_request: Callable[..., Request], wait_until: Callable[..., None]
 ) -> None:
-    """After each step, and when a caller who left takes the last request along."""
+    """At first, after each step, and when a caller who left takes the last request along."""
     seen: list[tuple[EngineStats, int, float]] = []
 
     class Watcher:
@@ -248,8 +248,40 @@ def test_the_bridge_tells_the_observer(
         wait_until(lambda: seen[-1][0].running == 0 and seen[-1][2] == 0.0)
     finally:
         bridge.stop()
-    assert [(stats.steps, count) for stats, count, _ in seen[:3]] == [(1, 1), (2, 1), (3, 1)]
-    assert all(took_s > 0 for _, _, took_s in seen[:3])
+    found = [(stats.steps, count) for stats, count, _ in seen[:4]]
+    assert found == [(0, 0), (1, 1), (2, 1), (3, 1)]
+    assert all(took_s > 0 for _, _, took_s in seen[1:4])
+
+
+def test_the_bridge_tells_the_observer_of_an_abort_and_of_idle_times(
+    engine: Any,
+    make_request: Callable[..., Request],
+    wait_until: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("serve.bridge.WATCH_EVERY_S", 0.01)
+    reasons: list[list[str]] = []
+
+    class Watcher:
+        def watch(self, stats: EngineStats, deltas: Sequence[Delta], took_s: float) -> None:
+            reasons.append([delta.finish_reason for delta in deltas])
+
+    bridge = EngineThread(engine, Watcher())
+
+    async def abort() -> None:
+        stream = bridge.stream(make_request("a", max_new_tokens=10**9))
+        await anext(stream)
+        assert await bridge.abort("a")
+        await stream.aclose()
+
+    try:
+        wait_until(lambda: len(reasons) > 3)
+        asyncio.run(abort())
+        count = len(reasons)
+        wait_until(lambda: len(reasons) > count + 3)
+    finally:
+        bridge.stop()
+    assert reasons.count(["abort"]) == 1
 
 
 def test_ray_gets_every_metric_of_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
