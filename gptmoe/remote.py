@@ -53,7 +53,9 @@ def check(uri: Uri) -> None:
 
 
 def look(uri: Uri) -> Found:
-    """All files at `uri`. Raises DataError as `check` does, and if it is a folder without files."""
+    """All files at `uri`. Raises DataError as `check` does, if it is a folder without files, and if
+    a name would lead out of the folder that it is copied to.
+    """
     filesystem, top = _open(uri)
     is_folder = top.type == _files().FileType.Directory
     infos = [top]
@@ -68,7 +70,11 @@ def look(uri: Uri) -> Found:
     }
     if not files:
         raise DataError(f"{uri} holds no file; name a file, or a folder with files")
-    return Found(uri=uri, filesystem=filesystem, path=top.path, is_folder=is_folder, files=files)
+    found = Found(uri=uri, filesystem=filesystem, path=top.path, is_folder=is_folder, files=files)
+    for name in (found.name, *files):  # to an object store `..` is a name like any other
+        if ".." in PurePosixPath(name).parts:
+            raise DataError(f"{uri} holds {name}, and a name may not have `..` in it; rename it")
+    return found
 
 
 def fetch(uri: Uri, folder: Path) -> Path:

@@ -28,6 +28,8 @@ class Bucket:
     """Names that are listed, but cannot be read."""
     read: list[str] = field(default_factory=list)
     """Names that were read."""
+    also: dict[str, Path] = field(default_factory=dict)
+    """Files under names that no file in `folder` can have."""
 
     def uri(self, name: str) -> str:
         return f"s3://here/{name}?endpoint_override=127.0.0.1:{self.port}&scheme=http&region=here"
@@ -70,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _list(self, prefix: str) -> None:
         root = self.about.folder
         files = sorted(path for path in root.rglob("*") if path.is_file())
-        names = {str(path.relative_to(root)): path for path in files}
+        names = {str(path.relative_to(root)): path for path in files} | self.about.also
         wanted = {name: path for name, path in names.items() if name.startswith(prefix)}
         entries = "".join(
             f"<Contents><Key>{escape(name)}</Key><Size>{path.stat().st_size}</Size>"
@@ -82,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _object(self) -> None:
         name = unquote(urlsplit(self.path).path).removeprefix("/here/")
-        file = self.about.folder / name
+        file = self.about.also.get(name) or self.about.folder / name
         if not file.is_file() or (self.command == "GET" and name in self.about.lost):
             self._answer(404, b"", {})
             return

@@ -98,6 +98,25 @@ def test_a_copy_that_fails_leaves_nothing(bucket: Bucket, tmp_path: Path) -> Non
     assert len(contents(fetch(uri, inputs))) == 2
 
 
+@pytest.mark.parametrize("name", ["../../../evil.txt", "more/../../evil.txt"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(
+    bucket: Bucket, tmp_path: Path, name: str
+) -> None:
+    bucket.also[f"poems/{name}"] = bucket.folder / "poems" / "a.txt"
+    before, uri = contents(tmp_path), Uri(bucket.uri("poems"))
+    with pytest.raises(DataError) as raised:
+        fetch(uri, tmp_path / "run" / "inputs")
+    assert str(raised.value) == (
+        f"{uri} holds {name}, and a name may not have `..` in it; rename it"
+    )
+    assert contents(tmp_path) == before
+
+
+def test_a_uri_that_ends_with_the_folder_above_is_refused(there: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"more/\.\. holds \.\., and a name may not have"):
+        fetch(Uri(f"file://{there}/more/.."), tmp_path / "in")
+
+
 def test_what_a_killed_process_left_is_no_copy(there: Path, tmp_path: Path) -> None:
     uri = Uri(f"file://{there}")
     copy = fetch(uri, tmp_path)
