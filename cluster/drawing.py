@@ -34,7 +34,9 @@ def draw_run(run: RunStatus) -> RenderableType:
     if run.message:
         parts.append(Text(run.message, style="red" if run.state == "failed" else ""))
     if running and not run.alive and not run.job_id:
-        parts.append(Text("its process is on another machine, or was killed", style="red"))
+        parts.append(
+            Text("its process is on another machine, another user's, or was killed", style="red")
+        )
     if running and run.dashboard_url:
         parts.append(Text(f"dashboard {run.dashboard_url}"))
     if run.topology:

@@ -1,6 +1,7 @@
 """What a run's folder says about the run: state.json and metrics.jsonl. No Ray, no torch."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from gptmoe import metrics
 from gptmoe.errors import ClusterError
 
 ENDED = ("finished", "failed", "interrupted")
+LOCK = ".lock"
+"""The file of a run's folder that the process holds open that trains in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +52,23 @@ def is_run(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "metrics.jsonl").is_file()
 
 
-def is_alive(state: State) -> bool:
-    """Whether the process that started the run is alive on this machine."""
+def is_alive(folder: Path, state: State) -> bool:
+    """Whether the run in `folder` goes on in a process of this machine, and of this user.
+
+    A number alone says little: another run or program may have it by now, here or on the machine
+    that wrote it. But only the process that trains in a folder holds that folder's lock open.
+    """
+    if state.pid <= 0 or state.state in ENDED:
+        return False
     try:
-        return state.pid > 0 and b"train" in Path(f"/proc/{state.pid}/cmdline").read_bytes()
+        lock = (folder / LOCK).stat()
+        return any(_is(file, lock) for file in Path(f"/proc/{state.pid}/fd").iterdir())
     except OSError:
+        return False
+
+
+def _is(file: Path, wanted: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(file.stat(), wanted)
+    except OSError:  # closed since it was listed
         return False

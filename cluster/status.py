@@ -28,7 +28,7 @@ class RunStatus:
     metrics: dict[str, Any]  # the newest value of each
     dashboard_url: str
     job_id: str
-    alive: bool  # its process is on this machine
+    alive: bool  # its process is on this machine, and ours to stop
     topology: Topology | None
 
 
@@ -78,7 +78,7 @@ def of_folder(folder: Path) -> RunStatus:
         metrics=newest,
         dashboard_url=state.dashboard_url,
         job_id=state.job_id,
-        alive=runs.is_alive(state),
+        alive=runs.is_alive(folder, state),
         topology=topology_file.read(folder),
     )
 

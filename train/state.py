@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from cluster import env
+from cluster.runs import LOCK
 from gptmoe.data import Progress
 from gptmoe.errors import ClusterError, ConfigError, GptMoeError
 
 log = logging.getLogger(__name__)
 
 GO_ON = "start the same command again to go on from the last checkpoint"
-LOCK = ".lock"
 WRITER_LOCK = ".lock-writer"
 _ORPHANS_LIVE_S = 60.0
 _SAY_EVERY_S = 2.0

@@ -146,8 +146,13 @@ def stop(target: Target, address: Address = "", json: Json = False) -> None:
         print_facts(facts, f"job {job_id}: {facts['status']}", as_json=json)
         return
     state = runs.read_state(Path(target))
-    if not runs.is_alive(state):
-        raise ClusterError(f"the run in {target} is not running on this machine")
+    if state.state in runs.ENDED:
+        raise ClusterError(f"the run in {target} has ended already: it is {state.state}")
+    if not runs.is_alive(Path(target), state):
+        raise ClusterError(
+            f"the run in {target} is not running on this machine under your name; stop it where it "
+            "was started"
+        )
     os.kill(state.pid, signal.SIGINT)
     print_facts({"pid": state.pid, "status": "stopping"}, f"{target}: stopping", as_json=json)
 

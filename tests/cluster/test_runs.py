@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,23 @@ def test_the_newest_value_of_each_number(tmp_path: Path) -> None:
         runs.newest_metrics(tmp_path)
 
 
-def test_only_a_living_training_process_counts() -> None:
-    assert not runs.is_alive(runs.State(pid=0))
-    for word in ("train", "else"):  # the latter lives, but does not train
-        command = [sys.executable, "-c", "print(flush=True); input()", word]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            assert runs.is_alive(runs.State(pid=process.pid)) == (word == "train")
-            process.communicate(b"\n")
-        assert not runs.is_alive(runs.State(pid=process.pid))
+HOLDER = "import sys; file = open(sys.argv[1], 'a'); print(flush=True); input()"
+
+
+def test_only_the_living_process_that_holds_the_folder_counts(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "train"
+    for folder in (run, other):
+        folder.mkdir()
+        (folder / runs.LOCK).touch()
+    command = [sys.executable, "-c", HOLDER, str(run / runs.LOCK), "train"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        state = runs.State(state="running", pid=process.pid)
+        assert runs.is_alive(run, state)
+        assert not runs.is_alive(other, state)  # a copy of the folder, or a number used again
+        assert not runs.is_alive(tmp_path, state)
+        assert not any(runs.is_alive(run, replace(state, state=end)) for end in runs.ENDED)
+        assert not runs.is_alive(run, replace(state, pid=0))
+        process.communicate(b"\n")
+    assert not runs.is_alive(run, state)

@@ -59,7 +59,7 @@ def test_a_run_is_watched_and_stopped_from_another_terminal(tmp_path: Path) -> N
     done = gptmoe("stop", str(run_dir))
     assert (done.returncode, done.stderr) == (
         2,
-        f"error: the run in {run_dir} is not running on this machine\n",
+        f"error: the run in {run_dir} has ended already: it is interrupted\n",
     )
     done = gptmoe("logs", str(run_dir))
     assert done.returncode == 2
