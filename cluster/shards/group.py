@@ -216,9 +216,11 @@ class ShardGroup:
 
     def _upkeep(self, live: ShardsExecutor, *, fresh: bool) -> None:
         if self._wanted and self._refreshing.acquire(blocking=False):
-            wanted, self._wanted = self._wanted, ()
-            self._muster.keep(wanted, self._misses_one)
-            self._refreshing.release()
+            try:
+                wanted, self._wanted = self._wanted, ()
+                self._muster.keep(wanted, self._misses_one)
+            finally:
+                self._refreshing.release()
         if fresh and time.monotonic() - self._used_s > BEAT_AFTER_S:
             self._beat(live)
 

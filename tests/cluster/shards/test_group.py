@@ -1,5 +1,6 @@
 """A group of shards as its supervisor sees it, without Ray."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -77,3 +78,22 @@ def test_letting_go_of_weights_does_not_wait_for_a_shard_that_is_lost(
     group.keep({3})
     group._upkeep(None, fresh=False)  # type: ignore[arg-type]
     assert gave_up == [False, False, True]
+
+
+def test_weights_can_be_refreshed_after_letting_go_of_some_has_failed(group: ShardGroup) -> None:
+    def keep(versions: tuple[int, ...], hopeless: Callable[[], bool]) -> None:
+        raise RuntimeError("the object store is full")
+
+    refreshed: list[int] = []
+    group._muster = cast(
+        Muster,
+        SimpleNamespace(keep=keep, refresh=lambda at, version, lost: refreshed.append(version)),
+    )
+    group._set_live(cast(ShardsExecutor, SimpleNamespace()))
+    group.keep({3})
+    with pytest.raises(RuntimeError):
+        group._upkeep(None, fresh=False)  # type: ignore[arg-type]
+    thread = threading.Thread(target=group.refresh, args=("/new", 4), daemon=True)
+    thread.start()
+    thread.join(5.0)
+    assert refreshed == [4]
