@@ -103,11 +103,12 @@ def evaluate(
     Loss (nats per token), perplexity, and bits per character, which compares across tokenizers.
     """
     model = lazy.gptmoe_loaded().load(checkpoint, dtype, weights=weights)
+    length = _readable(seq_len, model.config, model.spec)
     with _prepared(data, model.tokenizer, kind) as folder, bar("evaluating") as progress:
         samples = lazy.gptmoe_data().open_samples(
             folder,
             "validation" if folder != data else split,
-            seq_len or _trained_seq_len(model.config, model.spec),
+            length,
             0,
             expect_tokenizer=model.tokenizer.digest,
         )
@@ -165,12 +166,12 @@ def calibrate(
     """
     stored = lazy.gptmoe_checkpoint().open_checkpoint(checkpoint)
     tokenizer = lazy.gptmoe_text().load_tokenizer(stored.path)
-    spec = lazy.gptmoe_stored().spec_of(stored)
+    length = _readable(seq_len, stored.config, lazy.gptmoe_stored().spec_of(stored))
     with _prepared(data, tokenizer, kind) as folder, bar("calibrating") as progress:
         samples = lazy.gptmoe_data().open_samples(
             folder,
             "validation" if folder != data else split,
-            seq_len or _trained_seq_len(stored.config, spec),
+            length,
             0,
             expect_tokenizer=tokenizer.digest,
         )
@@ -242,6 +243,12 @@ def _prepared(data: Path, tokenizer: Any, kind: str) -> Iterator[Path]:
         yield Path(scratch) / "data"
 
 
-def _trained_seq_len(config: Mapping[str, Any], spec: Any) -> int:
+def _readable(seq_len: int, config: Mapping[str, Any], spec: Any) -> int:
+    """The length of samples that is meant by --seq-len; ConfigError if the model cannot read it."""
+    if not 0 <= seq_len <= spec.max_seq_len:
+        raise ConfigError(
+            f"--seq-len {seq_len} is not what this model reads, 1 to {spec.max_seq_len} tokens; "
+            "name such a number, or 0 for the length of training"
+        )
     trained = config.get("train", {}).get("data", {}).get("seq_len")
-    return int(trained or spec.max_seq_len)
+    return int(seq_len or trained or spec.max_seq_len)

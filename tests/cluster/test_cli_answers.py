@@ -150,6 +150,21 @@ def test_rounded_weights_are_measured(run: Run, checkpoint: Path, tmp_path: Path
     assert losses[2] == pytest.approx(losses[0], abs=0.5)
 
 
+@pytest.mark.parametrize("seq_len", [-1, 65])
+def test_samples_are_no_longer_than_the_model_reads(
+    run: Run, checkpoint: Path, tmp_path: Path, seq_len: int
+) -> None:
+    data = tmp_path / "poems.txt"
+    data.write_text(f"{POEM * 20}\n")
+    words = (str(checkpoint), "--data", str(data), "--seq-len", str(seq_len))
+    expected = (
+        f"error: --seq-len {seq_len} is not what this model reads, 1 to 64 tokens; name such a "
+        "number, or 0 for the length of training\n"
+    )
+    assert run("evaluate", "--checkpoint", *words) == (2, "", expected)
+    assert run("calibrate", *words, "--output", str(tmp_path / "new")) == (2, "", expected)
+
+
 def test_a_checkpoint_is_verified(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     code, out, _ = run("verify", str(checkpoint), "--json")
     facts = json.loads(out)
