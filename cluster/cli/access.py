@@ -37,7 +37,13 @@ def access_of(ca: str, cert: Path | None, token_file: Path | None) -> Access:
 
 def _token(file: Path) -> str:
     """The first word of a line that is no comment: a server's own keys file will do."""
-    for line in file.read_text(encoding="utf-8").splitlines():
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"--token-file {file} is not text in UTF-8; write the token into a line of its own"
+        ) from None
+    for line in text.splitlines():
         token, *_ = line.split() or ["#"]
         if not token.startswith("#"):
             return token

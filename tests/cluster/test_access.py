@@ -44,3 +44,6 @@ def test_files_that_are_missing_or_empty(tmp_path: Path) -> None:
         access_of("", None, missing)
     with pytest.raises(ConfigError, match=r"--token-file .*empty holds no token"):
         access_of("", None, empty)
+    empty.write_bytes("# 钥匙\nspring-wind".encode("gbk"))
+    with pytest.raises(ConfigError, match=r"--token-file .*empty is not text in UTF-8; write the"):
+        access_of("", None, empty)
