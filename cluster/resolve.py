@@ -28,6 +28,9 @@ _CONFIGS = {
     "study": ("train.study.config", "StudyConfig"),
 }
 
+_WANT_FILE = ("pretrain", "finetune")
+"""`python -m train` does not start without one, even if overrides give every key."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
@@ -40,6 +43,8 @@ class Resolved:
 
 def resolve(kind: str, config: Path | None, overrides: Sequence[str]) -> Resolved:
     """Load a config in a child process; raises ConfigError with the child's sentence."""
+    if config is None and kind in _WANT_FILE:
+        raise ConfigError(f"{kind} wants a config file, such as configs/train/tiny.toml; name one")
     files = [str(config)] if config else []
     done = subprocess.run(
         [sys.executable, "-m", "cluster.resolve", kind, *files, *overrides],

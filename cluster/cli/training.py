@@ -68,7 +68,7 @@ def _train(kind: str, words: list[str], address: str, as_json: bool) -> None:
     else:
         resolved = resolve(kind, file, overrides)
         folder = Path(resolved.config["run"]["dir"])
-        code = _run_child(["train", kind, *words], folder)
+        code = _run_child(["train", kind, str(file), *overrides], folder)
     if code == 0:
         newest = runs.newest_metrics(folder)
         facts = {"run_dir": str(folder), **newest}

@@ -97,6 +97,7 @@ def test_models_as_json(run: Run) -> None:
         (["submit", "nothing"], "'nothing' is not one of"),
         (["scale", "0"], "greater than or equal to 1"),
         (["pretrain", "nope.toml"], "error: config file nope.toml does not exist"),
+        (["pretrain", "run.dir=x"], "error: pretrain wants a config file, such as configs/train/t"),
         (["pretrain", TINY, "parallel.epp=2"], "error: unknown config key parallel.epp"),
         (["status", "/"], "error: / is not the folder of a run"),
         (["status", "runs", "--target", "x"], "error: status takes one of RUN_DIR, --address and"),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.cli import training
+
 from .conftest import Run
 
 
@@ -33,3 +35,14 @@ def test_stop_interrupts_nobody_else(
         assert run("stop", str(tmp_path)) == (2, "", f"error: the run in {tmp_path} {expected}\n")
         process.communicate(b"\n")
     assert killed == []
+
+
+def test_a_config_may_stand_behind_overrides(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child that trains wants it first."""
+    given: list[list[str]] = []
+    monkeypatch.setattr(training, "_run_child", lambda words, folder: given.append(words) or 3)
+    folder = f"run.dir={tmp_path / 'run'}"
+    assert run("pretrain", folder, "configs/train/tiny.toml", "parallel.ep=2") == (3, "", "")
+    assert given == [["train", "pretrain", "configs/train/tiny.toml", folder, "parallel.ep=2"]]
