@@ -172,6 +172,9 @@ def draw_cluster(cluster: ClusterStatus) -> RenderableType:
         Text(f"{cluster.dashboard_url}: {cpus:g} CPU, {gpus:g} GPU", style="bold"),
         _jobs_table(cluster.jobs) if cluster.jobs else Text("no jobs"),
     ]
+    for job in cluster.jobs:
+        if job.problem:
+            parts.append(Text(f"{job.job_id}: {job.problem}", style="red"))
     for application in cluster.applications:
         name, status, replicas = application.name, application.status, application.replicas
         parts.append(Text(f"serves {name}: {status}, {replicas} replicas {application.message}"))

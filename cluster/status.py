@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptmoe.errors import ClusterError
+from gptmoe.errors import ClusterError, GptMoeError
 
 from . import jobs, runs, topology_file
 from .dashboard import Dashboard, num_running
@@ -41,6 +41,7 @@ class JobStatus:
     status: str
     message: str
     run: RunStatus | None
+    problem: str = ""  # why its folder, though it is there, cannot be read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +98,18 @@ def of_cluster(dashboard: Dashboard) -> ClusterStatus:
 def _job(job: Any) -> JobStatus:
     metadata = job.metadata or {}
     folder = Path(metadata.get(jobs.RUN_DIR) or "/nonexistent")
+    run, problem = None, ""
+    try:
+        run = of_folder(folder) if runs.is_run(folder) else None
+    except (GptMoeError, OSError) as error:  # one damaged file must not hide all other jobs
+        problem = str(error)
     return JobStatus(
         job_id=job.submission_id,
         kind=metadata.get(jobs.KIND, ""),
         status=str(job.status),
         message=(job.message or "").strip().partition("\n")[0],
-        run=of_folder(folder) if runs.is_run(folder) else None,
+        run=run,
+        problem=problem,
     )
 
 
