@@ -27,6 +27,8 @@ T = TypeVar("T")
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
 _PROBE_S = 5.0
 _POLL_S = 0.5
+_AWAY_S = 60.0
+"""A cluster whose job is followed may be away for so long."""
 
 
 class Dashboard:
@@ -90,14 +92,43 @@ class Dashboard:
         return self._ask(lambda: self._client.get_job_logs(job_id))
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """What the job prints, piece by piece, until it ends."""
-        self.job(job_id)
+        """What the job prints, piece by piece, until it ends.
+
+        Its log is opened again, and read on, when the connection ends before the job does. Raises
+        ClusterError if the cluster does not know the job, or cannot be asked for a minute.
+        """
+        over = self.job(job_id).status in FINISHED
+        told = 0  # characters
+        while True:
+            known = told
+            for piece in self._log(job_id):
+                if fresh := piece[known:]:
+                    yield fresh
+                known, told = max(0, known - len(piece)), told + len(fresh)
+            if over:
+                return
+            time.sleep(_POLL_S)
+            over = self._is_over(job_id)  # if so, once more: the last lines may be missing
+
+    def _is_over(self, job_id: str) -> bool:
+        """Whether the job has ended, by a cluster that may be away for a while."""
+        deadline_s = time.monotonic() + _AWAY_S
+        while True:
+            try:
+                return self.job(job_id).status in FINISHED
+            except ClusterError:
+                if time.monotonic() >= deadline_s:
+                    raise
+            time.sleep(_POLL_S)
+
+    def _log(self, job_id: str) -> Iterator[str]:
+        """The log of a job from its beginning, until the connection ends in whatever way."""
         loop = asyncio.new_event_loop()
         pieces = self._client.tail_job_logs(job_id)
         try:
             while True:
                 yield loop.run_until_complete(anext(pieces))
-        except StopAsyncIteration:
+        except Exception:  # noqa: BLE001  at its end, or broken: the job's status says which
             return
         finally:
             loop.run_until_complete(pieces.aclose())  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import typer
 from cluster import follow, runs
 from cluster.child import Child
 from cluster.resolve import resolve, split_words
+from gptmoe.errors import ClusterError
 
 from . import lazy
 from .output import Json, err, examples, print_facts
@@ -86,22 +87,32 @@ def _run_child(words: list[str], folder: Path) -> int:
 
 
 def run_job(dashboard: Any, job: Any) -> int:
-    """Submit a job, draw it until it ends, and return its exit code. Ctrl-C leaves it running."""
+    """Submit a job, draw it until it ends, and return its exit code. Ctrl-C leaves it running, and
+    so does a cluster that is lost from sight, which is a ClusterError.
+    """
     console = err()
     job_id = lazy.jobs().submit(dashboard, job)
     console.print(f"job {job_id} on {dashboard.url}")
 
+    lost: list[ClusterError] = []
+
     def print_logs() -> None:
-        for piece in dashboard.follow(job_id):
-            console.print(piece, end="")
+        try:
+            for piece in dashboard.follow(job_id):
+                console.print(piece, end="")
+        except ClusterError as error:
+            lost.append(error)
 
     logs = threading.Thread(target=print_logs, daemon=True)
-    logs.start()
     try:
+        logs.start()
         if job.run_dir:
             follow.follow(Path(job.run_dir), console, lambda: not logs.is_alive())
         logs.join()
-    except KeyboardInterrupt:
-        console.print(f"job {job_id} goes on; to stop it: gptmoe stop {job_id} --address ADDRESS")
+        if lost:
+            raise lost[0]
+    except (KeyboardInterrupt, ClusterError):
+        stop = f"gptmoe stop {job_id} --address {dashboard.url}"
+        console.print(f"job {job_id} goes on; to stop it: {stop}")
         raise
     return lazy.jobs().exit_code(dashboard.job(job_id))

@@ -2,13 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from cluster import jobs
 from cluster.cli import training
+from gptmoe.errors import ClusterError
 
 from .conftest import Run
 
@@ -46,3 +53,56 @@ def test_a_config_may_stand_behind_overrides(
     folder = f"run.dir={tmp_path / 'run'}"
     assert run("pretrain", folder, "configs/train/tiny.toml", "parallel.ep=2") == (3, "", "")
     assert given == [["train", "pretrain", "configs/train/tiny.toml", folder, "parallel.ep=2"]]
+
+
+@dataclass
+class Followed:
+    """A cluster whose job prints, and then does what `then` does."""
+
+    then: Callable[[], None]
+    url: str = "http://head:8265"
+    status: str = "FAILED"
+
+    def follow(self, job_id: str) -> Iterator[str]:
+        yield "step [1]\n"
+        self.then()
+
+    def job(self, job_id: str) -> Any:
+        return SimpleNamespace(status=self.status, driver_exit_code=7)
+
+
+JOB = SimpleNamespace(run_dir="")
+
+
+def lose() -> None:
+    raise ClusterError("no Ray cluster answers at http://head:8265")
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def submitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "submit", lambda dashboard, job: "pretrain-a")
+
+
+@pytest.mark.usefixtures("submitted")
+def test_a_job_hands_back_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert training.run_job(Followed(then=lambda: None), JOB) == 7
+    assert capsys.readouterr().err == "job pretrain-a on http://head:8265\nstep [1]\n"
+
+
+@pytest.mark.usefixtures("submitted")
+@pytest.mark.parametrize(
+    ("then", "error"),
+    [(lose, ClusterError), (interrupt, KeyboardInterrupt)],
+    ids=["lost", "ctrl-c"],
+)
+def test_a_job_that_is_left_goes_on_and_the_hint_works(
+    capsys: pytest.CaptureFixture[str], then: Callable[[], None], error: type[BaseException]
+) -> None:
+    with pytest.raises(error):
+        training.run_job(Followed(then=then), JOB)
+    hint = "gptmoe stop pretrain-a --address http://head:8265"
+    assert capsys.readouterr().err.endswith(f"job pretrain-a goes on; to stop it: {hint}\n")
