@@ -6,6 +6,7 @@ timeout, and what can go wrong is a ClusterError that says what to do.
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -25,6 +26,8 @@ from .resources import missing
 T = TypeVar("T")
 
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
+_NOT_FOUND = re.compile(r"(Request failed with status code|Version check returned) 404\b")
+"""How Ray's client says it. What a server says of another error may hold any number."""
 _PROBE_S = 5.0
 _POLL_S = 0.5
 _AWAY_S = 60.0
@@ -215,7 +218,7 @@ class Dashboard:
         except (ConnectionError, requests.RequestException, RayStateApiException) as error:
             raise self._unreachable(_first_sentence(error)) from None
         except (RuntimeError, ValueError) as error:
-            if "404" in str(error):
+            if _NOT_FOUND.match(str(error)):
                 raise _NotFound(str(error)) from None
             raise ClusterError(
                 f"the Ray cluster {self._where}: {_first_sentence(error)}"

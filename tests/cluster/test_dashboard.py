@@ -105,3 +105,18 @@ def test_a_cluster_that_stays_away_is_an_error(head: Head, cluster: Dashboard) -
     assert next(pieces) == LOG[:4]
     with pytest.raises(ClusterError, match="the head is away"):
         next(pieces)
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        ((404, "Job a does not exist"), "has no job a; its jobs: none$"),
+        ((500, "no space for _ray_pkg_4040404a.zip"), "Request failed .* 500: no space for _ray_p"),
+    ],
+)
+def test_only_what_is_not_found_is_not_found(
+    head: Head, cluster: Dashboard, failure: tuple[int, str], expected: str
+) -> None:
+    head.failure = failure
+    with pytest.raises(ClusterError, match=expected):
+        cluster.job("a")
