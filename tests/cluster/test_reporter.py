@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from cluster import env
 from cluster.coordinator import Coordinator
 from cluster.messages import Accepted, Begin, Heartbeat, Message, Owner, Shard
 from cluster.reporter import Reporter
@@ -53,6 +55,19 @@ class Scene:
 
     def owner(self) -> Owner:
         return self.coordinator.topology().owners[0]
+
+
+def test_the_example_of_the_readme_works() -> None:
+    text = (env.ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+    example = text.partition("```python\n")[2].partition("```")[0]
+    scene = Scene()
+
+    def join(run: str, group: str, **facts: Any) -> Reporter:
+        return Reporter(scene.line, group, **facts)
+
+    names: dict[str, Any] = {"join": join, "Shard": Shard, "run": "tiny", "group": "new", "step": 3}
+    exec(example, names)
+    assert (scene.owner().shard, scene.owner().step) == (Shard(layers=(0, 1, 2, 3)), 3)
 
 
 def test_a_worker_registers_and_reports_at_most_once_a_second() -> None:
