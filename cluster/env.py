@@ -90,8 +90,8 @@ def worker_environment(
 ) -> dict[str, str]:
     """The `env_vars` of a runtime environment for actors that compute with `threads` threads."""
     result = dict(_ALWAYS) | dict.fromkeys(_THREADS, str(threads))
-    if not use_gpu:
-        result["DS_ACCELERATOR"] = "cpu"
+    if not use_gpu:  # Ray, as _ALWAYS has it, leaves those in sight that it did not give
+        result |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     result["PYTHONPATH"] = _with_root(environment)
     return result
 

@@ -55,9 +55,9 @@ def session(
     """Connect to a cluster with room for `workers` workers, and disconnect (or stop it) at the end.
 
     Without an address: the cluster of the Ray job that this process runs in, else a new local one.
-    With `gpus` each worker takes a GPU if the cluster has any. `spare_cpus` is room for other
-    actors that ask for CPUs. Raises ClusterError if the cluster is unreachable, or still too small
-    after `timeout_s`.
+    With `gpus` each worker takes a GPU if the cluster has any; a new local one must have enough for
+    all, else they take none. `spare_cpus` is room for other actors that ask for CPUs. Raises
+    ClusterError if the cluster is unreachable, or still too small after `timeout_s`.
     """
     env.prepare()
     logging.getLogger(_TOKEN_NOTICES).setLevel(logging.ERROR)
@@ -83,6 +83,20 @@ def logical_cpus(workers: int, spare_cpus: int, cores: int) -> int:
     return max(cores, workers + spare_cpus)
 
 
+def local_gpus(workers: int, cluster: Mapping[str, float]) -> int:
+    """GPUs that each worker takes on a new local cluster; one warning if there are too few."""
+    gpus = cluster.get("GPU", 0.0)
+    if 0 < gpus < workers:
+        log.warning(
+            "%d workers compute on CPUs: this machine has %g GPU, fewer than one for each; use "
+            "fewer workers to train on it",
+            workers,
+            gpus,
+        )
+        return 0
+    return gpus_per_worker(cluster)
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -100,7 +114,7 @@ def _start(workers: int, gpus: bool, spare_cpus: int, worker_logs: bool) -> Sess
         )
     except Exception as error:
         raise ClusterError(f"a local Ray cluster did not start: {error}") from error
-    per_worker = gpus_per_worker(ray.cluster_resources()) if gpus else 0
+    per_worker = local_gpus(workers, ray.cluster_resources()) if gpus else 0
     _require(needed(workers, per_worker), "this machine", timeout_s=0.0)
     return Session(
         address=context.address_info["gcs_address"],

@@ -59,7 +59,9 @@ def test_workers_get_their_threads() -> None:
     worker = env.worker_environment(3, use_gpu=False, environment={})
     assert (worker["OMP_NUM_THREADS"], worker["DS_ACCELERATOR"]) == ("3", "cpu")
     assert worker["PYTHONPATH"] == str(env.ROOT)
-    assert "DS_ACCELERATOR" not in env.worker_environment(3, use_gpu=True, environment={})
+    assert worker["CUDA_VISIBLE_DEVICES"] == ""
+    own = env.worker_environment(3, use_gpu=True, environment={})
+    assert not {"DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"} & own.keys()
 
 
 def test_what_enters_at_a_door_reaches_the_replica() -> None:
