@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from gptmoe.errors import DataError
+from gptmoe.errors import DataError, GptMoeError
 from gptmoe.generate.params import SamplingParams
+
+_KEYS = ("id", "txt", "max_new_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +33,15 @@ class Item:
         return replace(common, max_new_tokens=self.max_new_tokens or common.max_new_tokens)
 
 
+Answer = str | GptMoeError
+"""The text behind a prompt, or why there is none."""
+
+
 class Answerer(Protocol):
     """Continues prompts; texts come without their prompt."""
 
-    def generate(self, items: Sequence[Item]) -> Iterator[tuple[int, str]]:
-        """Continue each prompt: its index and text, as each is done."""
+    def generate(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
+        """Continue each prompt: its index and answer, as each is done."""
 
     def stream(self, prompt: str) -> Iterator[str]:
         """Continue one prompt, piece by piece."""
@@ -47,8 +53,11 @@ class Local:
     def __init__(self, model: Any, sampling: SamplingParams) -> None:
         self._model, self._sampling = model, sampling
 
-    def generate(self, items: Sequence[Item]) -> Iterator[tuple[int, str]]:
-        """Continue all prompts in one engine: its index and text, as each is done."""
+    def generate(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
+        """Continue all prompts in one engine: its index and text, as each is done.
+
+        Raises RequestError at once if one of them is refused.
+        """
         sampling = [item.sampling(self._sampling) for item in items]
         return iter(self._model.generate_each([item.txt for item in items], sampling))
 
@@ -70,12 +79,24 @@ def read(path: Path) -> list[Item]:
     return [_item(path, number, item) for number, item in enumerate(raw, start=1)]
 
 
-def answers(items: Sequence[Item], texts: Sequence[str], task: str) -> list[dict[str, Any]]:
-    """The rows of an answer file."""
-    return [
-        {"id": item.id, "prompt": item.txt, f"output_{task}": item.txt + text}
-        for item, text in zip(items, texts, strict=True)
-    ]
+def answers(items: Sequence[Item], found: Sequence[Answer], task: str) -> list[dict[str, Any]]:
+    """The rows of an answer file; of a prompt without a text, "error" says why."""
+    rows = []
+    for item, answer in zip(items, found, strict=True):
+        said = (
+            {f"output_{task}": item.txt + answer}
+            if isinstance(answer, str)
+            else {"error": str(answer)}
+        )
+        rows.append({"id": item.id, "prompt": item.txt, **said})
+    return rows
+
+
+def check_writable(path: Path) -> None:
+    """Raise DataError where `write` could not: before hours of work, not behind them."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DataError(f"{path} cannot be written; name a file in a folder that is there")
 
 
 def write(rows: Sequence[Mapping[str, Any]], path: Path | None) -> None:
@@ -103,5 +124,10 @@ def _item(path: Path, number: int, item: Any) -> Item:
         raise DataError(
             f'{path}, item {number}: "max_new_tokens" must be a whole number of at least 1; found '
             f"{most!r}; leave it out for that of all"
+        )
+    unknown = sorted(item.keys() - _KEYS)
+    if unknown:
+        raise DataError(
+            f"{path}, item {number}: {unknown[0]!r} is not known; an item has {', '.join(_KEYS)}"
         )
     return Item(item["id"], item["txt"], most)

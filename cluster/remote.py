@@ -13,10 +13,12 @@ from gptmoe.generate.params import SamplingParams
 from .access import OPEN, Access
 from .client import Client, GenerationError, Sampling
 from .operations import Topologies
-from .prompts import Item
+from .prompts import Answer, Item
 
 _CALLS_AT_ONCE = 8
 _AGAIN_S = 0.5
+_FULL_S = 300.0
+"""A queue that is full for longer has other callers who do not leave it."""
 _SAYS_ITSELF = "takes no new requests"
 """In the answer of a server that is drained: it is there."""
 _NO_REQUEST = "no request "
@@ -30,14 +32,17 @@ class Remote:
         self._client = Client(target, access=access)
         self._sampling = sampling
 
-    def generate(self, items: Sequence[Item]) -> Iterator[tuple[int, str]]:
-        """Continue the prompts, some at a time, as the server batches them: index and text."""
-        with _errors(self._target), ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
+    def generate(self, items: Sequence[Item]) -> Iterator[tuple[int, Answer]]:
+        """Continue the prompts, some at a time, as the server batches them: index and answer.
+
+        A full queue is come back to; what else a prompt is refused with is its answer.
+        """
+        with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
             calls = {pool.submit(self._generate, item): index for index, item in enumerate(items)}
             try:
                 for call in as_completed(calls):
                     yield calls[call], call.result()
-            finally:  # after an error nobody waits for the others
+            finally:  # whoever leaves waits for none of the others
                 pool.shutdown(cancel_futures=True)
 
     def stream(self, prompt: str) -> Iterator[str]:
@@ -50,8 +55,15 @@ class Remote:
         """Close the connection."""
         self._client.close()
 
-    def _generate(self, item: Item) -> str:
-        return self._client.generate(item.txt, **_asked(item.sampling(self._sampling))).text
+    def _generate(self, item: Item) -> Answer:
+        limit_s = time.monotonic() + _FULL_S
+        while True:
+            try:
+                return self._client.generate(item.txt, **_asked(item.sampling(self._sampling))).text
+            except GenerationError as error:
+                if error.code != "RESOURCE_EXHAUSTED" or time.monotonic() > limit_s:
+                    return _in_our_words(error, self._target)
+                time.sleep(max(error.retry_after_s or 0.0, _AGAIN_S))
 
 
 def _asked(sampling: SamplingParams) -> Sampling:

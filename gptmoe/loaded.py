@@ -206,10 +206,13 @@ class LoadedModel:
         All go through one engine, ordered by length (generate/offline.py); of n answers the first
         is returned. Raises RequestError at once for a text or parameter that is refused.
         """
-        requests = [
-            self._request(str(index), text, replace(params, n=1))
-            for index, (text, params) in enumerate(zip(texts, sampling, strict=True))
-        ]
+        requests = []
+        for index, (text, params) in enumerate(zip(texts, sampling, strict=True)):
+            try:
+                requests.append(self._request(str(index), text, replace(params, n=1)))
+            except RequestError as error:
+                place = f"text {index + 1} of {len(texts)}: " if len(texts) > 1 else ""
+                raise RequestError(f"{place}{error}", error.field) from None
         slots = max([BATCH, *(params.num_beams for params in sampling)])
         engine = self.engine(
             EngineConfig(max_batch_size=slots, max_queue=slots, max_queue_tokens=sys.maxsize)

@@ -10,7 +10,7 @@ import typer
 
 from cluster import prompts
 from cluster.access import Access
-from gptmoe.errors import ConfigError
+from gptmoe.errors import ClusterError, ConfigError, GptMoeError
 from gptmoe.generate.params import SamplingParams
 
 from . import lazy
@@ -67,16 +67,27 @@ def generate(
         raise ConfigError("generate wants a PROMPT or --input FILE.json; give one of the two")
     if stream and (json or input_file):
         raise ConfigError("--stream prints plain text of one prompt; leave out --json and --input")
+    if output_file and not input_file:
+        raise ConfigError(
+            "--output holds answers to --input FILE.json; leave it out, or use > FILE"
+        )
+    if target and dtype != "float32":
+        raise ConfigError("--dtype is for --checkpoint; a server has its own, dtype=bfloat16")
     items = prompts.read(input_file) if input_file else []
+    if output_file:
+        prompts.check_writable(output_file)
     access = access_of(ca, cert, token_file)
     with _answerer(checkpoint, target, access, dtype, sampling) as answerer:
         if prompt is None:
-            rows = prompts.answers(items, _answer_all(answerer, items), task)
-            prompts.write(rows, output_file)
+            found = _answer_all(answerer, items)
+            prompts.write(prompts.answers(items, found, task), output_file)
+            _check_all_answered(found)
         elif stream:
             _print_stream(prompt, answerer.stream(prompt))
         else:
             ((_, text),) = answerer.generate([prompts.Item(0, prompt)])
+            if isinstance(text, GptMoeError):
+                raise text
             print_facts({"prompt": prompt, "text": text}, prompt + text, as_json=json)
 
 
@@ -213,13 +224,24 @@ def _answerer(
         yield remote
 
 
-def _answer_all(answerer: prompts.Answerer, items: list[prompts.Item]) -> list[str]:
-    texts = [""] * len(items)
+def _answer_all(answerer: prompts.Answerer, items: list[prompts.Item]) -> list[prompts.Answer]:
+    found: list[prompts.Answer] = [""] * len(items)
     with bar("generating") as progress:
-        for done, (index, text) in enumerate(answerer.generate(items), start=1):
-            texts[index] = text
+        for done, (index, answer) in enumerate(answerer.generate(items), start=1):
+            found[index] = answer
             progress.update(progress.task_ids[0], completed=done / len(items))
-    return texts
+    return found
+
+
+def _check_all_answered(found: list[prompts.Answer]) -> None:
+    """Raises ClusterError that names the first prompt without an answer."""
+    lacking = [(n, it) for n, it in enumerate(found, start=1) if isinstance(it, GptMoeError)]
+    if lacking:
+        number, error = lacking[0]
+        raise ClusterError(
+            f"{len(lacking)} of {len(found)} prompts have no answer, and their rows hold why; the "
+            f"first is item {number}: {error}"
+        )
 
 
 def _print_stream(prompt: str, pieces: Iterator[str]) -> None:

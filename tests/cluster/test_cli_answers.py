@@ -229,3 +229,20 @@ def test_calibrate_gives_thresholds_to_a_checkpoint_without(run: Run, tmp_path: 
         2,
         f"error: {new} exists already; name a new folder for the checkpoint\n",
     )
+
+
+def test_what_cannot_be_done_with_a_file_is_said_before_any_work(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    words = ("--checkpoint", str(checkpoint))
+    (tmp_path / "in.json").write_text(json.dumps([{"id": n, "txt": "春" * n} for n in (1, 999)]))
+    file = ("--input", str(tmp_path / "in.json"))
+    for arguments, expected in (
+        (("春风", *words, "--output", "out.txt"), "--output holds answers to --input FILE.json"),
+        (("春风", "--target", "127.0.0.1:1", "--dtype", "bfloat16"), "--dtype is for --checkpoint"),
+        ((*words, *file, "--output", str(tmp_path)), "cannot be written; name a file in a folder"),
+        ((*words, *file), "text 2 of 2: prompt must be at most"),
+    ):
+        code, out, err = run("generate", *arguments)
+        assert (code, out) == (2, ""), arguments
+        assert expected in err

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster import prompts
-from gptmoe.errors import DataError
+from gptmoe.errors import ClusterError, DataError
 from gptmoe.generate.params import SamplingParams
 
 
@@ -53,6 +53,10 @@ def test_without_a_file_answers_go_to_stdout(capsys: pytest.CaptureFixture[str])
         ),
         (b'[{"id": 1, "txt": "x", "max_new_tokens": true}]', "at least 1; found True"),
         (b'[{"id": 1, "txt": "x", "max_new_tokens": null}]', "at least 1; found None"),
+        (
+            b'[{"id": 1, "txt": "x", "max_new_token": 3}]',
+            "item 1: 'max_new_token' is not known; an item has id, txt, max_new_tokens",
+        ),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -68,3 +72,15 @@ def test_a_file_that_cannot_be_read_or_written(tmp_path: Path) -> None:
         prompts.read(tmp_path / "nothing.json")
     with pytest.raises(DataError, match=r"out\.json cannot be written: No such file"):
         prompts.write([], tmp_path / "nothing" / "out.json")
+    for path in (tmp_path / "nothing" / "out.json", tmp_path):
+        with pytest.raises(DataError, match="cannot be written; name a file in a folder"):
+            prompts.check_writable(path)
+    prompts.check_writable(tmp_path / "out.json")
+
+
+def test_a_prompt_without_an_answer_says_why() -> None:
+    items = [prompts.Item(1, "春风"), prompts.Item(2, "明月")]
+    assert prompts.answers(items, ["又绿", ClusterError("it is away")], "text") == [
+        {"id": 1, "prompt": "春风", "output_text": "春风又绿"},
+        {"id": 2, "prompt": "明月", "error": "it is away"},
+    ]

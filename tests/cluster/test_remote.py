@@ -22,6 +22,7 @@ class Echo(generation_pb2_grpc.GenerationServicer):
 
     def __init__(self) -> None:
         self.fast = Semaphore(0)
+        self.full = 2  # times
 
     def Generate(
         self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
@@ -30,6 +31,9 @@ class Echo(generation_pb2_grpc.GenerationServicer):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "top_k must be at least 0")
         if request.prompt == "break":
             context.abort(grpc.StatusCode.INTERNAL, "out of memory")
+        if (request.prompt == "full" and self.full) or request.prompt == "always full":
+            self.full -= 1
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "come back later")
         if request.prompt == "fast":
             self.fast.release()
         if request.prompt == "slow":  # until 99 fast ones have been answered
@@ -91,12 +95,23 @@ def test_every_way_to_sample_is_sent() -> None:
 
 def test_what_a_server_refuses_is_in_our_words(target: str) -> None:
     with closing(Remote(target, SamplingParams())) as remote:
-        with pytest.raises(RequestError, match="top_k must be at least 0"):
-            list(remote.generate([Item(1, "refuse")]))
-        with pytest.raises(
-            ClusterError, match=f"server at {target} failed: INTERNAL: out of memory"
-        ):
-            list(remote.generate([Item(1, "fine"), Item(2, "break")]))
+        items = [Item(1, "refuse"), Item(2, "break"), Item(3, "fine")]
+        refused, broken, text = (answer for _, answer in sorted(remote.generate(items)))
+    assert isinstance(refused, RequestError)
+    assert str(refused) == "top_k must be at least 0"
+    assert isinstance(broken, ClusterError)
+    assert f"server at {target} failed: INTERNAL: out of memory" in str(broken)
+    assert text == "fine:0:0::128"
+
+
+def test_a_full_queue_is_come_back_to(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.remote._AGAIN_S", 0.01)
+    with closing(Remote(target, SamplingParams())) as remote:
+        assert list(remote.generate([Item(1, "full")])) == [(0, "full:0:0::128")]
+        monkeypatch.setattr("cluster.remote._FULL_S", -1.0)
+        ((_, answer),) = remote.generate([Item(1, "always full")])
+    assert isinstance(answer, ClusterError)
+    assert "RESOURCE_EXHAUSTED: come back later" in str(answer)
 
 
 @pytest.mark.parametrize(
