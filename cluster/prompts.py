@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gptmoe.errors import DataError, GptMoeError
-from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.params import SamplingParams, is_unicode
 
 _KEYS = ("id", "txt", "max_new_tokens")
 
@@ -117,7 +117,7 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path | None) -> None:
 def _item(path: Path, number: int, item: Any) -> Item:
     if not isinstance(item, dict) or not {"id", "txt"} <= item.keys():
         raise DataError(f'{path}, item {number} must be an object with "id" and "txt"')
-    if not isinstance(item["txt"], str) or not item["txt"]:
+    if not isinstance(item["txt"], str) or not item["txt"] or not is_unicode(item["txt"]):
         raise DataError(f'{path}, item {number}: "txt" must be a text of at least one character')
     most = item.get("max_new_tokens", 0)
     if "max_new_tokens" in item and (type(most) is not int or most < 1):

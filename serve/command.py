@@ -111,7 +111,7 @@ def _for_people(endpoints: Endpoints) -> str:
     return (
         f"{endpoints.name} answers, with {endpoints.checkpoint}\n"
         f"{grpc}{edge}"
-        f"  HTTP       {endpoints.http}/generate\n"
+        f"  HTTP       {endpoints.http}/v1 (OpenAI's API), /generate\n"
         f"  dashboard  {endpoints.dashboard}{_ASKS if env.uses_token() else ''}\n"
         "Ctrl-C stops it.\n"
     )

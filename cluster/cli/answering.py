@@ -11,7 +11,7 @@ import typer
 from cluster import prompts
 from cluster.access import Access
 from gptmoe.errors import ClusterError, ConfigError, GptMoeError
-from gptmoe.generate.params import SamplingParams
+from gptmoe.generate.params import SamplingParams, check_text
 
 from . import lazy
 from .access import Ca, Cert, TokenFile, access_of
@@ -73,6 +73,8 @@ def generate(
         )
     if target and dtype != "float32":
         raise ConfigError("--dtype is for --checkpoint; a server has its own, dtype=bfloat16")
+    if prompt is not None:
+        check_text(prompt)
     items = prompts.read(input_file) if input_file else []
     if output_file:
         prompts.check_writable(output_file)

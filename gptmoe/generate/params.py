@@ -217,6 +217,15 @@ def shown(value: object) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def check_text(prompt: str) -> None:
+    """Raise RequestError for a prompt that is empty, or no Unicode text."""
+    check(prompt != "", "prompt", "an empty text", "at least one character")
+    if not is_unicode(prompt):
+        raise RequestError(
+            "prompt is not valid Unicode text; send UTF-8 without lone surrogates", "prompt"
+        )
+
+
 def is_unicode(text: str) -> bool:
     """Whether UTF-8 can write it; a lone surrogate it cannot."""
     try:

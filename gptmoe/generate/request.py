@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gptmoe.errors import RequestError
 from gptmoe.text import Tokenizer
 
 from .output import TextStream, end_ids
-from .params import SamplingParams, check, is_unicode, shown
+from .params import SamplingParams, check, check_text, shown
 
 MAX_CHARACTERS_A_TOKEN = 64
 MAX_ID_CHARACTERS = 200
@@ -76,11 +75,7 @@ def make_request(
 
 
 def _encoded(tokenizer: Tokenizer, prompt: str, max_seq_len: int) -> list[int]:
-    check(prompt != "", "prompt", "an empty text", "at least one character")
-    if not is_unicode(prompt):
-        raise RequestError(
-            "prompt is not valid Unicode text; send UTF-8 without lone surrogates", "prompt"
-        )
+    check_text(prompt)
     # No text is that long in so few tokens: a book is refused before it is encoded.
     shorter = len(prompt) <= MAX_CHARACTERS_A_TOKEN * max_seq_len
     check(shorter, "prompt", f"{len(prompt)} characters", _shorter(max_seq_len))

@@ -242,6 +242,7 @@ def test_what_cannot_be_done_with_a_file_is_said_before_any_work(
         (("春风", "--target", "127.0.0.1:1", "--dtype", "bfloat16"), "--dtype is for --checkpoint"),
         ((*words, *file, "--output", str(tmp_path)), "cannot be written; name a file in a folder"),
         ((*words, *file), "text 2 of 2: prompt must be at most"),
+        (("\udcff", "--target", "127.0.0.1:1"), "prompt is not valid Unicode text"),
     ):
         code, out, err = run("generate", *arguments)
         assert (code, out) == (2, ""), arguments
