@@ -196,7 +196,7 @@ class Account:
         """
         if count := len(rows_NV):
             wanted = lane.tokens[lane.score_from : lane.score_from + count]
-            self.scores += token_scores(rows_NV, wanted)
+            self.scores += token_scores(rows_NV, wanted, self.request.sampling.top_logprobs)
             lane.score_from += count
 
     def closed(self, last: Delta, now_s: float) -> Delta:

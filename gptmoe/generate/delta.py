@@ -27,6 +27,8 @@ class TokenScore:
     logprob: float
     greedy: bool
     """Whether no token is likelier."""
+    likeliest: TopLogprobs = ()
+    """At its place, where the request asks for top_logprobs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

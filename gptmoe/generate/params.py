@@ -89,7 +89,7 @@ class SamplingParams:
     top_logprobs: int = 0
     """And those of so many of the likeliest tokens at each place."""
     prompt_logprobs: bool = False
-    """And those of the prompt's tokens."""
+    """And those of the prompt's tokens, with the likeliest at their places."""
 
     def __post_init__(self) -> None:
         for name, (least, most, wanted) in _NUMBERS.items():

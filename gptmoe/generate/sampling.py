@@ -155,8 +155,10 @@ def log_probabilities(logits_V: Tensor, token: int, top: int) -> tuple[float, To
     return float(logprob_V[token]), likeliest(logprob_V, top)
 
 
-def token_scores(logits_TV: Tensor, token_ids: Sequence[int]) -> tuple[TokenScore, ...]:
-    """How likely the model holds each of `token_ids` at its place (row).
+def token_scores(
+    logits_TV: Tensor, token_ids: Sequence[int], top: int = 0
+) -> tuple[TokenScore, ...]:
+    """How likely the model holds each of `token_ids` at its place (row), and the `top` likeliest.
 
     A row's result has the same bits alone and among others. Raises CheckpointError as `adjusted`.
     """
@@ -166,9 +168,11 @@ def token_scores(logits_TV: Tensor, token_ids: Sequence[int]) -> tuple[TokenScor
         best_T = scores_TV.amax(1)
         _check_finite(best_T)
         token_T1 = _ids(token_ids[start : start + ROWS_AT_ONCE], scores_TV)[:, None]
-        logprob_T1 = scores_TV.log_softmax(1).gather(1, token_T1)
-        greedy_T1 = scores_TV.gather(1, token_T1) >= best_T[:, None]
-        scores += map(TokenScore, logprob_T1.flatten().tolist(), greedy_T1.flatten().tolist())
+        logprob_TV = scores_TV.log_softmax(1)
+        logprobs = logprob_TV.gather(1, token_T1).flatten().tolist()
+        greedy = (scores_TV.gather(1, token_T1) >= best_T[:, None]).flatten().tolist()
+        likeliest_T = [likeliest(logprob_V, top) for logprob_V in logprob_TV]
+        scores += map(TokenScore, logprobs, greedy, likeliest_T)
     return tuple(scores)
 
 

@@ -144,7 +144,7 @@ class _Writer:
         echo = self._text(place) if begins and self._body.echo else ""
         parts = []
         if echo and self._body.logprobs is not None:
-            parts.append(scores.of_prompt(self._ids(place), [score.logprob for score in prompt]))
+            parts.append(scores.of_prompt(self._ids(place), prompt))
         if self._body.logprobs is not None:
             parts.append(scores.of_delta(delta))
         return TextChoice(

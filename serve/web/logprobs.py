@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from gptmoe.generate.delta import Delta, TopLogprobs
+from gptmoe.generate.delta import Delta, TokenScore, TopLogprobs
 from gptmoe.text import StreamDecoder, Tokenizer
 
 from .answers import ChatLogprobs, ChatToken, TextLogprobs, TopToken
@@ -40,10 +40,12 @@ class TextScores:
         """Of the tokens of an answer; the chosen one is always among the likeliest."""
         return self._of(delta.token_ids, delta.logprobs, delta.top_logprobs)
 
-    def of_prompt(self, token_ids: Sequence[int], scores: Sequence[float]) -> TextLogprobs:
+    def of_prompt(self, token_ids: Sequence[int], scores: Sequence[TokenScore]) -> TextLogprobs:
         """Of a prompt's tokens, of which the first has none; of those that were not scored, since
         the request was ended before, nothing is said."""
-        return self._of(token_ids[: 1 + len(scores)], (None, *scores), ())
+        logprobs = (None, *(score.logprob for score in scores))
+        likeliest = ((), *(score.likeliest for score in scores))
+        return self._of(token_ids[: 1 + len(scores)], logprobs, likeliest)
 
     def _of(
         self,
@@ -62,7 +64,7 @@ class TextScores:
             found.text_offset.append(self._characters)
             self._characters += len(self._decoder.push([token]))
             if found.top_logprobs is not None:
-                tops = likeliest[place] if likeliest else ()
+                tops = likeliest[place]
                 named = {self._name(other): _told(value) for other, value in tops}
                 found.top_logprobs.append(None if own is None else named | {name: own})
         return found

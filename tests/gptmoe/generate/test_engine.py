@@ -36,6 +36,15 @@ def test_what_fills_the_context_is_scored_where_it_has_all_the_room(tokenizer: T
     assert not running.has_work
 
 
+def test_the_likeliest_are_told_at_a_prompts_places_too(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    sampling = request("a", top_logprobs=1, prompt_logprobs=True).sampling
+    running.add(Request("a", (FIRST, FIRST + 1, FIRST + 5), sampling, score_from=1))
+    first, *_ = run_out(running)
+    told = [(score.greedy, score.likeliest[0][0]) for score in first.prompt_scores]
+    assert told == [(True, FIRST + 1), (False, FIRST + 2)]
+
+
 def test_no_more_of_a_prompt_is_known_than_it_has(tokenizer: Tokenizer) -> None:
     """One that goes on behind what it has said finds that in the cache, too."""
     running = engine(tokenizer, max_seq_len=256)

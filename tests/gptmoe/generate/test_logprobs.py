@@ -64,6 +64,19 @@ def test_scores_of_a_prompt_have_the_bits_of_single_places() -> None:
     assert [place for place, score in enumerate(whole) if score.greedy] == [5]
 
 
+def test_the_likeliest_at_a_prompts_places_are_those_of_generation() -> None:
+    """To the bit: who asks whether a token is the likeliest compares the numbers."""
+    logits_TV = torch.randn(70, 1000, generator=torch.Generator().manual_seed(2))
+    token_ids = [int(logits_V.argmax()) for logits_V in logits_TV]
+    scores = token_scores(logits_TV, token_ids, 3)
+    assert [(score.logprob, score.likeliest) for score in scores] == [
+        log_probabilities(logits_V, token, 3)
+        for logits_V, token in zip(logits_TV, token_ids, strict=True)
+    ]
+    assert all(score.likeliest[0][1] == score.logprob for score in scores)
+    assert {score.likeliest for score in token_scores(logits_TV, token_ids)} == {()}
+
+
 def test_scores_of_a_prompt_as_the_reference() -> None:
     logits_TV = torch.tensor([SCORES, SCORES[::-1], [0.0] * 8], dtype=torch.float64)
     scores = token_scores(logits_TV, [3, 3, 7])

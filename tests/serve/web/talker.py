@@ -24,7 +24,8 @@ class Talker:
     """Says the tokens of `said` in turn, answer k from the k-th on, one a step; no thread, no Ray.
 
     A token's log-probability is -1 at the first step, -2 at the second; the likeliest at each place
-    are the token, then its successors in the vocabulary.
+    are the token, then its successors in the vocabulary. A prompt's tokens have -0.5 each, and the
+    likeliest at their places are their successors, farthest first.
     """
 
     def __init__(self, tokenizer: Tokenizer, said: Sequence[int]) -> None:
@@ -96,7 +97,6 @@ class Talker:
         elif step + 1 >= min(sampling.max_new_tokens, self.most_tokens):
             piece, reason = piece + text.finish(), "length"
         logprob = -1.0 - step
-        scores = [TokenScore(-0.5, True)] * (len(request.prompt_ids) - 1)
         return Delta(
             request_id=request.request_id,
             index=index,
@@ -109,9 +109,16 @@ class Talker:
             top_logprobs=(
                 tuple((token + k, logprob - k) for k in range(sampling.top_logprobs)),
             ) if sampling.top_logprobs else (),
-            prompt_scores=tuple(scores) if request.score_from and not step + index else (),
+            prompt_scores=self._scores(request) if request.score_from and not step + index else (),
             version=7,
         )  # fmt: skip
+
+    def _scores(self, request: Request) -> tuple[TokenScore, ...]:
+        top = request.sampling.top_logprobs
+        return tuple(
+            TokenScore(-0.5, False, tuple((token + k, -0.5 + k / 4) for k in range(top)[::-1]))
+            for token in request.prompt_ids[1:]
+        )
 
 
 class Keyring:

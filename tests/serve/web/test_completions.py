@@ -106,7 +106,7 @@ def test_log_probabilities(talking: Browser) -> None:
         "token_logprobs": [None, -0.5, -1, -2],
         "top_logprobs": [
             None,
-            {"风": -0.5},
+            {chr(ord("风") + 1): -0.25, "风": -0.5},
             {"春": -1, successors[0]: -2},
             {"眠": -2, successors[1]: -3},
         ],
