@@ -193,13 +193,19 @@ EVENT_CONTENT: dict[str, Any] = {
 
 RETRY = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}}
 BEARER = {"WWW-Authenticate": {"schema": {"type": "string"}, "description": "Bearer."}}
+ONCE = {
+    "x-should-retry": {
+        "schema": {"type": "string", "enum": ["false"]},
+        "description": "OpenAI's clients do not send it again by themselves.",
+    }
+}
 
 _REASONS: dict[int, tuple[str, dict[str, Any]]] = {
     400: ("The body is not a request, or a field is out of range: it is named.", {}),
     401: ("The key is missing or wrong.", BEARER),
     404: ("No model of that name is served.", {}),
-    408: ("The deadline passed.", {}),
-    409: ("A request with that id runs.", {}),
+    408: ("The deadline passed.", ONCE),
+    409: ("A request with that id runs.", ONCE),
     413: ("The body is too large.", {}),
     415: ("The body is not application/json.", {}),
     429: ("The queue is full.", RETRY),

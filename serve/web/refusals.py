@@ -58,6 +58,16 @@ _KINDS: tuple[tuple[type[GptMoeError], int, str, str], ...] = (
 )
 """Status, field and code of each error; the first that fits."""
 
+_ONCE = {"x-should-retry": "false"}
+"""OpenAI's clients send a request that was refused with 408 or 409 again unless they are told so:
+what was late would be computed three times for nobody."""
+
+_HEADERS: dict[type[GptMoeError], Mapping[str, str]] = {
+    Unauthenticated: {"WWW-Authenticate": "Bearer"},
+    DeadlineExceeded: _ONCE,
+    AlreadyRunning: _ONCE,
+}
+
 _CODES = {
     404: "not_found",
     405: "method_not_allowed",
@@ -80,7 +90,7 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal(status=500, message=message, code="internal")
     kind, status, name, code = next(row for row in _KINDS if isinstance(error, row[0]))
     name = error.field if isinstance(error, RequestError) else name
-    headers = {"WWW-Authenticate": "Bearer"} if kind is Unauthenticated else None
+    headers = _HEADERS.get(kind)
     if isinstance(error, Overloaded | Unavailable):
         headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
     return Refusal(status=status, message=str(error), field=name, code=code, headers=headers)

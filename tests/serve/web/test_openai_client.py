@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import openai
 import pytest
 
+from gptmoe.errors import DeadlineExceeded
 from serve.service import Service
 from serve.web.app import build
 from tests.serve.web.talker import Keyring, Talker, served
@@ -122,6 +123,14 @@ def test_refusals_become_its_errors(ask: openai.OpenAI, address: str, talker: Ta
     wrong = openai.OpenAI(base_url=address, api_key="wrong", max_retries=0)
     with wrong, pytest.raises(openai.AuthenticationError, match="key is missing or wrong"):
         wrong.models.list()
+
+
+def test_what_was_late_is_asked_once(address: str, talker: Talker) -> None:
+    talker.refusal = DeadlineExceeded("late")
+    patient = openai.OpenAI(base_url=address, api_key="sesame")
+    with patient, pytest.raises(openai.APIStatusError, match="late"):
+        patient.completions.create(model="poems", prompt="春")
+    assert len(talker.requests) == 1
 
 
 def test_a_stream_that_breaks_raises(ask: openai.OpenAI, talker: Talker) -> None:

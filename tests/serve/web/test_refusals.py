@@ -48,6 +48,17 @@ def test_an_error_before_the_first_token_is_a_status(
         assert response.headers.get("retry-after") == retry
 
 
+@pytest.mark.parametrize("error", [error for error, *_ in ERRORS])
+def test_clients_are_told_not_to_repeat_what_fails_again(
+    talking: Browser, talker: Talker, error: GptMoeError
+) -> None:
+    """OpenAI's send 408, 409, 429 and 5xx again by themselves: an expired deadline three times."""
+    talker.refusal = error
+    response = talking.complete()
+    told = "false" if response.status_code in (408, 409) else None
+    assert response.headers.get("x-should-retry") == told
+
+
 def test_an_error_within_a_stream_is_its_last_event(talking: Browser, talker: Talker) -> None:
     talker.breaks_after = 2
     for response in (talking.complete(stream=True), talking.chat("你好", stream=True)):
