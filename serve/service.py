@@ -49,6 +49,8 @@ class Call:
     """Of what name the model must be; empty: any."""
     resume_ids: tuple[int, ...] = ()
     """What an earlier answer has said."""
+    score_only: bool = False
+    """Whether the prompt is computed and nothing behind it. One answer."""
     priority: int = 0
     """Lower goes first."""
     deadline_s: float | None = None
@@ -202,6 +204,7 @@ class Service:
             resume_ids=call.resume_ids,
             priority=call.priority,
             deadline_s=deadline_s,
+            score_only=call.score_only,
         )
         known = (self.tokenizer, self.card.max_seq_len)
         size = len(call.prompt)

@@ -42,6 +42,7 @@ def make_request(
     resume_ids: Sequence[int] = (),
     priority: int = 0,
     deadline_s: float | None = None,
+    score_only: bool = False,
 ) -> Request:
     """Tokenize and check a prompt: a text or its token ids.
 
@@ -71,6 +72,7 @@ def make_request(
         priority=priority,
         deadline_s=deadline_s,
         score_from=1 if sampling.prompt_logprobs else 0,
+        score_only=score_only,
     )
 
 

@@ -39,7 +39,9 @@ class CompletionBody(Options):
     prompt: Prompt = pydantic.Field(
         description=f"A text, its token ids, or up to {MAX_PROMPTS} of either."
     )
-    max_tokens: Whole | None = sampled("max_new_tokens", 16, "New tokens at most.")
+    max_tokens: Whole | None = sampled(
+        "max_new_tokens", 16, "New tokens at most; 0, only with echo: score the prompt.", minimum=0
+    )
     logprobs: Whole | None = sampled(
         "top_logprobs",
         None,
@@ -73,6 +75,10 @@ class CompletionBody(Options):
             self.best_of,
             f"n={n} or absent: answers are not ranked; a beam search is, see num_beams",
         )
+        prompt_only = bool(self.echo) and self.max_tokens == 0
+        alone = "1 where max_tokens is 0: all answers would be the prompt"
+        check(not prompt_only or n == 1, "n", n, alone)
+        check(not prompt_only or self.beams in (None, 1), "num_beams", self.beams, alone)
         scored = bool(self.echo) and self.logprobs is not None
         check(
             not (scored and self.stream) or n == 1,
@@ -81,7 +87,7 @@ class CompletionBody(Options):
             "without one of these: a prompt's log-probabilities come once",
         )
         sampling = self.sampling(
-            max_new_tokens=16 if self.max_tokens is None else self.max_tokens,
+            max_new_tokens=16 if self.max_tokens is None else self.max_tokens + prompt_only,
             logprobs=self.logprobs is not None,
             top_logprobs=self.logprobs or 0,
             prompt_logprobs=scored,
@@ -93,6 +99,7 @@ class CompletionBody(Options):
             Call(
                 prompt=prompt,
                 sampling=sampling,
+                score_only=prompt_only,
                 request_id=name,
                 named=head.named,
                 seeded=self.seed is not None,

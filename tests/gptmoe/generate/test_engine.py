@@ -36,6 +36,14 @@ def test_what_fills_the_context_is_scored_where_it_has_all_the_room(tokenizer: T
     assert not running.has_work
 
 
+def test_a_prompt_may_be_computed_and_nothing_else(tokenizer: Tokenizer) -> None:
+    running = engine(tokenizer)
+    running.add(Request("a", (FIRST, FIRST + 1), SamplingParams(), score_only=True))
+    [delta] = run_out(running)
+    assert (delta.finish_reason, delta.prompt_tokens) == ("length", 2)
+    assert delta.token_ids == delta.prompt_scores == ()
+
+
 def test_the_likeliest_are_told_at_a_prompts_places_too(tokenizer: Tokenizer) -> None:
     running = engine(tokenizer)
     sampling = request("a", top_logprobs=1, prompt_logprobs=True).sampling

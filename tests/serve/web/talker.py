@@ -88,6 +88,13 @@ class Talker:
 
     def _next(self, request: Request, index: int, step: int, text: TextStream) -> Delta:
         sampling = request.sampling
+        if request.score_only:
+            return Delta(
+                request_id=request.request_id,
+                finish_reason="length",
+                prompt_tokens=len(request.prompt_ids),
+                prompt_scores=self._scores(request) if request.score_from else (),
+            )
         token = self.said[(step + index) % len(self.said)]
         piece, reason = text.push(token), ""
         if request.deadline_s is not None and time.monotonic() > request.deadline_s:

@@ -12,6 +12,11 @@ from tests.serve.web.browser import Browser, events
 from tests.serve.web.talker import Talker
 
 
+def by_index(choice: dict[str, Any]) -> int:
+    index: int = choice["index"]
+    return index
+
+
 def test_a_completion_has_all_fields(talking: Browser) -> None:
     response = talking.complete(max_tokens=3)
     assert response.status_code == 200
@@ -121,6 +126,25 @@ def test_log_probabilities_of_the_chosen_tokens_alone(talking: Browser) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_scored_without_a_token_behind_it(
+    talking: Browser, talker: Talker, stream: bool
+) -> None:
+    usage = {"stream_options": {"include_usage": True}} if stream else {}
+    asked = {"max_tokens": 0, "echo": True, "logprobs": 1, "stream": stream, **usage}
+    response = talking.complete(["春风", "月"], **asked)
+    chunks = events(response)[:-1] if stream else [response.json()]
+    spring, moon = sorted((c for chunk in chunks for c in chunk["choices"]), key=by_index)
+    assert (spring["text"], spring["finish_reason"]) == ("春风", "length")
+    assert spring["logprobs"]["token_logprobs"] == [None, -0.5]
+    assert (moon["text"], moon["logprobs"]["tokens"]) == ("月", ["月"])
+    usage = chunks[-1]["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 0)
+    assert all(request.score_only for request in talker.requests)
+    [plain] = talking.complete("春风", max_tokens=0, echo=True).json()["choices"]
+    assert (plain["text"], plain["logprobs"]) == ("春风", None)
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_nothing_is_said_of_a_prompt_that_was_not_scored(
     talking: Browser, talker: Talker, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
@@ -184,6 +208,8 @@ def test_stop_strings(talking: Browser) -> None:
         ({"prompt": ""}, "prompt", "prompt must be at least one character"),
         ({"prompt": "春" * 64}, "prompt", "prompt must be at most 63 tokens"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens must be at least 1; found 0"),
+        ({"max_tokens": 0, "echo": True, "n": 2}, "n", "n must be 1 where max_tokens is 0"),
+        ({"max_tokens": 0, "echo": True, "num_beams": 2}, "num_beams", "num_beams must be 1 where"),
         ({"max_tokens": 2**40}, "max_tokens", "less than or equal to 2147483647"),
         ({"temperature": 10**400}, "temperature", "temperature is wrong"),
         ({"temperature": "hot"}, "temperature", "Input should be a valid number, found 'hot'"),

@@ -153,7 +153,7 @@ def test_every_bound_in_the_schema_is_itself_accepted(
 ) -> None:
     talker.most_tokens = 2
     bodies = {
-        "/v1/completions": {"prompt": "春"},
+        "/v1/completions": {"prompt": "春", "echo": True},  # as max_tokens=0 wants it
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "春"}]},
         "/generate": {"inputs": ["春"]},
     }
