@@ -6,7 +6,7 @@ GptMoeError
   LayoutError       a parallel layout does not divide or does not fit; gives both numbers
   CheckpointError   a checkpoint is missing, incomplete, corrupt or of another shape; names the part
   ClusterError      a Ray cluster is unreachable, too small or lost a part
-    Unavailable     for now: `retry_after_s` says when to try again
+    Unavailable     for now: `retry_after_s` says when to try again, if here at all
   RequestError      a generation request is invalid; `field` names what to change
   NotFound          no model or running request of that name
   AlreadyRunning    a request with that id runs
@@ -45,9 +45,12 @@ class ClusterError(GptMoeError):
 
 
 class Unavailable(ClusterError):
-    """A part is away and may come back; try again after `retry_after_s` seconds."""
+    """A part is away and may come back; try again after `retry_after_s` seconds.
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+    None: nobody knows when, or whether at all; try elsewhere.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = 1.0) -> None:
         super().__init__(message, retry_after_s)
         self.message = message
         self.retry_after_s = retry_after_s

@@ -114,7 +114,11 @@ def set_status(error: GptMoeError, context: Context) -> None:
 
 
 def retry_metadata(error: GptMoeError) -> Metadata:
-    """The trailing metadata of an error that passes; empty for others."""
-    if not isinstance(error, Overloaded | Unavailable):
-        return []
-    return [(RETRY_AFTER, str(round(1000 * error.retry_after_s)))]
+    """The trailing metadata of an error that passes here; empty for others."""
+    after_s = retry_after_s(error)
+    return [] if after_s is None else [(RETRY_AFTER, str(round(1000 * after_s)))]
+
+
+def retry_after_s(error: GptMoeError) -> float | None:
+    """When to ask again here; None: nobody knows, or nothing changes by waiting."""
+    return error.retry_after_s if isinstance(error, Overloaded | Unavailable) else None

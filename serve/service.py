@@ -187,9 +187,8 @@ class Service:
     def _accepted(self, call: Call | ScoreCall) -> float | None:
         """The deadline by the engine's clock, of a call that is not refused at once."""
         if self.draining and not call.ticket.goes_on:
-            raise Unavailable(
-                f"{self.card.name} takes no new requests: an operator drains it; ask another server"
-            )
+            why = "takes no new requests: an operator drains it; ask another server"
+            raise Unavailable(f"{self.card.name} {why}", None)
         self.model(call.model)
         if call.deadline_s is None:
             return None

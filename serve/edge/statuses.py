@@ -8,8 +8,8 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from gptmoe.errors import GptMoeError, Overloaded, RequestError, Unavailable
-from serve.refusals import code_of, retry_metadata, sentence
+from gptmoe.errors import GptMoeError, RequestError
+from serve.refusals import code_of, retry_after_s, retry_metadata, sentence
 
 
 def status_of(error: GptMoeError, request_id: str = "") -> Any:
@@ -45,9 +45,10 @@ def _details(error: GptMoeError, request_id: str) -> list[Any]:
             field=error.field, description=sentence(error)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, Overloaded | Unavailable):
+    after_s = retry_after_s(error)
+    if after_s is not None:
         delay = error_details_pb2.RetryInfo()
-        delay.retry_delay.FromTimedelta(timedelta(seconds=error.retry_after_s))
+        delay.retry_delay.FromTimedelta(timedelta(seconds=after_s))
         details.append(delay)
     if request_id:
         details.append(error_details_pb2.RequestInfo(request_id=request_id))

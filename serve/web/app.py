@@ -110,7 +110,7 @@ def _about(service: Service, stall_s: float) -> APIRouter:
     async def readyz() -> Health:
         service.check(stall_s)
         if service.draining:
-            raise Unavailable(f"{service.card.name} drains: ask another server")
+            raise Unavailable(f"{service.card.name} drains: ask another server", None)
         return Health()
 
     return router

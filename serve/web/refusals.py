@@ -27,9 +27,9 @@ from gptmoe.errors import (
     PermissionDenied,
     RequestError,
     Unauthenticated,
-    Unavailable,
 )
 from serve.access_log import current
+from serve.refusals import retry_after_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +91,8 @@ def refusal_of(error: Exception) -> Refusal:
     kind, status, name, code = next(row for row in _KINDS if isinstance(error, row[0]))
     name = error.field if isinstance(error, RequestError) else name
     headers = _HEADERS.get(kind)
-    if isinstance(error, Overloaded | Unavailable):
-        headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+    if (after_s := retry_after_s(error)) is not None:
+        headers = {"Retry-After": str(max(1, math.ceil(after_s)))}
     return Refusal(status=status, message=str(error), field=name, code=code, headers=headers)
 
 

@@ -60,6 +60,7 @@ def test_answers_pass_as_they_are() -> None:
         (AlreadyRunning("a runs already"), grpc.StatusCode.ALREADY_EXISTS),
         (Overloaded("the queue is full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (Unavailable("a shard is away", 3.5), grpc.StatusCode.UNAVAILABLE),
+        (Unavailable("drained", None), grpc.StatusCode.UNAVAILABLE),
         (DeadlineExceeded("too late"), grpc.StatusCode.DEADLINE_EXCEEDED),
     ],
 )
@@ -72,18 +73,16 @@ def test_errors_are_statuses_with_details(error: Any, code: grpc.StatusCode) -> 
             with pytest.raises(grpc.aio.AioRpcError) as found:
                 await (call if hasattr(call, "__await__") else call.read())
             assert (found.value.code(), found.value.details()) == (code, str(error))
-            passes = isinstance(error, Overloaded | Unavailable)
-            assert answers.failure(found.value).retry_after_s == (
-                error.retry_after_s if passes else None
-            )
+            after_s = getattr(error, "retry_after_s", None)
+            assert answers.failure(found.value).retry_after_s == after_s
             kinds = {type(detail).__name__: detail for detail in await details(call)}
             assert kinds.pop("RequestInfo").request_id == "mine"
             if isinstance(error, RequestError):
                 (violation,) = kinds.pop("BadRequest").field_violations
                 assert (violation.field, violation.description) == ("top_p", str(error))
-            if passes:
+            if after_s is not None:
                 delay = kinds.pop("RetryInfo").retry_delay
-                assert delay.ToTimedelta().total_seconds() == error.retry_after_s
+                assert delay.ToTimedelta().total_seconds() == after_s
             assert not kinds
 
     ask(Handle(Poet(error=error)), use)
