@@ -95,11 +95,6 @@ class ChatBody(Options):
     top_logprobs: Whole | None = sampled(
         "top_logprobs", None, "And of so many of the likeliest; only with logprobs."
     )
-    metadata: dict[str, str] | None = described(None, "Ignored.")
-    safety_identifier: str | None = described(None, "Ignored.")
-    prompt_cache_key: str | None = described(None, "Ignored.")
-    service_tier: Literal["auto", "default"] | None = described(None, "Ignored.")
-    store: Literal[False] | None = described(None, "Only false: nothing is kept.")
     parallel_tool_calls: bool | None = described(None, "Ignored: there are no tools.")
     tools: Annotated[list[None], pydantic.Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None

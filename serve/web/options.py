@@ -67,6 +67,11 @@ class Options(Strict):
     )
     seed: int | None = sampled("seed", None, "The same seed, the same text. Absent: 0, not chance.")
     user: str | None = described(None, "Ignored.")
+    metadata: dict[str, str] | None = described(None, "Ignored.")
+    safety_identifier: str | None = described(None, "Ignored.")
+    prompt_cache_key: str | None = described(None, "Ignored.")
+    service_tier: Literal["auto", "default"] | None = described(None, "Ignored.")
+    store: Literal[False] | None = described(None, "Only false: nothing is kept.")
 
     top_k: Whole | None = sampled(
         "top_k", None, "Only so many of the likeliest tokens; 0 or -1: all.", minimum=-1

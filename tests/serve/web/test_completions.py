@@ -191,6 +191,16 @@ def test_a_stream_echoes_the_prompt_once(talking: Browser) -> None:
     assert done == "[DONE]"
 
 
+def test_what_says_nothing_of_the_text_is_ignored_as_in_chats(talking: Browser) -> None:
+    ignored = {
+        "user": "李", "metadata": {"a": "b"}, "store": False, "service_tier": "auto",
+        "prompt_cache_key": "k", "safety_identifier": "s",
+    }  # fmt: skip
+    for given in (ignored, dict.fromkeys(ignored)):
+        assert talking.complete(**given, max_tokens=1).status_code == 200
+    assert talking.complete(store=True).json()["error"]["param"] == "store"
+
+
 def test_stop_strings(talking: Browser) -> None:
     [choice] = talking.complete(stop=["晓", "觉"]).json()["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("春眠不", "stop")
