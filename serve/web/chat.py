@@ -108,6 +108,13 @@ class ChatBody(Options):
     verbosity: None = None
     web_search_options: None = None
     moderation: None = None
+    add_generation_prompt: Literal[True] | None = described(
+        None, "Only true: the assistant speaks next."
+    )
+    continue_final_message: Literal[False] | None = described(
+        None, "Only false: a message that was begun is not gone on with."
+    )
+    chat_template: None = None
 
     @property
     def prompt(self) -> str:

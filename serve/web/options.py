@@ -1,6 +1,8 @@
 """What completions and chats have in common: how to sample, and the request itself."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import pydantic
 
 from gptmoe.generate.params import (
     MAX_BIASES,
@@ -42,10 +44,14 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = described(None, "At the end, an event with the tokens' numbers.")
     include_obfuscation: Literal[False] | None = described(None, "Only false: events are plain.")
+    continuous_usage_stats: Literal[False] | None = described(None, "Only false: once, at the end.")
 
 
 class Options(Strict):
-    """Fields of OpenAI's API, then ours, which are called as vLLM's where it has them."""
+    """Fields of OpenAI's API, then ours, which are called as vLLM's where it has them.
+
+    Those of one value are there for clients that always send them: they get what they ask for.
+    """
 
     model: str | None = described(None, "Its name; absent: the one that is served.")
     stream: bool | None = described(False, "Answer piece by piece: server-sent events.")
@@ -97,6 +103,23 @@ class Options(Strict):
     length_penalty: float | None = sampled(
         "length_penalty", None, "Beams compare by log-probability / length ** this."
     )
+    min_tokens: Annotated[int, pydantic.Field(ge=0, le=0)] | None = described(
+        None, "Only 0: an answer ends where the model ends it; see ignore_eos."
+    )
+    skip_special_tokens: Literal[True] | None = described(
+        None, "Only true: the token that ends an answer is no part of its text."
+    )
+    spaces_between_special_tokens: Literal[True] | None = described(None, "Only true: no effect.")
+    include_stop_str_in_output: Literal[False] | None = described(
+        None, "Only false: the text ends before a stop string."
+    )
+    prompt_logprobs: None = None
+    truncate_prompt_tokens: None = None
+    guided_json: None = None
+    guided_regex: None = None
+    guided_choice: None = None
+    guided_grammar: None = None
+    structured_outputs: None = None
     deadline_ms: Milliseconds | None = DEADLINE
     priority: Whole = PRIORITY
 

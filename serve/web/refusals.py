@@ -199,6 +199,8 @@ def _sentence(name: str, problems: Sequence[Any]) -> str:
         return f"{name} is not a known field"
     if kind == "missing":
         return f"{name} is missing"
+    if kind == "none_required" or problems[0].get("ctx", {}).get("max_length") == 0:
+        return f"{name} is not supported here; leave it out, or send null"
     if kind == "too_short" and len(problems) == 1:
         least = problems[0]["ctx"]["min_length"]
         return f"{name} must hold at least {least}, found {len(problems[0]['input'])}"

@@ -141,6 +141,8 @@ def test_fields_that_ask_for_nothing_are_let_through(talking: Browser) -> None:
         ({"top_logprobs": 2}, "top_logprobs", "sent with logprobs=true"),
         ({"top_logprobs": 30, "logprobs": True}, "top_logprobs", "between 0 and 20"),
         ({"stop": ["a"] * 16}, "stop", "stop must be at most 15 of them; found 16"),
+        ({"tools": [{}]}, "tools", "tools is not supported here; leave it out, or send null"),
+        ({"audio": {}}, "audio", "audio is not supported here"),
         ({"best_of": 1}, "best_of", "best_of is not a known field"),
     ],
 )  # fmt: skip

@@ -201,6 +201,22 @@ def test_what_says_nothing_of_the_text_is_ignored_as_in_chats(talking: Browser) 
     assert talking.complete(store=True).json()["error"]["param"] == "store"
 
 
+def test_what_vllms_clients_send_and_ask_nothing_by_is_let_through(talking: Browser) -> None:
+    nothing = {
+        "skip_special_tokens": True, "spaces_between_special_tokens": True, "min_tokens": 0,
+        "include_stop_str_in_output": False, "prompt_logprobs": None, "guided_json": None,
+        "guided_choice": None, "truncate_prompt_tokens": None, "structured_outputs": None,
+    }  # fmt: skip
+    for given in (nothing, dict.fromkeys(nothing)):
+        assert talking.complete(**given, max_tokens=1).status_code == 200
+        assert talking.chat("你好", **given, max_tokens=1).status_code == 200
+    speaks = {"add_generation_prompt": True, "continue_final_message": False, "chat_template": None}
+    assert talking.chat("你好", **speaks, max_tokens=1).status_code == 200
+    at_end = {"include_usage": True, "continuous_usage_stats": False}
+    *_, last, _ = events(talking.complete(max_tokens=1, stream=True, stream_options=at_end))
+    assert last["usage"]["completion_tokens"] == 1
+
+
 def test_stop_strings(talking: Browser) -> None:
     [choice] = talking.complete(stop=["晓", "觉"]).json()["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("春眠不", "stop")
@@ -243,6 +259,10 @@ def test_stop_strings(talking: Browser) -> None:
         ({"deadline_ms": -1}, "deadline_ms", "greater than or equal to 0"),
         ({"stream_options": {}}, "stream_options", "absent, or sent with stream=true"),
         ({"stream": True, "stream_options": {"a": 1}}, "stream_options.a", "not a known field"),
+        ({"guided_json": {"type": "object"}}, "guided_json", "guided_json is not supported here"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs", "prompt_logprobs is not supported here"),
+        ({"min_tokens": 3}, "min_tokens", "less than or equal to 0, found 3"),
+        ({"skip_special_tokens": False}, "skip_special_tokens", "should be True, found False"),
         ({"temprature": 1}, "temprature", "temprature is not a known field"),
         (
             {"echo": True, "logprobs": 1, "stream": True, "n": 2},
