@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import pydantic
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from pydantic import Tag
 
 from gptmoe.generate.delta import Delta
 from gptmoe.generate.params import MAX_STOPS, SamplingParams, check
@@ -30,7 +31,7 @@ from .answers import (
     MessageDelta,
 )
 from .door import JsonRoute
-from .fields import RequestId, StopString, Strict, Whole, described, listed, sampled
+from .fields import RequestId, StopString, Strict, Whole, by_shape, described, listed, sampled
 from .logprobs import chat_logprobs
 from .openai import EVENTS, REFUSALS, Head, Tally, answered, failed, finish_reason, pieces, tally_of
 from .options import NAMES, Options
@@ -61,7 +62,10 @@ class Message(Strict):
     """What one side said; with the empty fields of an answer, which clients send back."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], listed(1)]
+    content: Annotated[
+        Annotated[str, Tag("str")] | Annotated[list[TextPart], listed(1), Tag("list[dict]")],
+        by_shape("a text or a list of text parts"),
+    ]
     name: str | None = described(None, "Ignored.")
     refusal: None = None
     audio: None = None

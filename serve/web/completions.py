@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import pydantic
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from pydantic import Tag
 
 from gptmoe.generate.delta import Delta, TokenScore
 from gptmoe.generate.params import check
@@ -13,7 +14,7 @@ from serve.service import Call, Service
 
 from .answers import Completion, TextChoice
 from .door import JsonRoute
-from .fields import PromptText, RequestId, TokenId, Whole, described, listed, sampled
+from .fields import PromptText, RequestId, TokenId, Whole, by_shape, described, listed, sampled
 from .logprobs import TextScores, joined
 from .openai import EVENTS, REFUSALS, Head, Tally, answered, failed, finish_reason, pieces, tally_of
 from .options import NAMES, Options
@@ -25,12 +26,13 @@ MAX_PROMPTS = 64
 _NAMES = NAMES | {"max_new_tokens": "max_tokens", "top_logprobs": "logprobs"}
 
 TokenIds = Annotated[list[TokenId], listed(1)]
-Prompt = (
-    PromptText
-    | Annotated[list[PromptText], listed(1, MAX_PROMPTS)]
-    | TokenIds
-    | Annotated[list[TokenIds], listed(1, MAX_PROMPTS)]
-)
+Prompt = Annotated[
+    Annotated[PromptText, Tag("str")]
+    | Annotated[list[PromptText], listed(1, MAX_PROMPTS), Tag("list[str]")]
+    | Annotated[TokenIds, Tag("list[int]")]
+    | Annotated[list[TokenIds], listed(1, MAX_PROMPTS), Tag("list[list]")],
+    by_shape("a text, its token ids, or a list of either"),
+]
 
 
 class CompletionBody(Options):

@@ -52,6 +52,24 @@ def listed(least: int, most: int | None = None) -> Any:
     return pydantic.Field(min_length=least, max_length=most, fail_fast=True)
 
 
+def by_shape(wanted: str) -> pydantic.Discriminator:
+    """Judges a value by the one type of a choice whose `shape` it has, so that one thing is wrong.
+
+    Of each type a Tag says the shape; a value of none of them is not `wanted`.
+    """
+    return pydantic.Discriminator(
+        shape, custom_error_type="shape", custom_error_message=f"must be {wanted}"
+    )
+
+
+def shape(value: Any) -> str:
+    """The type of a JSON value, and of what a list begins with; of an empty one: int."""
+    if not isinstance(value, list):
+        return type(value).__name__
+    first = value[0] if value else 0
+    return "list[list]" if isinstance(first, list) else f"list[{type(first).__name__}]"
+
+
 MOST_WHOLE = 2**31 - 1
 
 Whole = Annotated[int, pydantic.Field(ge=-(2**31), le=MOST_WHOLE)]

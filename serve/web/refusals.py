@@ -184,12 +184,8 @@ def _path(loc: Sequence[Any]) -> tuple[Any, ...]:
     """Where a field stands, without the place of the body and without names of types."""
     if loc[0] == "header":
         return tuple(str(part).title() for part in loc[1:])
-    parts = []
-    for part in loc[1:]:
-        if isinstance(part, str) and (part in _TYPES or "[" in part):
-            break
-        parts.append(part)
-    return tuple(parts)
+    inside = (part for part in loc[2:] if part not in _TYPES and "[" not in str(part))
+    return (*loc[1:2], *inside)
 
 
 def _sentence(name: str, problems: Sequence[Any]) -> str:
@@ -207,5 +203,7 @@ def _sentence(name: str, problems: Sequence[Any]) -> str:
     if kind == "too_long" and len(problems) == 1:
         most = problems[0]["ctx"]["max_length"]
         return f"{name} must hold at most {most}, found {len(problems[0]['input'])}"
+    if kind == "shape":
+        return f"{name} {problems[0]['msg']}, found {found}"
     wanted = " or ".join(dict.fromkeys(problem["msg"] for problem in problems))
     return f"{name} is wrong: {wanted}, found {found}"

@@ -125,8 +125,9 @@ ITEMS: dict[str, Any] = {"string": "春", "integer": 1, "array": [1], "null": No
 def ends(schema: Any) -> list[Any]:
     """A value for each bound that a field's schema states, which just keeps it."""
     found: list[Any] = []
-    outer = {name: value for name, value in schema.items() if name != "anyOf"}
-    for one in schema.get("anyOf", [schema]):
+    choices = next((schema[name] for name in ("anyOf", "oneOf") if name in schema), [schema])
+    outer = {name: value for name, value in schema.items() if name not in ("anyOf", "oneOf")}
+    for one in choices:
         kind, bounds = one.get("type"), one | outer
         items = bounds.get("items", {})
         if kind in ("integer", "number"):
