@@ -5,7 +5,7 @@
 | POST /v1/completions, /v1/chat/completions; GET /v1/models | as OpenAI's API |
 | POST /generate, /generate/stream | as PAI-EAS |
 | GET /model | what the model is |
-| GET /healthz, /readyz | whether the engine goes on; whether it takes requests |
+| GET, HEAD /healthz, /readyz | whether the engine goes on; whether it takes requests |
 """
 
 from typing import Any
@@ -101,11 +101,13 @@ def _about(service: Service, stall_s: float) -> APIRouter:
     async def model() -> ModelCard:
         return service.card
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", responses=refusals(PlainRefusal, 503), summary="Does it live?")
     async def healthz() -> Health:
         service.check(stall_s)
         return Health()
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", responses=refusals(PlainRefusal, 503), summary="Does it take requests?")
     async def readyz() -> Health:
         service.check(stall_s)

@@ -140,6 +140,15 @@ def test_ready_and_alive(talking: Browser, talker: Talker, talk: Service) -> Non
         assert "one step for over 60 s" in response.json()["error"]["message"]
 
 
+def test_probes_may_ask_for_the_status_alone(client: httpx.Client, talker: Talker) -> None:
+    for path in ("/healthz", "/readyz"):
+        response = client.head(path)
+        assert (response.status_code, response.text) == (200, "")
+    talker.refusal = ClusterError("the engine has computed one step for over 60 s")
+    for path in ("/healthz", "/readyz"):
+        assert client.head(path).status_code == 503
+
+
 def test_models(talking: Browser) -> None:
     [model] = talking("GET", "/v1/models").json()["data"]
     assert (model["id"], model["object"], model["owned_by"]) == ("poems", "model", "gptmoe")
