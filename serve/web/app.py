@@ -63,6 +63,7 @@ class _Application(FastAPI):
             version="1",
             redoc_url=None,
             swagger_ui_oauth2_redirect_url=None,
+            redirect_slashes=False,  # to http:// behind a proxy with TLS: body and key in the open
         )
 
     def openapi(self) -> dict[str, Any]:

@@ -205,6 +205,14 @@ def test_an_unknown_path_and_method(talking: Browser) -> None:
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
 
 
+@pytest.mark.parametrize("path", ["/v1/completions/", "/generate/", "/healthz/"])
+def test_no_caller_is_sent_on_elsewhere(talking: Browser, path: str) -> None:
+    """Behind a proxy with TLS the server would name http://, and the key go out in the open."""
+    for method in ("GET", "POST"):
+        response = talking(method, path)
+        assert (response.status_code, response.headers.get("location")) == (404, None)
+
+
 def test_a_long_request_id_is_named(talking: Browser) -> None:
     headers = JSON | {"X-Request-Id": "a" * 201}
     response = talking("POST", "/v1/completions", content=GOOD, headers=headers)
