@@ -27,6 +27,9 @@ from .texts import Texts, apart
 
 Keep = Callable[[list[Delta]], None]
 
+ANSWERS = ("cmpl", "chatcmpl")
+"""What OpenAI's API writes before a request's id, and a dash, where it names an answer."""
+
 SCORES_AT_ONCE = 8
 """Continuations of one call that the engine has at a time: one call shall not fill the queue."""
 
@@ -160,14 +163,22 @@ class Service:
     async def abort(self, request_id: str) -> None:
         """End a request on whatever replica it runs; its caller gets finish_reason "abort".
 
-        Raises NotFound if none of that id runs, Unavailable if nobody can tell for now.
+        Where none of that id runs, the id of an answer of OpenAI's API stands for its request.
+        Raises NotFound if that does not run either, Unavailable if nobody can tell for now.
         """
         check(request_id != "", "request_id", "an empty text", "the id of a running request")
         wanted = f"at most {MAX_ID_CHARACTERS} characters"
         found = f"{len(request_id)} characters"
         check(len(request_id) <= MAX_ID_CHARACTERS, "request_id", found, wanted)
-        if not await self._engine.abort(request_id):
+        if await self._engine.abort(request_id):
+            return
+        try:
             await self._names.abort(request_id)
+        except NotFound:
+            kind, _, inner = request_id.partition("-")
+            if kind not in ANSWERS or not inner:
+                raise
+            await self.abort(inner)
 
     def model(self, name: str = "") -> ModelCard:
         """What is served; raises NotFound if `name` is not its name."""

@@ -117,6 +117,22 @@ def test_an_abort_goes_to_this_engine_first_and_then_elsewhere(
         run(service.abort("nobody"))
 
 
+@pytest.mark.parametrize("answer", ["cmpl-mine", "chatcmpl-mine"])
+def test_an_answers_id_ends_its_request_unless_a_request_is_called_so(
+    service: Service, names: Told, answer: str
+) -> None:
+    names.elsewhere |= {"mine", answer}
+    run(service.abort(answer))
+    assert names.calls[-1].startswith(f"abort {answer}")
+    names.elsewhere.remove(answer)
+    run(service.abort(answer))
+    assert names.calls[-1].startswith("abort mine")
+    names.elsewhere.clear()
+    for nothing in (answer, "cmpl-", "chatcmpl", "text-mine"):
+        with pytest.raises(NotFound):
+            run(service.abort(nothing))
+
+
 def test_a_retry_with_the_same_seed_has_the_same_text(service: Service) -> None:
     first = complete(service, call(named=True))
     again = complete(service, call(named=True))
