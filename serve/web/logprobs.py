@@ -27,7 +27,7 @@ def _told(logprob: float) -> float:
 class TextScores:
     """Writes down the log-probabilities of one text, as its tokens come.
 
-    `text_offset` counts the whole characters before a token.
+    `text_offset` counts the characters before a token: whole ones, and those that stay unfinished.
     """
 
     def __init__(self, tokenizer: Tokenizer, top: int) -> None:
@@ -45,7 +45,9 @@ class TextScores:
         the request was ended before, nothing is said."""
         logprobs = (None, *(score.logprob for score in scores))
         likeliest = ((), *(score.likeliest for score in scores))
-        return self._of(token_ids[: 1 + len(scores)], logprobs, likeliest)
+        found = self._of(token_ids[: 1 + len(scores)], logprobs, likeliest)
+        self._characters += len(self._decoder.finish())  # its text is whole without the answer
+        return found
 
     def _of(
         self,
@@ -61,13 +63,18 @@ class TextScores:
             own = None if logprob is None else _told(logprob)
             found.tokens.append(name)
             found.token_logprobs.append(own)
-            found.text_offset.append(self._characters)
+            found.text_offset.append(self._characters + self._left_behind(token))
             self._characters += len(self._decoder.push([token]))
             if found.top_logprobs is not None:
                 tops = likeliest[place]
                 named = {self._name(other): _told(value) for other, value in tops}
                 found.top_logprobs.append(None if own is None else named | {name: own})
         return found
+
+    def _left_behind(self, token: int) -> int:
+        """Characters that are certain to stay unfinished, as this token begins another one."""
+        begins = any(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(token)[:1])
+        return len(self._decoder.fork().finish()) if begins else 0
 
     def _name(self, token: int) -> str:
         return written(self._tokenizer.token_bytes(token))

@@ -116,6 +116,14 @@ def test_pieces_of_the_eas_shape(text: str, cuts: list[int]) -> None:
     check_pieces([piece["text"] for piece in pieces], text.replace("\n", "\\n"))
 
 
+def test_offsets_count_characters_that_stay_unfinished() -> None:
+    """In a prompt's text, which ends with it, and in an answer's."""
+    SPEAKER.split("春风月", [3, 6]).tokens[0] = b"\xe6"
+    [choice] = SPEAKER.browser.complete([0], max_tokens=3, logprobs=0, echo=True).json()["choices"]
+    assert choice["text"] == "\ufffd\ufffd风月"
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3]
+
+
 def test_an_answer_that_ends_inside_a_character_says_so() -> None:
     SPEAKER.split("春", [1])
     [choice] = SPEAKER.browser.complete([0], max_tokens=1, logprobs=1).json()["choices"]
