@@ -28,7 +28,7 @@ class Child:
         pipe = subprocess.PIPE if on_line else None
         self._process = subprocess.Popen(
             [sys.executable, "-m", *words],
-            env=env.child_environment(starts_cluster=True),
+            env=env.child_environment(starts_cluster=True) | {env.ATTACHED: "1"},
             process_group=0,
             stdin=subprocess.PIPE,
             stdout=pipe,

@@ -44,7 +44,7 @@ _HEAD = {
     "RAY_health_check_failure_threshold": "4",
 }
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's name for what a job knows about itself
-_ATTACHED = "GPTMOE_ATTACHED"  # standard input is the parent's, and closes when that ends
+ATTACHED = "GPTMOE_ATTACHED"  # standard input is the parent's, and closes when that ends
 _DEVICE_FILE = Path("/dev/nvidiactl")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
@@ -68,7 +68,6 @@ def child_environment(
 ) -> dict[str, str]:
     """The environment of a child that runs `python -m train` or `python -m serve`."""
     result = {**environment, "PYTHONPATH": _with_root(environment), "PYTHONUNBUFFERED": "1"}
-    result[_ATTACHED] = "1"
     if starts_cluster:
         for name, value in {"RAY_AUTH_MODE": "token", **_HEAD}.items():
             result.setdefault(name, value)
@@ -77,7 +76,7 @@ def child_environment(
 
 def take_attached(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Whether this process is an attached child. Its own children are not: they do not hear it."""
-    return environment.pop(_ATTACHED, "") == "1"
+    return environment.pop(ATTACHED, "") == "1"
 
 
 def uses_token(environment: Mapping[str, str] = os.environ) -> bool:

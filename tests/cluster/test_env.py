@@ -53,6 +53,7 @@ def test_a_child_finds_our_packages_and_may_start_a_cluster() -> None:
     chosen = env.child_environment({"RAY_health_check_period_ms": "9"}, starts_cluster=True)
     assert chosen["RAY_health_check_period_ms"] == "9"
     assert "RAY_AUTH_MODE" not in env.child_environment({}, starts_cluster=False)
+    assert not env.take_attached(child)  # whoever starts one so need not hold its standard input
 
 
 def test_workers_get_their_threads() -> None:
