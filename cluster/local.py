@@ -21,7 +21,7 @@ import ray
 from gptmoe.errors import ClusterError
 
 from . import env
-from .resources import gpus_per_worker, missing, needed
+from .resources import at_once, gpus_per_worker, missing, needed
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Session:
 def session(
     *,
     workers: int,
+    least: int | None = None,
     gpus: bool = False,
     address: str | None = None,
     spare_cpus: int = 0,
@@ -55,19 +56,21 @@ def session(
     """Connect to a cluster with room for `workers` workers, and disconnect (or stop it) at the end.
 
     Without an address: the cluster of the Ray job that this process runs in, else a new local one.
+    With `least` room for so many is enough; threads are shared out among those that find room now.
     With `gpus` each worker takes a GPU if the cluster has any; a new local one must have enough for
-    all, else they take none. `spare_cpus` is room for other actors that ask for CPUs. Raises
-    ClusterError if the cluster is unreachable, or still too small after `timeout_s`.
+    all that must run, else they take none. `spare_cpus` is room for other actors that ask for CPUs.
+    Raises ClusterError if the cluster is unreachable, or still too small after `timeout_s`.
     """
     env.prepare()
+    least = workers if least is None else least
     logging.getLogger(_TOKEN_NOTICES).setLevel(logging.ERROR)
     if address is None and env.inside_job():
         address = "auto"
     try:
         if address is None:
-            yield _start(workers, gpus, spare_cpus, worker_logs)
+            yield _start(workers, least, gpus, spare_cpus, worker_logs)
         else:
-            yield _connect(address, workers, gpus, spare_cpus, worker_logs, timeout_s)
+            yield _connect(address, workers, least, gpus, spare_cpus, worker_logs, timeout_s)
     finally:
         ray.shutdown()
 
@@ -102,11 +105,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start(workers: int, gpus: bool, spare_cpus: int, worker_logs: bool) -> Session:
+def _start(workers: int, least: int, gpus: bool, spare_cpus: int, worker_logs: bool) -> Session:
+    started = at_once(workers, least, {"CPU": cores()})
     try:
         context: Any = ray.init(
             address="local",
-            num_cpus=logical_cpus(workers, spare_cpus, cores()),
+            num_cpus=logical_cpus(started, spare_cpus, cores()),
             object_store_memory=_OBJECT_STORE_BYTES,
             include_dashboard=True,
             log_to_driver=worker_logs,
@@ -114,14 +118,15 @@ def _start(workers: int, gpus: bool, spare_cpus: int, worker_logs: bool) -> Sess
         )
     except Exception as error:
         raise ClusterError(f"a local Ray cluster did not start: {error}") from error
-    per_worker = local_gpus(workers, ray.cluster_resources()) if gpus else 0
-    _require(needed(workers, per_worker), "this machine", timeout_s=0.0)
+    per_worker = local_gpus(least, ray.cluster_resources()) if gpus else 0
+    _require(needed(least, per_worker), "this machine", timeout_s=0.0)
+    running = at_once(started, least, ray.cluster_resources(), per_worker)
     return Session(
         address=context.address_info["gcs_address"],
         dashboard_url=_dashboard_url(context),
         local=True,
         cpus_per_worker=1,
-        threads=max(1, cores() // workers),
+        threads=max(1, cores() // running),
         gpus_per_worker=per_worker,
     )
 
@@ -129,6 +134,7 @@ def _start(workers: int, gpus: bool, spare_cpus: int, worker_logs: bool) -> Sess
 def _connect(
     address: str,
     workers: int,
+    least: int,
     gpus: bool,
     spare_cpus: int,
     worker_logs: bool,
@@ -145,8 +151,8 @@ def _connect(
             "~/.ray/auth_token holds the cluster's token"
         ) from error
     per_worker = gpus_per_worker(ray.cluster_resources()) if gpus else 0
-    _require(needed(workers, per_worker, spare_cpus), f"the cluster at {address}", timeout_s)
-    threads = _threads(workers)
+    _require(needed(least, per_worker, spare_cpus), f"the cluster at {address}", timeout_s)
+    threads = _threads(at_once(workers, least, ray.cluster_resources(), per_worker))
     return Session(
         address=context.address_info["gcs_address"],
         dashboard_url=_dashboard_url(context),

@@ -32,7 +32,7 @@ def launch(plan: RunPlan, state: StateFile, address: str | None) -> None:
     layout = plan.config.parallel.layout()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     fewest = plan.config.parallel.fewest_workers
-    with session(workers=fewest, gpus=True, address=address) as cluster:
+    with session(workers=layout.world, least=fewest, gpus=True, address=address) as cluster:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own, set by now, aborts the process
         state.write(
             state="running",
@@ -40,7 +40,7 @@ def launch(plan: RunPlan, state: StateFile, address: str | None) -> None:
             dashboard_url=cluster.dashboard_url,
         )
         if not cluster.local:
-            say_if_busy(cluster, layout.world)
+            say_if_busy(cluster, fewest)
         with coordinating(plan.run_name, plan.run_dir):
             try:
                 make_trainer(plan, cluster).fit()

@@ -32,3 +32,24 @@ def test_workers_take_a_gpu_each_or_compute_on_cpus(
     assert [message.partition(";")[0] for message in caplog.messages] == [few] * (
         0 < gpus < workers
     )
+
+
+@pytest.mark.parametrize("address", [None, "there"])
+def test_threads_are_those_of_the_workers_that_run_not_of_the_least_that_must(
+    monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    """Two elastic workers took two threads each on two cores; on eight a worker wanted all."""
+    there = SimpleNamespace(address_info={"gcs_address": "here:1"}, dashboard_url="")
+    monkeypatch.setattr(ray, "init", lambda **options: there)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(local, "cores", lambda: 8)
+
+    def threads(workers: int, least: int | None) -> int:
+        with local.session(workers=workers, least=least, address=address) as session:
+            return session.threads
+
+    assert threads(4, None) == threads(4, 1) == 2
+    assert threads(32, 1) == 1  # eight find room
+    assert threads(2, 1) == 4
