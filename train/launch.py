@@ -22,6 +22,7 @@ from cluster.resources import missing
 from .plan import RunPlan
 from .recovery import RecoveryPolicy, first_cause
 from .state import GO_ON, StateFile
+from .watchdog import group_timeout
 from .worker import work
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,10 @@ def make_trainer(plan: RunPlan, cluster: Session) -> TorchTrainer:
     return SteadyTrainer(
         work,
         train_loop_config=settings,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo",
+            timeout_s=int(group_timeout(plan.config.run.hang_s).total_seconds()),
+        ),
         scaling_config=ScalingConfig(
             num_workers=(parallel.min_workers, world) if parallel.min_workers else world,
             elastic_resize_monitor_interval_s=parallel.resize_every_s,

@@ -9,7 +9,7 @@ other's place in the loop's collectives.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from gptmoe.checkpoint import Box, Piece
 from gptmoe.errors import CheckpointError
 
 log = logging.getLogger(__name__)
+
+_LOOKS_EVERY_S = 1.0
 
 Groups = Mapping[str, Sequence[Piece]]
 
@@ -41,9 +43,11 @@ class Saver:
         keep: int,
         warn: Callable[[str], None] = log.warning,
         saved: Callable[[Path], None] = lambda folder: None,
+        waits: Callable[[], None] = lambda: None,
     ) -> None:
         """`barrier` is used by the writing thread alone. `warn` tells people of a failure, `saved`
-        hears of each complete checkpoint, in the writing thread of rank 0."""
+        hears of each complete checkpoint, in the writing thread of rank 0. `waits` is called now
+        and then while the loop waits for the writing thread: a slow disk is no hang."""
         self._folder = folder
         self._rank, self._world = rank, world
         self._barrier = barrier
@@ -52,6 +56,7 @@ class Saver:
         self._keep = keep
         self._warn = warn
         self._saved = saved
+        self._waits = waits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
         self._memory: dict[tuple[str, str, Box], Tensor] = {}
@@ -91,6 +96,8 @@ class Saver:
     def _settle(self, *, fatal: bool) -> None:
         if self._under_way is None:
             return
+        while not wait([self._under_way], timeout=_LOOKS_EVERY_S).done:
+            self._waits()
         try:
             self._under_way.result()
         except CheckpointError as error:
@@ -111,6 +118,9 @@ class Saver:
             progress=progress,
             copy_files=self._copy_files,
         )
-        if self._rank == 0:
-            self._saved(self._folder / name)
-            checkpoint.prune(self._folder, self._keep)
+        try:
+            if self._rank == 0:
+                self._saved(self._folder / name)
+                checkpoint.prune(self._folder, self._keep)
+        finally:
+            self._barrier()  # all loops wait here alike: one alone would leave the others hanging

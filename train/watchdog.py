@@ -11,11 +11,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from types import FrameType
 
 log = logging.getLogger(__name__)
 
 _LOOKS_EVERY_S = 1.0
+_LEAST_GROUP_TIMEOUT = timedelta(hours=2)
 _COLLECTIVES = os.path.join("torch", "distributed")
 
 
@@ -74,6 +76,14 @@ class Watchdog:
         while not self._over.wait(min(_LOOKS_EVERY_S, self._limit_s / 4)):
             if self.look():
                 return
+
+
+def group_timeout(limit_s: float) -> timedelta:
+    """How long a collective waits before it gives up: the watchdog is to be the first to judge.
+
+    Hours, since threads that write checkpoints to a slow disk meet in a group, too.
+    """
+    return max(_LEAST_GROUP_TIMEOUT, timedelta(seconds=3 * limit_s)) if limit_s else timedelta(7)
 
 
 def waits_for_others(frame: FrameType | None) -> bool:

@@ -4,7 +4,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from typing import Any
 
 import ray.train
@@ -41,11 +40,9 @@ from .register import register
 from .saving import Saver
 from .state import writing
 from .updaters import make_updater
-from .watchdog import Watchdog
+from .watchdog import Watchdog, group_timeout
 
 log = logging.getLogger(__name__)
-
-GROUP_TIMEOUT = timedelta(minutes=10)
 
 
 def work(settings: dict[str, Any]) -> None:
@@ -58,14 +55,14 @@ def work(settings: dict[str, Any]) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     device, ranks_here = ray.train.torch.get_device(), context.get_local_world_size()
     plan, attempt = _agree(settings["plan"], rank, workers, machine_here(device, ranks_here))
-    layout = plan.config.parallel.layout()
+    layout, timeout = plan.config.parallel.layout(), group_timeout(plan.config.run.hang_s)
     if rank >= layout.world:
         log.warning("worker %d of %d stays idle: the layout uses %d", rank, workers, layout.world)
-        meshes.stand_by(layout, GROUP_TIMEOUT)
+        meshes.stand_by(layout, timeout)
         return
     free = free_bytes(device, ranks_here)
     check_fits(plan.config, plan.spec, free, elsewhere=device.type != "cpu")
-    mesh = meshes.join(layout, rank, GROUP_TIMEOUT, spare=workers - layout.world)
+    mesh = meshes.join(layout, rank, timeout, spare=workers - layout.world)
     run_name: str = settings["run_name"]
     with contextlib.ExitStack() as held:
         recorders: list[Recorder] = []
@@ -156,18 +153,20 @@ class Worker:
             settings=step_settings(plan, mesh),
             scaler=Scaler(plan.loss_scale),
         )
-        target = plan.config.run.refresh
+        hang_s, target = plan.config.run.hang_s, plan.config.run.refresh
+        watchdog = Watchdog(f"train-{mesh.rank}", hang_s)
         follower = refresher(target, plan.run_dir, plan.done, mesh.rank, warn) if target else None
         saver = Saver(
             plan.run_dir / "checkpoints",
             rank=mesh.rank,
             world=mesh.layout.world,
-            barrier=meshes.separate_barrier(mesh, GROUP_TIMEOUT),
+            barrier=meshes.separate_barrier(mesh, group_timeout(hang_s)),
             config=plan.stored_config(),
             copy_files=load_tokenizer(plan.tokenizer_path).save,
             keep=plan.config.checkpoint.keep,
             warn=warn,
             saved=follower.saved if follower else lambda folder: None,
+            waits=watchdog.progress,
         )
         place = mesh.place
         keeps_ledger = place.stage == 0 and place.slice == 0
@@ -185,7 +184,7 @@ class Worker:
             recorders=recorders,
             heartbeat=heartbeat,
             notices=notices,
-            watchdog=Watchdog(f"train-{mesh.rank}", plan.config.run.hang_s),
+            watchdog=watchdog,
         )
 
     def run(self) -> None:

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,17 @@ import torch
 
 from gptmoe.checkpoint import open_checkpoint, whole
 from gptmoe.errors import CheckpointError
+from tests.train.test_watchdog import Clock
 from train.saving import Saver
+from train.watchdog import Watchdog, group_timeout
 
 
-def saver(folder: Path, barrier: Callable[[], None] = lambda: None, keep: int = 2) -> Saver:
+def saver(
+    folder: Path,
+    barrier: Callable[[], None] = lambda: None,
+    keep: int = 2,
+    **given: Callable[..., None],
+) -> Saver:
     return Saver(
         folder,
         rank=0,
@@ -23,6 +31,7 @@ def saver(folder: Path, barrier: Callable[[], None] = lambda: None, keep: int = 
         config={},
         copy_files=lambda path: None,
         keep=keep,
+        **given,
     )
 
 
@@ -42,6 +51,45 @@ def test_the_loop_may_change_the_weights_while_they_are_written(tmp_path: Path) 
     saving.finish()
     assert torch.equal(open_checkpoint(tmp_path / "step-00000001").read("w"), torch.zeros(4))
     saving.close()
+
+
+def test_who_waits_for_a_slow_disk_is_not_taken_for_hung(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.saving._LOOKS_EVERY_S", 0.01)
+    clock, ends, slow = Clock(), list[bool](), threading.Event()
+    watchdog = Watchdog("train-0", 10.0, lambda: ends.append(True), clock)
+
+    def waits() -> None:
+        watchdog.progress()
+        clock.now_s += 9.0
+        watchdog.look()
+        if clock.now_s > 30.0:
+            slow.set()
+
+    saving = saver(tmp_path, lambda: slow.wait(10) and None, waits=waits)
+    start(saving, 1, torch.zeros(2))
+    saving.finish()
+    saving.close()
+    assert clock.now_s > 30.0
+    assert ends == []
+
+
+def test_all_ranks_wait_for_what_rank_0_does_with_a_new_checkpoint(tmp_path: Path) -> None:
+    """A deployment that is refreshed for minutes: the loops of the other ranks wait alike."""
+    told: list[str] = []
+    saving = saver(
+        tmp_path, lambda: told.append("barrier"), saved=lambda folder: told.append(folder.name)
+    )
+    start(saving, 1, torch.zeros(2))
+    saving.finish()
+    saving.close()
+    assert told[-2:] == ["step-00000001", "barrier"]
+
+
+@pytest.mark.parametrize("hang_s", [0.0, 60.0, 600.0, 86400.0])
+def test_collectives_outlast_the_patience_of_the_watchdog(hang_s: float) -> None:
+    assert group_timeout(hang_s) >= max(timedelta(hours=2), timedelta(seconds=2 * hang_s))
 
 
 def test_a_second_save_waits_for_the_first_and_old_ones_are_pruned(tmp_path: Path) -> None:
