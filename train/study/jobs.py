@@ -3,9 +3,12 @@
 The study's folder must be one that all nodes share: this process reads there what the jobs write.
 """
 
+import logging
 import secrets
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from cluster import env
 
@@ -14,30 +17,55 @@ env.prepare()  # before anything imports ray
 from cluster import jobs  # noqa: E402
 from cluster.dashboard import FINISHED, Dashboard  # noqa: E402
 from cluster.resources import gpus_per_worker, needed  # noqa: E402
+from gptmoe.errors import ClusterError  # noqa: E402
 
 from .__main__ import Options, parse, run  # noqa: E402
 from .launch import Handle, Launcher  # noqa: E402
 from .order import Order  # noqa: E402
 
+log = logging.getLogger(__name__)
+
+_PATIENCE_S = 120.0
+
 
 class Job:
     """A Ray job that carries out an order."""
 
-    def __init__(self, dashboard: Dashboard, job_id: str) -> None:
+    def __init__(
+        self, dashboard: Dashboard, job_id: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._dashboard, self._job_id = dashboard, job_id
+        self._clock = clock
+        self._heard_at_s = clock()
+        self._silent = False
 
     def poll(self) -> int | None:
-        job = self._dashboard.job(self._job_id)
+        """A dashboard that does not answer for a while says nothing about the job: it runs."""
+        try:
+            job = self._dashboard.job(self._job_id)
+        except ClusterError as error:
+            if self._clock() - self._heard_at_s > _PATIENCE_S:
+                raise
+            if not self._silent:
+                log.warning("nothing is heard of job %s: %s", self._job_id, error)
+            self._silent = True
+            return None
+        self._heard_at_s, self._silent = self._clock(), False
         return jobs.exit_code(job) if job.status in FINISHED else None
 
     def stop(self) -> None:
-        self._dashboard.stop(self._job_id, wait_s=0.0)
+        """Only asks: that it has not ended at once is no failure, and `leave` asks again."""
+        with suppress(ClusterError):
+            self._dashboard.stop(self._job_id, wait_s=0.0)
 
     def leave(self) -> None:
         self._dashboard.stop(self._job_id)
 
     def last_words(self) -> str:
-        lines = self._dashboard.logs(self._job_id).strip().splitlines()
+        """None, if the cluster does not tell: the exit code says enough."""
+        lines = []
+        with suppress(ClusterError):
+            lines = self._dashboard.logs(self._job_id).strip().splitlines()
         return lines[-1] if lines else ""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from cluster import env
+from gptmoe.errors import GptMoeError
 
 from .order import PAUSED, Order
 
@@ -131,11 +132,19 @@ def carry_out(
                 _settle(pair, running, outcome)
             time.sleep(_POLL_S if running else 0.0)
     finally:
-        for _, handle in running:
-            handle.stop()
-        for _, handle in running:
-            handle.leave()
+        for order, handle in running:
+            _try(order, handle.stop)
+        for order, handle in running:
+            _try(order, handle.leave)
     return outcome
+
+
+def _try(order: Order, end: Callable[[], None]) -> None:
+    """One that cannot be ended keeps none of the others running."""
+    try:
+        end()
+    except GptMoeError as error:
+        log.warning("%s may still run: %s", order.folder.name, error)
 
 
 def _settle(

@@ -1,11 +1,13 @@
 """Processes of a study: how many at a time, until when, and what becomes of those that fail."""
 
 import dataclasses
+import logging
 import time
 from pathlib import Path
 
 import pytest
 
+from gptmoe.errors import ClusterError
 from tests.train.study.conftest import Configure, Ended
 from train.study.launch import Handle, carry_out, last_step
 from train.study.order import PAUSED, Order
@@ -89,6 +91,32 @@ def test_an_interrupt_leaves_nothing_behind(orders: list[Order]) -> None:
     with pytest.raises(KeyboardInterrupt):
         carry_out(orders, Script([*slow]), 2, watch=interrupt)
     assert all(handle.stopped for handle in slow)
+
+
+@dataclasses.dataclass
+class Stubborn(Slow):
+    """Nobody can reach it."""
+
+    def stop(self) -> None:
+        raise ClusterError("no Ray cluster answers")
+
+    def leave(self) -> None:
+        raise ClusterError("it has not stopped after 60 s")
+
+
+def test_one_that_cannot_be_ended_keeps_no_other_running(
+    orders: list[Order], caplog: pytest.LogCaptureFixture
+) -> None:
+    stubborn, slow = Stubborn(looks=10**6), Slow(looks=10**6)
+
+    def interrupt(running: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING):
+        carry_out(orders, Script([stubborn, slow]), 2, watch=interrupt)
+    assert slow.stopped
+    name = orders[0].folder.name
+    assert f"{name} may still run: it has not stopped after 60 s" in caplog.text
 
 
 @pytest.mark.parametrize(
