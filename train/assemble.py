@@ -40,9 +40,14 @@ def build_or_load(
     if stored is not None:
         load_weights(model, stored, mesh)
     updater = make_updater(model, mesh, config)
-    if stored is not None and plan.resume_from is not None:
+    if stored is not None and plan.resume_from is not None and _has_stepped(stored):
         updater.load_state(lambda name, box: stored.read(name, box, "optimizer"))
     return model, updater
+
+
+def _has_stepped(stored: Checkpoint) -> bool:
+    """Whether its optimizer had taken a step: it has no state as long as all gradients overflow."""
+    return stored.manifest.groups.get("optimizer") != {}
 
 
 @torch.no_grad()

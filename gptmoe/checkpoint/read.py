@@ -87,9 +87,8 @@ class Checkpoint:
         if name in tensors:
             return tensors[name]
         if not tensors:
-            raise CheckpointError(
-                f"{self.path} holds no {group}; it holds {', '.join(self.manifest.groups)}"
-            )
+            held = ", ".join(name for name, found in self.manifest.groups.items() if found)
+            raise CheckpointError(f"{self.path} holds no {group}; it holds {held or 'no tensors'}")
         near = ", ".join(get_close_matches(name, tensors)) or ", ".join(list(tensors)[:3]) + ", ..."
         raise CheckpointError(f"{self.path} has no tensor {name} in its {group}; nearest: {near}")
 

@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from gptmoe.checkpoint import open_checkpoint
 from gptmoe.errors import CheckpointError
 from gptmoe.evaluate import evaluate
 from gptmoe.metrics import read
+from gptmoe.parallel.loss_scale import LossScale
 from tests.train.alone import run_alone
 from tests.train.conftest import Configure
 from train.plan import make_plan
@@ -137,3 +139,16 @@ def test_float16_goes_on_with_its_loss_scale(configure: Configure) -> None:
     assert second.loss_scale is not None
     assert second.loss_scale.clean_steps == 2
     assert len(losses(run_alone(second))) == 3
+
+
+def test_float16_goes_on_from_a_checkpoint_made_before_the_first_clean_step(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step so far has overflowed: the optimizer has no state yet."""
+    monkeypatch.setattr("train.plan.LossScale", partial(LossScale, value=2.0**60))
+    parts = ("train.dtype=float16", "train.validation_samples=8", "checkpoint.every_steps=0")
+    records = run_alone(make_plan("pretrain", configure(*parts, "train.max_steps=1")))
+    assert [record["overflow"] for record in records if "loss" in record] == [1.0]
+    second = make_plan("pretrain", configure(*parts, "train.max_steps=2"))
+    assert second.done == 1
+    assert [r["loss_scale"] for r in run_alone(second) if "loss" in r] == [2.0**60, 2.0**59]

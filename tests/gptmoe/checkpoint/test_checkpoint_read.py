@@ -5,6 +5,7 @@ import logging
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,10 @@ def test_names_that_are_not_there_get_the_nearest(folder: Path) -> None:
         saved.shape("zzz", "optimizer")
     with pytest.raises(CheckpointError, match="holds no scaler; it holds weights, optimizer"):
         saved.read("scale", group="scaler")
+    groups = {**saved.manifest.groups, "optimizer": {}}
+    bare = replace(saved, manifest=replace(saved.manifest, groups=groups))
+    with pytest.raises(CheckpointError, match=r"holds no optimizer; it holds weights$"):
+        bare.read("exp_avg/expert", group="optimizer")
 
 
 def test_a_box_outside_the_tensor_is_refused(folder: Path) -> None:
