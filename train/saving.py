@@ -121,6 +121,6 @@ class Saver:
         try:
             if self._rank == 0:
                 self._saved(self._folder / name)
-                checkpoint.prune(self._folder, self._keep)
+                checkpoint.prune(self._folder, self._keep, self._folder / name)
         finally:
             self._barrier()  # all loops wait here alike: one alone would leave the others hanging

@@ -66,18 +66,21 @@ def latest(path: Path | str) -> Path:
     )
 
 
-def prune(checkpoints_dir: Path, keep: int) -> None:
+def prune(checkpoints_dir: Path, keep: int, written: Path | None = None) -> None:
     """Remove all but the newest `keep` checkpoints, and what a crash left half written or removed.
 
+    With `written`, the one that was just saved, later ones go, too, and count for nothing: a run
+    that saves before them has passed them over as damaged, and its numbers go on without them.
     Call it while nothing is being saved there. What cannot be removed is logged and stays.
     """
     assert keep >= 1
     leftovers = list(checkpoints_dir.glob(f"step-*{UNFINISHED}"))
     complete = [folder for folder in steps(checkpoints_dir) if (folder / MANIFEST).is_file()]
+    count = complete.index(written) + 1 if written in complete else len(complete)
     try:
         for leftover in leftovers:
             shutil.rmtree(leftover)
-        for folder in complete[:-keep]:
+        for folder in [*complete[count:], *complete[: max(0, count - keep)]]:
             shutil.rmtree(
                 folder.rename(unfinished(folder))
             )  # a crash in here must not leave half a checkpoint

@@ -101,6 +101,17 @@ def test_a_second_save_waits_for_the_first_and_old_ones_are_pruned(tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
+def test_damaged_checkpoints_never_push_out_the_one_just_written(tmp_path: Path) -> None:
+    (tmp_path / "step-00000300").mkdir()
+    (tmp_path / "step-00000300" / "manifest.json").write_text("damaged")
+    saving = saver(tmp_path, keep=1)
+    for step in (100, 150):
+        start(saving, step, torch.zeros(2))
+    saving.finish()
+    saving.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000150"]
+
+
 def test_training_goes_on_after_a_failed_save_but_not_after_the_last(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -69,6 +69,17 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     assert names(tmp_path) == ["notes.txt", "step-00000100"]
 
 
+def test_later_ones_that_a_run_has_passed_over_push_out_none(tmp_path: Path) -> None:
+    """It went on from 100, since 200 and 300 were damaged, and has saved 150."""
+    for step in (100, 150, 200, 300):
+        complete(tmp_path / checkpoint_name(step))
+    prune(tmp_path, keep=2, written=tmp_path / checkpoint_name(150))
+    assert names(tmp_path) == ["step-00000100", "step-00000150"]
+    complete(tmp_path / checkpoint_name(200))
+    prune(tmp_path, keep=1, written=tmp_path / checkpoint_name(150))
+    assert names(tmp_path) == ["step-00000150"]
+
+
 def test_prune_clears_what_a_crash_left(tmp_path: Path) -> None:
     complete(tmp_path / "step-00000010")
     complete(tmp_path / "step-00000020.tmp")
