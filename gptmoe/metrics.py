@@ -8,8 +8,9 @@ One JSON object a line, one line a step; a validation adds a line of its own wit
 """
 
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +18,9 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
 from gptmoe.errors import DataError
+from gptmoe.lines import LineFile
+
+log = logging.getLogger(__name__)
 
 Value = float | Sequence[float] | Sequence[Sequence[float]]
 
@@ -79,19 +83,18 @@ class Recorder(Protocol):
 
 
 class JsonlRecorder:
-    """Appends to a metrics.jsonl. A line is on its way to the disk when `record` returns."""
+    """Appends to a metrics.jsonl; see LineFile for a disk without room."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, warn: Callable[[str], None] = log.warning) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = LineFile(path, warn)
 
     def record(self, step: int, **values: Value) -> None:
         """Append one line. Raises ValueError for a name that the catalogue does not hold."""
         for name in values:
             if name not in CATALOGUE:
                 raise ValueError(_undeclared(name))
-        self._file.write(json.dumps({"step": step} | values) + "\n")
-        self._file.flush()
+        self._file.append(json.dumps({"step": step} | values))
 
     def close(self) -> None:
         self._file.close()

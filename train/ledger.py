@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gptmoe.errors import DataError
+from gptmoe.lines import LineFile
 
 FOLDER = "ledger"
 
@@ -21,16 +22,16 @@ class Ledger:
     def __init__(self, run_dir: Path, attempt: int, data_rank: int, done: int) -> None:
         folder = run_dir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"{attempt:05d}-{data_rank:05d}.jsonl"
-        self._append({"done": done})
+        self._page = LineFile(folder / f"{attempt:05d}-{data_rank:05d}.jsonl")
+        self._page.append(json.dumps({"done": done}))
 
     def note(self, step: int, first: int, count: int) -> None:
         """Samples first .. first + count - 1 went into step `step`."""
-        self._append({"step": step, "first": first, "count": count})
+        self._page.append(json.dumps({"step": step, "first": first, "count": count}))
 
-    def _append(self, row: dict[str, int]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def close(self) -> None:
+        """Write what still waits for room on the disk."""
+        self._page.close()
 
 
 def next_attempt(run_dir: Path) -> int:

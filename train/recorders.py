@@ -1,6 +1,8 @@
 """Where a run's numbers go: metrics.jsonl always, TensorBoard, and Ray's metrics for Prometheus."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,17 +13,24 @@ from torch.utils.tensorboard import FileWriter
 
 from gptmoe.metrics import CATALOGUE, JsonlRecorder, Recorder, Value, cut_after
 
+log = logging.getLogger(__name__)
+
 BY_LAYER = "layer_"
 """Begins the names of metrics that are lists by layer."""
 
 
-def make_recorders(run_dir: Path, run_name: str, done: int) -> list[Recorder]:
-    """The recorders of rank 0; what was recorded after step `done` is cut off."""
+def make_recorders(
+    run_dir: Path, run_name: str, done: int, warn: Callable[[str], None] = log.warning
+) -> list[Recorder]:
+    """The recorders of rank 0; what was recorded after step `done` is cut off.
+
+    `warn` hears of a disk without room: training goes on.
+    """
     path = run_dir / "metrics.jsonl"
     cut_after(path, done)
     return [
-        JsonlRecorder(path),
-        TensorBoardRecorder(run_dir / "tensorboard", done),
+        JsonlRecorder(path, warn),
+        TensorBoardRecorder(run_dir / "tensorboard", done, warn),
         RayRecorder(run_name),
     ]
 
@@ -29,23 +38,35 @@ def make_recorders(run_dir: Path, run_name: str, done: int) -> list[Recorder]:
 class TensorBoardRecorder:
     """Curves, one tag a metric; of a list one tag an entry, as expert_load/0."""
 
-    def __init__(self, folder: Path, done: int) -> None:
+    def __init__(self, folder: Path, done: int, warn: Callable[[str], None] = log.warning) -> None:
         """Readers forget the points after step `done` that are there already."""
+        self._warn = warn
+        self._broken = False
         self._writer = FileWriter(str(folder))
         session = SessionLog(status=SessionLog.SessionStatus.Value("START"))
         self._writer.add_event(Event(session_log=session), step=done + 1)
 
     def record(self, step: int, **values: Value) -> None:
-        """Add one point to each curve: all in one event, a tenth of the time of one for each."""
+        """Add one point to each curve: all in one event, a tenth of the time of one for each.
+
+        TensorBoard's writer does not survive an error: the curves end there, training goes on.
+        """
+        if self._broken:
+            return
         summary = Summary()
         for name, labels, number in points(values):
             summary.value.add(tag="/".join([name, *labels.values()]), simple_value=number)
-        self._writer.add_summary(summary, step)
-        self._writer.flush()  # a killed run goes on after its checkpoint: no point may be missing
+        try:
+            self._writer.add_summary(summary, step)
+            self._writer.flush()  # a killed run goes on after its checkpoint: no point is missing
+        except OSError as error:
+            self._broken = True
+            self._warn(f"TensorBoard's curves end at step {step - 1}: {error.strerror}")
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        with suppress(OSError):
+            self._writer.close()
 
 
 class RayRecorder:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -64,11 +65,12 @@ def work(settings: dict[str, Any]) -> None:
     check_fits(plan.config, plan.spec, free, elsewhere=device.type != "cpu")
     mesh = meshes.join(layout, rank, timeout, spare=workers - layout.world)
     run_name: str = settings["run_name"]
+    warn = partial(_warn, run_name)
     with contextlib.ExitStack() as held:
         recorders: list[Recorder] = []
         if rank == 0:
             held.enter_context(writing(plan.run_dir))
-            recorders = make_recorders(plan.run_dir, run_name, plan.done)
+            recorders = make_recorders(plan.run_dir, run_name, plan.done, warn)
         worker = Worker.start(
             plan,
             mesh,
@@ -77,7 +79,7 @@ def work(settings: dict[str, Any]) -> None:
             heartbeat=register(plan, mesh, run_name).heartbeat,
             attempt=attempt,
             notices=Notices(mesh, device, plan.config.run, told=_is_told),
-            warn=lambda reason: _warn(run_name, reason),
+            warn=warn,
         )
         worker.run()
 
@@ -200,6 +202,8 @@ class Worker:
                 after_step=self.after_step,
             )
         self.heartbeat(self.plan.max_steps, last=True)
+        if self.ledger:
+            self.ledger.close()
         for recorder in self.recorders:
             recorder.close()
 

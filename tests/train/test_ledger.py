@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from gptmoe.errors import DataError
+from tests.train.test_worker import file_size_limit
 from train import ledger
 from train.ledger import Ledger
 
@@ -27,6 +28,17 @@ def test_a_run_that_was_lost_and_resized_took_each_sample_once(tmp_path: Path) -
     assert steps[1] == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
     assert steps[5] == [range(32, 40)]
     ledger.check(steps, 8)
+
+
+def test_a_full_disk_tears_no_page(tmp_path: Path) -> None:
+    page = Ledger(tmp_path, 1, 0, 0)
+    with file_size_limit(30):
+        for step in (1, 2):
+            page.note(step, (step - 1) * 8, 8)
+        assert list(ledger.read(tmp_path)) == []
+    page.close()
+    ledger.check(ledger.read(tmp_path), 8)
+    assert list(ledger.read(tmp_path)) == [1, 2]
 
 
 def test_half_a_line_is_a_step_that_was_not_taken(tmp_path: Path) -> None:

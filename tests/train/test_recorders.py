@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gptmoe.metrics import read
+from tests.train.test_worker import file_size_limit
 from train.recorders import TensorBoardRecorder, make_recorders
 
 
@@ -62,3 +64,17 @@ def test_a_run_writes_both_files_and_cuts_both(tmp_path: Path) -> None:
         (2, 0.1 + 0.2 + 1),
     ]
     assert [step for step, _ in curves(tmp_path / "tensorboard")["loss"]] == [1, 2]
+
+
+# TensorBoard's own thread raises what it meets, beside telling the recorder.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_curves_that_find_no_room_end_with_a_warning(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    recorder = TensorBoardRecorder(tmp_path, 0, warnings.append)
+    recorder.record(1, loss=0.5)
+    (file,) = tmp_path.iterdir()
+    with file_size_limit(file.stat().st_size + 10):
+        for step in (2, 3, 4):
+            recorder.record(step, loss=0.5)
+    recorder.close()
+    assert warnings == ["TensorBoard's curves end at step 1: File too large"]

@@ -1,5 +1,6 @@
 """A whole run in one process: when it validates and saves, and what a failed save leaves."""
 
+import logging
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,6 +130,23 @@ def test_a_disk_without_room_keeps_the_earlier_checkpoint(configure: Configure) 
     assert checkpoints(config.run.dir) == ["step-00000002"]
     assert open_checkpoint(config.run.dir).progress["step"] == 2
     assert losses(run_alone(make_plan("pretrain", config)))[-1][0] == 4
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_full_disk_is_a_warning_until_the_last_step_and_no_record_is_torn(
+    configure: Configure, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = configure("train.max_steps=5", "checkpoint.every_steps=1")
+    room = (config.run.dir / "metrics.jsonl").stat().st_size + 100  # not enough for a line
+    with (
+        file_size_limit(room),
+        caplog.at_level(logging.WARNING),
+        pytest.raises(CheckpointError, match="step-00000005 was not saved"),
+    ):
+        run_alone(make_plan("pretrain", config))
+    assert "metrics.jsonl is not written, File too large: lines wait for room" in caplog.text
+    assert "TRAINING GOES ON WITHOUT A NEW CHECKPOINT" in caplog.text
+    assert losses(run_alone(make_plan("pretrain", config)))[-1][0] == 5
 
 
 def test_float16_goes_on_with_its_loss_scale(configure: Configure) -> None:
