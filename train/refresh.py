@@ -6,6 +6,7 @@ The improved weights are saved at once. What is served is kept under run.dir/ser
 so that pruning the run's checkpoints does not take it away from shards that start later.
 """
 
+import hashlib
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from cluster.client import Client, GenerationError
 from gptmoe import metrics
+from gptmoe.checkpoint.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +53,12 @@ class Refresher:
         if self._refresh is None or folder.name != self._due:
             return
         try:
-            self._refresh(kept(folder, self._served))
+            copy = kept(folder, self._served)
+            self._refresh(copy)
         except (GenerationError, OSError) as error:
             self._warn(f"TRAINING GOES ON, THE DEPLOYMENT KEEPS ITS WEIGHTS: {error}")
         else:
-            forget_others(self._served, folder.name)
+            forget_others(self._served, copy.name)
 
 
 def refresher(
@@ -79,8 +82,15 @@ def best_loss(run_dir: Path, done: int) -> float:
 
 
 def kept(folder: Path, served: Path) -> Path:
-    """The same checkpoint beneath `served`, sharing its files."""
+    """The same checkpoint beneath `served`, sharing its files.
+
+    A run that was taken back makes a step anew, and other weights by the same name are served
+    already: these stay, since shards may still start from them, and the new ones get another name.
+    """
     target = served / folder.name
+    manifest = (folder / MANIFEST).read_bytes()
+    if target.exists() and (target / MANIFEST).read_bytes() != manifest:
+        target = served / f"{folder.name}-{hashlib.sha256(manifest).hexdigest()[:6]}"
     if not target.exists():
         part = target.with_name(target.name + ".part")
         shutil.rmtree(part, ignore_errors=True)

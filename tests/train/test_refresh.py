@@ -35,9 +35,24 @@ def test_what_is_served_outlives_the_checkpoint(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, "step-00000001")
     copy = kept(folder, tmp_path / "served")
     assert (copy / "manifest.json").stat().st_ino == (folder / "manifest.json").stat().st_ino
+    assert kept(folder, tmp_path / "served") == copy
     (folder / "manifest.json").unlink()
     assert (copy / "manifest.json").read_text() == "step-00000001"
-    assert kept(folder, tmp_path / "served") == copy
+
+
+def test_a_step_made_anew_is_not_taken_for_the_one_that_is_served(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "step-00000001")
+    calls: list[Path] = []
+    follower = Refresher(tmp_path, math.inf, calls.append)
+    assert follower.improves(3.0, folder.name)
+    follower.saved(folder)
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").write_text("other weights")
+    assert follower.improves(2.5, folder.name)
+    follower.saved(folder)
+    assert calls[0] != calls[1]
+    assert (calls[1] / "manifest.json").read_text() == "other weights"
+    assert [*(tmp_path / "served").iterdir()] == [calls[1]]
 
 
 def test_a_deployment_that_is_gone_is_a_warning(tmp_path: Path) -> None:
