@@ -68,12 +68,17 @@ class RunPlan:
         return LossScale(**stored.get("loss_scale", {}))
 
     def from_newest_checkpoint(self) -> "RunPlan":
-        """The plan as it stands now: it goes on from the newest complete checkpoint."""
+        """The plan as it stands now: it goes on from the newest complete checkpoint.
+
+        Tokenizer included: where the run took it from at its start may be gone.
+        """
         newest = newest_valid(self.run_dir / "checkpoints")
         if newest is None:
             return self
         done = int(newest.progress["step"])
-        return dataclasses.replace(self, resume_from=newest.path, done=done)
+        return dataclasses.replace(
+            self, resume_from=newest.path, done=done, tokenizer_path=newest.path
+        )
 
     def in_words(self) -> str:
         """One line for a log."""
@@ -102,13 +107,15 @@ def make_plan(
 ) -> RunPlan:
     """Check everything that can be checked without a cluster, and prepare the data."""
     run_dir = config.run.dir.absolute()
-    inputs = gather(config, run_dir / "inputs")
+    resume_from = newest_valid(run_dir / "checkpoints")
+    inputs = gather(config, run_dir / "inputs", begins=resume_from is None)
     source = open_checkpoint(inputs.checkpoint) if inputs.checkpoint else None
+    if config.model.checkpoint and resume_from:
+        source = resume_from  # it holds all that the run has of the other, which may be gone
     tokenizer_path = _tokenizer_path(inputs, source)
     tokenizer = load_tokenizer(tokenizer_path)
     spec = _spec(config, source, tokenizer)
     config.check_model(spec, tokenizer.vocab_size)
-    resume_from = newest_valid(run_dir / "checkpoints")
     if resume_from:
         _check_same(resume_from, kind, spec, config, tokenizer)
     elif kind == "finetune" and not source:
@@ -132,7 +139,7 @@ def make_plan(
         max_steps=max_steps,
         resume_from=resume_from.path if resume_from else None,
         done=int(resume_from.progress["step"]) if resume_from else 0,
-        weights_from=source.path.absolute() if source else None,
+        weights_from=source.path.absolute() if source and not resume_from else None,
     )
 
 

@@ -23,6 +23,7 @@ from gptmoe.model.transformer import GPT
 from gptmoe.text import load_tokenizer, train_jiebabpe
 from tests.train.alone import run_alone
 from tests.train.conftest import TOKENIZER, Configure
+from tests.train.test_worker import losses
 from train.config import TrainConfig
 from train.plan import RunPlan, make_plan, steps_of
 from train.schedule import learning_rate
@@ -193,6 +194,25 @@ def test_finetuning_takes_model_and_tokenizer_of_the_checkpoint(
     assert (plan.spec.d_model, plan.spec.max_seq_len) == (24, 128)
     assert plan.spec.router.group_sequences == 2
     assert data.Manifest.load(plan.data_folder).has_targets
+
+
+def test_a_finetuning_that_goes_on_needs_its_source_no_more(
+    configure: Configure, trained: Path, pairs: Path, tmp_path: Path
+) -> None:
+    def config(*words: str) -> TrainConfig:
+        paths = (f"run.dir={tmp_path / 'tuned'}", f"data.path={pairs}")
+        return finetuning(configure(*paths, "train.max_steps=2", *words), trained)
+
+    plan = make_plan("finetune", config())
+    run_alone(plan)
+    shutil.rmtree(trained)
+    own = latest(tmp_path / "tuned")
+    restarted = plan.from_newest_checkpoint()  # what the workers of a run do that is still going
+    assert (restarted.resume_from, restarted.tokenizer_path) == (own, own)
+    again = make_plan("finetune", config("train.max_steps=3"))
+    assert (again.resume_from, again.weights_from, again.tokenizer_path) == (own, None, own)
+    assert again.spec == plan.spec
+    assert losses(run_alone(again))[-1][0] == 3
 
 
 def test_a_long_position_table_survives_finetuning_on_short_examples(
