@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -10,6 +9,7 @@ from cluster.planner.devices import CPU, MACHINES, Machine
 from cluster.planner.job import Choice, Job
 from cluster.planner.memory import Memory, fullest
 from gptmoe.errors import ConfigError, LayoutError
+from gptmoe.memory import available_bytes
 from gptmoe.model.spec import ModelSpec
 
 from .config import TrainConfig
@@ -81,12 +81,8 @@ def free_bytes(device: torch.device, ranks_here: int) -> float | None:
     """Memory that one of `ranks_here` ranks of a machine may use; None where it cannot be told."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(available[0]) * 1024 / ranks_here if available else None
+    available = available_bytes()
+    return None if available is None else available / ranks_here
 
 
 def _advice(config: TrainConfig, spec: ModelSpec, free: float, elsewhere: bool) -> str:

@@ -61,3 +61,10 @@ def test_ranks_of_a_machine_share_its_memory() -> None:
     whole, half = (free_bytes(torch.device("cpu"), ranks) for ranks in (1, 2))
     assert whole is not None
     assert half == pytest.approx(whole / 2, rel=0.2)
+
+
+def test_ranks_share_what_a_container_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.memory.available_bytes", lambda: 6 * GIGA)
+    assert free_bytes(torch.device("cpu"), 2) == 3 * GIGA
+    monkeypatch.setattr("train.memory.available_bytes", lambda: None)
+    assert free_bytes(torch.device("cpu"), 2) is None
