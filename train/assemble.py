@@ -1,6 +1,8 @@
 """A rank's part of a run: model and updater with their state, samples, the numbers of a step."""
 
 from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -11,12 +13,14 @@ from gptmoe.model.state import read_state
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel.apply import build
 from gptmoe.parallel.mesh import Mesh
-from gptmoe.parallel.ownership import owned_parameters
+from gptmoe.parallel.ownership import owned_parameters, state_pieces, weight_pieces
 from gptmoe.parallel.updater import Updater
 
 from .config import TrainConfig
+from .loop import Trainer
 from .passes import StepSettings
 from .plan import RunPlan
+from .saving import Saver
 
 MakeUpdater = Callable[[GPT, Mesh, TrainConfig], Updater]
 
@@ -58,6 +62,21 @@ def load_weights(model: GPT, stored: Checkpoint, mesh: Mesh) -> None:
             part.copy_(stored.read(owned.name, box))
     device = next(model.parameters()).device
     read_state(stored, model, device, torch.float32, learned=False)
+
+
+def save(saver: Saver, trainer: Trainer, step: int) -> None:
+    """Begin to write this rank's part of a checkpoint: all that `build_or_load` wants to go on."""
+    mesh, model = trainer.pipeline.mesh, trainer.model
+    owned = owned_parameters(model, mesh.layout, mesh.rank)
+    weights = [*weight_pieces(owned), *state_pieces(model, mesh.layout, mesh.rank)]
+    progress: dict[str, Any] = {"step": step, "samples": step * trainer.settings.batch_sequences}
+    if trainer.scaler.state is not None:
+        progress["loss_scale"] = asdict(trainer.scaler.state)
+    saver.start(
+        checkpoint.checkpoint_name(step),
+        {"weights": weights, "optimizer": trainer.updater.state_pieces()},
+        progress,
+    )
 
 
 def samples_of(plan: RunPlan, split: Split) -> Samples:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,11 @@ from gptmoe.metrics import Recorder
 from gptmoe.model.transformer import GPT
 from gptmoe.parallel import mesh as meshes
 from gptmoe.parallel.mesh import Mesh
-from gptmoe.parallel.ownership import owned_parameters, state_pieces, weight_pieces
 from gptmoe.parallel.pipeline import Pipeline
 from gptmoe.parallel.updater import Updater
 from gptmoe.text import load_tokenizer
 
-from .assemble import build_or_load, samples_of, step_settings
+from .assemble import build_or_load, samples_of, save, step_settings
 from .elastic import fit
 from .ledger import Ledger, next_attempt
 from .loop import Scaler, Trainer, run_steps
@@ -220,7 +219,7 @@ class Worker:
             improved = self.validate(step)
         reason = self.notices()
         if last or reason or improved or _due(step, config.checkpoint.every_steps):
-            self.save(step)
+            save(self.saver, self.trainer, step)
         if last or reason:
             self.saver.finish()
         if reason and not last:
@@ -252,26 +251,6 @@ class Worker:
             )
         name = checkpoint.checkpoint_name(step)
         return self.follower is not None and self.follower.improves(result.loss, name)
-
-    def save(self, step: int) -> None:
-        """Begin to write this rank's part of a checkpoint; rank 0 commits and prunes."""
-        layout, rank = self.mesh.layout, self.mesh.rank
-        owned = owned_parameters(self.model, layout, rank)
-        weights = [*weight_pieces(owned), *state_pieces(self.model, layout, rank)]
-        self.saver.start(
-            checkpoint.checkpoint_name(step),
-            {"weights": weights, "optimizer": self.updater.state_pieces()},
-            self._progress(step),
-        )
-
-    def _progress(self, step: int) -> dict[str, Any]:
-        progress: dict[str, Any] = {
-            "step": step,
-            "samples": step * self.plan.config.batch_sequences,
-        }
-        if self.trainer.scaler.state is not None:
-            progress["loss_scale"] = asdict(self.trainer.scaler.state)
-        return progress
 
     def _epoch_ends(self, step: int) -> bool:
         size, count = self.plan.config.batch_sequences, self.trainer.samples.num_samples

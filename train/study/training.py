@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 
-from gptmoe import checkpoint, data
+from gptmoe import data
 from gptmoe.data import Samples
 from gptmoe.evaluate import Evaluation, evaluate
 from gptmoe.metrics import JsonlRecorder, cut_after
 from gptmoe.model.expert_choice import acausal_routing
 from gptmoe.parallel.mesh import single
-from gptmoe.parallel.ownership import owned_parameters, state_pieces, weight_pieces
 from gptmoe.parallel.pipeline import Pipeline
 from gptmoe.parallel.updater import PlainUpdater
 from gptmoe.text import load_tokenizer
-from train.assemble import build_or_load, samples_of, step_settings
+from train.assemble import build_or_load, samples_of, save, step_settings
 from train.ledger import Ledger, next_attempt
 from train.loop import Scaler, Trainer, run_steps
 from train.plan import RunPlan, make_plan
@@ -81,7 +80,7 @@ class ArmTraining:
             )
         stop = self.must_stop()
         if last or stop or _due(step, config.checkpoint.every_steps):
-            self.save(step)
+            save(self.saver, self.trainer, step)
         if last or stop:
             self.saver.finish()
         if stop and not last:
@@ -103,17 +102,6 @@ class ArmTraining:
             self.characters_per_token,
             batch_size,
             limit=limit or None,
-        )
-
-    def save(self, step: int) -> None:
-        """Begin to write a checkpoint."""
-        mesh, model = self.trainer.pipeline.mesh, self.trainer.model
-        owned = owned_parameters(model, mesh.layout, mesh.rank)
-        weights = [*weight_pieces(owned), *state_pieces(model, mesh.layout, mesh.rank)]
-        self.saver.start(
-            checkpoint.checkpoint_name(step),
-            {"weights": weights, "optimizer": self.trainer.updater.state_pieces()},
-            {"step": step, "samples": step * self.plan.config.batch_sequences},
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gptmoe.checkpoint import open_checkpoint
 from gptmoe.config import load
 from gptmoe.errors import ClusterError, ConfigError, DataError
 from gptmoe.metrics import read
@@ -76,6 +77,15 @@ def test_a_paused_study_goes_on_with_the_same_numbers(configure: Configure, tmp_
     for name in ("dense-seed-0", "expert_choice-4-seed-0"):
         mine, its = (folder / "runs" / name for folder in (config.study.dir, whole.study.dir))
         assert losses(mine) == losses(its)
+
+
+def test_a_paused_arm_in_float16_keeps_its_loss_scale(configure: Configure) -> None:
+    config = configure('study.arms=["dense"]', "train.dtype=float16")
+    assert not run_study(config, InProcess(stop_after_steps=3))
+    progress = open_checkpoint(config.study.dir / "runs" / ARMS[0]).progress
+    assert (progress["step"], progress["samples"]) == (3, 24)
+    assert progress["loss_scale"]["clean_steps"] == 3
+    assert run_study(config, InProcess())
 
 
 def test_what_is_finished_is_not_done_again_and_not_changed(configure: Configure) -> None:
