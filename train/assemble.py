@@ -40,7 +40,8 @@ def build_or_load(
         recompute_what=config.train.recompute,
         shards_on=torch.device("cpu") if config.parallel.offload else None,
     )
-    stored = checkpoint.open_checkpoint(start) if start else None
+    # Whoever chose it has read all of it; each rank reads only its own part.
+    stored = checkpoint.open_checkpoint(start, verify=False) if start else None
     if stored is not None:
         load_weights(model, stored, mesh)
     updater = make_updater(model, mesh, config)

@@ -64,7 +64,9 @@ class RunPlan:
         """The loss scale to begin with; None unless products are float16."""
         if self.config.train.dtype != "float16":
             return None
-        stored = open_checkpoint(self.resume_from).progress if self.resume_from else {}
+        if self.resume_from is None:
+            return LossScale()
+        stored = open_checkpoint(self.resume_from, verify=False).progress
         return LossScale(**stored.get("loss_scale", {}))
 
     def from_newest_checkpoint(self) -> "RunPlan":

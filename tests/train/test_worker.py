@@ -17,9 +17,11 @@ from gptmoe.errors import CheckpointError
 from gptmoe.evaluate import evaluate
 from gptmoe.metrics import read
 from gptmoe.parallel.loss_scale import LossScale
+from gptmoe.parallel.mesh import single
 from tests.train.alone import run_alone
 from tests.train.conftest import Configure
 from train.plan import make_plan
+from train.worker import Worker
 
 
 def checkpoints(run_dir: Path) -> list[str]:
@@ -147,6 +149,22 @@ def test_a_full_disk_is_a_warning_until_the_last_step_and_no_record_is_torn(
     assert "metrics.jsonl is not written, File too large: lines wait for room" in caplog.text
     assert "TRAINING GOES ON WITHOUT A NEW CHECKPOINT" in caplog.text
     assert losses(run_alone(make_plan("pretrain", config)))[-1][0] == 5
+
+
+@pytest.mark.usefixtures("trained")
+def test_ranks_do_not_read_what_was_checked_when_it_was_chosen(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each of them would read the parts of all others before the first step."""
+    plan = make_plan("pretrain", configure("train.dtype=float16"))
+    checked: list[bool] = []
+    monkeypatch.setattr(
+        "gptmoe.checkpoint.read.check", lambda path, record, checksum: checked.append(checksum)
+    )
+    worker = Worker.start(plan, single(), torch.device("cpu"), recorders=[], heartbeat=print)
+    worker.saver.close()
+    assert worker.plan.done == 2
+    assert set(checked) == {False}
 
 
 def test_float16_goes_on_with_its_loss_scale(configure: Configure) -> None:
