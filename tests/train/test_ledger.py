@@ -48,6 +48,26 @@ def test_half_a_line_is_a_step_that_was_not_taken(tmp_path: Path) -> None:
     assert list(ledger.read(tmp_path)) == [1, 2]
 
 
+def test_an_attempt_that_was_killed_at_its_first_line_has_taken_no_step(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, 0, range(1, 4))
+    (tmp_path / "ledger" / "00002-00000.jsonl").write_text('{"do')
+    (tmp_path / "ledger" / "00002-00001.jsonl").write_text("")
+    assert list(ledger.read(tmp_path)) == [1, 2, 3]
+    assert ledger.next_attempt(tmp_path) == 3
+
+
+def test_a_run_proves_what_it_has_learned_from(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ledger.main([str(trained)]) == 0
+    out = capsys.readouterr().out
+    assert out == "2 steps have learned from the samples 0 to 31, from each of them once\n"
+    page = trained / "ledger" / "00001-00000.jsonl"
+    page.write_text("".join(page.read_text().splitlines(keepends=True)[:-1]))
+    assert ledger.main([str(trained)]) == 2
+    assert "holds 1 steps, its newest checkpoint has taken 2" in capsys.readouterr().err
+
+
 def test_repeated_and_missing_samples_are_found(tmp_path: Path) -> None:
     attempt(tmp_path, 2, 0, range(1, 3))
     steps = ledger.read(tmp_path)

@@ -54,7 +54,7 @@ def test_arms_see_the_same_samples_and_are_judged_causally(configure: Configure)
     runs = config.study.dir / "runs"
     pages = [ledger.read(runs / name) for name in ("dense-seed-0", "expert_choice-4-seed-0")]
     assert pages[0] == pages[1]
-    ledger.check(pages[0], 8)  # type: ignore[arg-type]
+    ledger.check(pages[0], 8)
     done = read_done(runs / "expert_choice-4-seed-0")
     assert done is not None
     assert done["loss"] != done["acausal_loss"]
