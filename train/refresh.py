@@ -3,11 +3,13 @@
     gptmoe finetune my.toml run.refresh=127.0.0.1:9000
 
 The improved weights are saved at once. What is served is kept under run.dir/served, by hard links,
-so that pruning the run's checkpoints does not take it away from shards that start later.
+so that pruning the run's checkpoints does not take it away from shards that start later. A refresh
+that failed, or was cut off with the run, is made up for at the next checkpoint, whichever it is.
 """
 
 import hashlib
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -15,11 +17,14 @@ from pathlib import Path
 
 from cluster.client import Client, GenerationError
 from gptmoe import metrics
+from gptmoe.checkpoint import checkpoint_name
 from gptmoe.checkpoint.manifest import MANIFEST
 
 log = logging.getLogger(__name__)
 
 SERVED = "served"
+CURRENT = "current"
+"""A file under served/ that names what the deployment took last."""
 WITHIN_S = 300.0
 
 
@@ -32,14 +37,17 @@ class Refresher:
         best: float,
         refresh: Callable[[Path], None] | None,
         warn: Callable[[str], None] = log.warning,
+        owed: Path | None = None,
     ) -> None:
         """`best` is the lowest validation loss so far. `refresh` moves the deployment; None on the
-        other ranks. A deployment that cannot move is a warning: training goes on."""
+        other ranks. A deployment that cannot move is a warning: training goes on. `owed` is what it
+        lacks from the start."""
         self._served = run_dir / SERVED
         self._best = best
         self._refresh = refresh
         self._warn = warn
         self._due: str = ""
+        self._owed = owed
 
     def improves(self, loss: float, name: str) -> bool:
         """Whether a validation was the best so far: then checkpoint `name` is to be saved now."""
@@ -50,15 +58,19 @@ class Refresher:
 
     def saved(self, folder: Path) -> None:
         """A checkpoint is complete; called by the thread that writes them."""
-        if self._refresh is None or folder.name != self._due:
+        if folder.name == self._due:
+            self._owed = folder
+        if self._refresh is None or self._owed is None or not self._owed.exists():
             return
         try:
-            copy = kept(folder, self._served)
-            self._refresh(copy)
+            self._owed = kept(self._owed, self._served)
+            self._refresh(self._owed)
+            (self._served / CURRENT).write_text(self._owed.name, encoding="utf-8")
         except (GenerationError, OSError) as error:
             self._warn(f"TRAINING GOES ON, THE DEPLOYMENT KEEPS ITS WEIGHTS: {error}")
         else:
-            forget_others(self._served, copy.name)
+            forget_others(self._served, self._owed.name)
+            self._owed = None
 
 
 def refresher(
@@ -71,14 +83,28 @@ def refresher(
             version = client.refresh(str(folder.resolve()), within_s=WITHIN_S)
         log.info("deployment refreshed target=%s version=%s folder=%s", target, version, folder)
 
-    return Refresher(run_dir, best_loss(run_dir, done), None if rank else refresh, warn)
+    loss, step = best_validation(run_dir, done)
+    call = None if rank else refresh
+    return Refresher(run_dir, loss, call, warn, owed(run_dir, checkpoint_name(step)))
 
 
-def best_loss(run_dir: Path, done: int) -> float:
-    """The lowest validation loss recorded up to step `done`; infinite without any."""
+def best_validation(run_dir: Path, done: int) -> tuple[float, int]:
+    """The lowest validation loss recorded up to step `done`, and its step; infinite without any."""
     records = metrics.read(run_dir / "metrics.jsonl") if done else []
-    losses = [r["val_loss"] for r in records if "val_loss" in r and r["step"] <= done]
-    return min(losses, default=float("inf"))
+    losses = [(r["val_loss"], r["step"]) for r in records if "val_loss" in r and r["step"] <= done]
+    return min(losses, default=(math.inf, 0))
+
+
+def owed(run_dir: Path, name: str) -> Path | None:
+    """Checkpoint `name`, the best, if it is there and the deployment has not taken it or a later.
+
+    A later one is from steps that were lost, and better than that: the deployment keeps it.
+    """
+    current = run_dir / SERVED / CURRENT
+    if current.is_file() and current.read_text(encoding="utf-8") >= name:
+        return None
+    folders = (run_dir / "checkpoints" / name, run_dir / SERVED / name)
+    return next((folder for folder in folders if (folder / MANIFEST).is_file()), None)
 
 
 def kept(folder: Path, served: Path) -> Path:
@@ -102,7 +128,7 @@ def kept(folder: Path, served: Path) -> Path:
 def forget_others(served: Path, name: str) -> None:
     """Only what is served now stays."""
     for folder in served.iterdir():
-        if folder.name != name:
+        if folder.name not in (name, CURRENT):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -3,11 +3,9 @@
 import math
 from pathlib import Path
 
-import pytest
-
 from cluster.client import GenerationError
 from gptmoe.metrics import JsonlRecorder
-from train.refresh import Refresher, best_loss, kept
+from train.refresh import Refresher, best_validation, kept, owed
 
 
 def checkpoint(run_dir: Path, name: str) -> Path:
@@ -15,6 +13,10 @@ def checkpoint(run_dir: Path, name: str) -> Path:
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(name)
     return folder
+
+
+def served(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "served").iterdir())
 
 
 def test_only_what_improves_is_served(tmp_path: Path) -> None:
@@ -28,7 +30,7 @@ def test_only_what_improves_is_served(tmp_path: Path) -> None:
     assert follower.improves(2.5, "step-00000003")
     follower.saved(checkpoint(tmp_path, "step-00000003"))
     assert [path.name for path in calls] == ["step-00000001", "step-00000003"]
-    assert [path.name for path in (tmp_path / "served").iterdir()] == ["step-00000003"]
+    assert served(tmp_path) == ["current", "step-00000003"]
 
 
 def test_what_is_served_outlives_the_checkpoint(tmp_path: Path) -> None:
@@ -52,7 +54,7 @@ def test_a_step_made_anew_is_not_taken_for_the_one_that_is_served(tmp_path: Path
     follower.saved(folder)
     assert calls[0] != calls[1]
     assert (calls[1] / "manifest.json").read_text() == "other weights"
-    assert [*(tmp_path / "served").iterdir()] == [calls[1]]
+    assert served(tmp_path) == ["current", calls[1].name]
 
 
 def test_a_deployment_that_is_gone_is_a_warning(tmp_path: Path) -> None:
@@ -69,6 +71,38 @@ def test_a_deployment_that_is_gone_is_a_warning(tmp_path: Path) -> None:
     ]
 
 
+def test_a_refresh_that_failed_is_made_up_for_at_the_next_checkpoint(tmp_path: Path) -> None:
+    calls: list[Path] = []
+    gone = True
+
+    def refresh(folder: Path) -> None:
+        if gone:
+            raise GenerationError("UNAVAILABLE", "nobody there")
+        calls.append(folder)
+
+    follower = Refresher(tmp_path, math.inf, refresh, lambda reason: None)
+    assert follower.improves(3.0, "step-00000001")
+    follower.saved(checkpoint(tmp_path, "step-00000001"))
+    gone = False
+    for name in ("step-00000002", "step-00000003"):  # these improve nothing
+        follower.saved(checkpoint(tmp_path, name))
+    assert [path.name for path in calls] == ["step-00000001"]
+    assert served(tmp_path) == ["current", "step-00000001"]
+
+
+def test_a_run_that_was_cut_off_owes_the_deployment_its_best(tmp_path: Path) -> None:
+    best = checkpoint(tmp_path, "step-00000020")
+    assert owed(tmp_path, "step-00000010") is None  # pruned, and not kept
+    assert owed(tmp_path, "step-00000020") == best
+    calls: list[Path] = []
+    follower = Refresher(tmp_path, 2.0, calls.append, owed=best)
+    follower.saved(checkpoint(tmp_path, "step-00000025"))
+    assert [path.name for path in calls] == ["step-00000020"]
+    assert owed(tmp_path, "step-00000020") is None
+    assert owed(tmp_path, "step-00000010") is None  # what it has is better
+    assert owed(tmp_path, checkpoint(tmp_path, "step-00000030").name) is not None
+
+
 def test_other_ranks_agree_and_stay_silent(tmp_path: Path) -> None:
     follower = Refresher(tmp_path, 2.0, None)
     assert follower.improves(1.0, "step-00000001")
@@ -81,5 +115,5 @@ def test_a_run_that_goes_on_remembers_its_best(tmp_path: Path) -> None:
     for step, loss in ((10, 3.0), (20, 2.0), (30, 1.0)):
         recorder.record(step, val_loss=loss)
     recorder.close()
-    assert best_loss(tmp_path, 20) == pytest.approx(2.0)
-    assert best_loss(tmp_path, 0) == math.inf
+    assert best_validation(tmp_path, 20) == (2.0, 20)
+    assert best_validation(tmp_path, 0) == (math.inf, 0)
