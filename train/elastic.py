@@ -26,9 +26,10 @@ def fit(config: TrainConfig, spec: ModelSpec, workers: int, machine: Machine = C
     """
     if config.parallel.layout().world <= workers:
         return config
-    for parallel in chain(
-        _planned(config, spec, workers, machine), _nearest_first(config.parallel, workers)
-    ):
+    # It says how many must be there, not how many a layout must use.
+    asked = dataclasses.replace(config.parallel, min_workers=None)
+    config = dataclasses.replace(config, parallel=asked)
+    for parallel in chain(_planned(config, spec, workers, machine), _nearest_first(asked, workers)):
         smaller = _valid(config, spec, parallel)
         if smaller:
             return smaller

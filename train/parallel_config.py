@@ -38,8 +38,9 @@ class ParallelConfig:
     """Layers of each of the pp x chunks groups; default: as equal as can be."""
 
     min_workers: int | None = None
-    """Elastic: the run starts and goes on with so many workers or more, up to dp x tp x pp, in the
-    layout nearest to the one given; the batch stays. Default: waits for all of them."""
+    """Elastic: the run starts and goes on where so many workers or more are there, up to
+    dp x tp x pp, in the layout nearest to the one given; the batch stays, and workers that it
+    cannot be shared with stay idle. Default: waits for all of them."""
     resize_every_s: float = 60.0
     """How often an elastic run looks whether there are more workers to be had."""
 

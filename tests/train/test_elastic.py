@@ -55,6 +55,12 @@ def test_where_the_planner_knows_none_the_nearest_layout_is_taken(
     assert found.batch_sequences == config.batch_sequences
 
 
+def test_the_fewest_workers_need_not_all_be_used() -> None:
+    """Three are there, as asked; the batch can be shared by two, and one stays idle."""
+    config = asked("parallel.dp=4", "parallel.ep=2", "parallel.min_workers=3")
+    assert layout_for(config, 3) == Layout(dp=2, ep=2)
+
+
 def test_fewer_workers_get_the_planners_layout() -> None:
     """Three workers are all used, though the run asks for an even number of expert ranks."""
     config = asked("parallel.dp=4", "parallel.ep=2", "train.recompute=sel")
