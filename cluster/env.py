@@ -7,6 +7,7 @@ cluster without tokens ignores the one that a client sends. So whoever has a tok
 whoever starts a cluster asks for one. Ray reads the mode when it is imported: set later, it breaks.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -126,11 +127,22 @@ def has_gpu() -> bool:
     return _DEVICE_FILE.exists()
 
 
+def protect_token(environment: Mapping[str, str] = os.environ) -> None:
+    """Let nobody else read the file of Ray's token: Ray makes it readable for all, and whoever has
+    it can run code on the cluster."""
+    file = _token_file(environment)
+    with contextlib.suppress(OSError):  # there is none, or it is somebody else's to see to
+        if file.stat().st_mode & 0o077:
+            file.chmod(0o600)
+
+
 def _has_token(environment: Mapping[str, str]) -> bool:
-    if environment.get("RAY_AUTH_TOKEN"):
-        return True
-    file = environment.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
-    return Path(file).is_file()
+    return bool(environment.get("RAY_AUTH_TOKEN")) or _token_file(environment).is_file()
+
+
+def _token_file(environment: Mapping[str, str]) -> Path:
+    named = environment.get("RAY_AUTH_TOKEN_PATH")
+    return Path(named) if named else Path.home() / ".ray" / "auth_token"
 
 
 def _with_root(environment: Mapping[str, str]) -> str:

@@ -118,6 +118,7 @@ def _start(workers: int, least: int, gpus: bool, spare_cpus: int, worker_logs: b
         )
     except Exception as error:
         raise ClusterError(f"a local Ray cluster did not start: {error}") from error
+    env.protect_token()
     per_worker = local_gpus(least, ray.cluster_resources()) if gpus else 0
     _require(needed(least, per_worker), "this machine", timeout_s=0.0)
     running = at_once(started, least, ray.cluster_resources(), per_worker)

@@ -82,3 +82,12 @@ def test_inside_a_job() -> None:
     job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "pretrain-1"}}'}
     assert env.inside_job(job)
     assert (env.job_id(job), env.job_id({})) == ("pretrain-1", "")
+
+
+def test_nobody_else_reads_the_token(tmp_path: Path) -> None:
+    token = tmp_path / "auth_token"
+    env.protect_token({"RAY_AUTH_TOKEN_PATH": str(token)})
+    token.write_text("secret")
+    token.chmod(0o644)
+    env.protect_token({"RAY_AUTH_TOKEN_PATH": str(token)})
+    assert (token.stat().st_mode & 0o777, token.read_text()) == (0o600, "secret")
