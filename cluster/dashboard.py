@@ -25,6 +25,8 @@ from .resources import missing
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 FINISHED = ("SUCCEEDED", "FAILED", "STOPPED")
 _NOT_FOUND = re.compile(r"(Request failed with status code|Version check returned) 404\b")
 """How Ray's client says it. What a server says of another error may hold any number."""
@@ -101,13 +103,16 @@ class Dashboard:
         ClusterError if the cluster does not know the job, or cannot be asked for a minute.
         """
         over = self.job(job_id).status in FINISHED
-        told = 0  # characters
+        told, warned = 0, False  # characters
         while True:
-            known = told
-            for piece in self._log(job_id):
+            known, problems = told, list[Exception]()
+            for piece in self._log(job_id, problems):
                 if fresh := piece[known:]:
                     yield fresh
                 known, told = max(0, known - len(piece)), told + len(fresh)
+            if problems and not warned:
+                log.warning("the log of job %s breaks off: %s", job_id, problems[0])
+                warned = True
             if over:
                 return
             time.sleep(_POLL_S)
@@ -124,15 +129,18 @@ class Dashboard:
                     raise
             time.sleep(_POLL_S)
 
-    def _log(self, job_id: str) -> Iterator[str]:
-        """The log of a job from its beginning, until the connection ends in whatever way."""
+    def _log(self, job_id: str, problems: list[Exception]) -> Iterator[str]:
+        """The log of a job from its beginning, until the connection ends; `problems` gets why, if
+        that is not as it should."""
         loop = asyncio.new_event_loop()
         pieces = self._client.tail_job_logs(job_id)
         try:
             while True:
                 yield loop.run_until_complete(anext(pieces))
-        except Exception:  # noqa: BLE001  at its end, or broken: the job's status says which
+        except StopAsyncIteration:
             return
+        except Exception as error:  # noqa: BLE001  whatever it is, the job's status counts
+            problems.append(error)
         finally:
             loop.run_until_complete(pieces.aclose())  # type: ignore[attr-defined]
             loop.close()

@@ -128,8 +128,10 @@ def has_gpu() -> bool:
 
 
 def protect_token(environment: Mapping[str, str] = os.environ) -> None:
-    """Let nobody else read the file of Ray's token: Ray makes it readable for all, and whoever has
-    it can run code on the cluster."""
+    """Let nobody else read the file that Ray makes for its token: it is readable for all, and
+    whoever has the token can run code on the cluster. One that the user has named stays."""
+    if "RAY_AUTH_TOKEN_PATH" in environment:
+        return
     file = _token_file(environment)
     with contextlib.suppress(OSError):  # there is none, or it is somebody else's to see to
         if file.stat().st_mode & 0o077:

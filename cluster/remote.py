@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from threading import Event
 from typing import cast
 
 from gptmoe.errors import ClusterError, GptMoeError, RequestError
@@ -37,12 +38,16 @@ class Remote:
 
         A full queue is come back to; what else a prompt is refused with is its answer.
         """
+        left = Event()
         with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
-            calls = {pool.submit(self._generate, item): index for index, item in enumerate(items)}
+            calls = {
+                pool.submit(self._generate, item, left): index for index, item in enumerate(items)
+            }
             try:
                 for call in as_completed(calls):
                     yield calls[call], call.result()
-            finally:  # whoever leaves waits for none of the others
+            finally:  # whoever leaves waits for those alone that the server computes
+                left.set()
                 pool.shutdown(cancel_futures=True)
 
     def stream(self, prompt: str) -> Iterator[str]:
@@ -55,15 +60,15 @@ class Remote:
         """Close the connection."""
         self._client.close()
 
-    def _generate(self, item: Item) -> Answer:
+    def _generate(self, item: Item, left: Event) -> Answer:
         limit_s = time.monotonic() + _FULL_S
         while True:
             try:
                 return self._client.generate(item.txt, **_asked(item.sampling(self._sampling))).text
             except GenerationError as error:
-                if error.code != "RESOURCE_EXHAUSTED" or time.monotonic() > limit_s:
+                over = error.code != "RESOURCE_EXHAUSTED" or time.monotonic() > limit_s
+                if over or left.wait(max(error.retry_after_s or 0.0, _AGAIN_S)):
                     return _in_our_words(error, self._target)
-                time.sleep(max(error.retry_after_s or 0.0, _AGAIN_S))
 
 
 def _asked(sampling: SamplingParams) -> Sampling:

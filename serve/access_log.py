@@ -48,8 +48,7 @@ class AccessLog:
     @contextmanager
     def call(self, method: str, transport: str, request_id: str = "") -> Iterator["Entry"]:
         """The call is answered in the block; what ends the block is noted."""
-        entry = Entry(method, transport, self._model)
-        entry.name(request_id)
+        entry = self.entry(method, transport, request_id)
         try:
             yield entry
         except (asyncio.CancelledError, GeneratorExit):
@@ -59,8 +58,18 @@ class AccessLog:
             entry.fail(error)
             raise
         finally:
-            if self._config.access:
-                log.info("%s", entry.line(prompts=self._config.prompts))
+            self.write(entry)
+
+    def entry(self, method: str, transport: str, request_id: str = "") -> "Entry":
+        """Of a call that begins now, for who may have nothing to write about it."""
+        entry = Entry(method, transport, self._model)
+        entry.name(request_id)
+        return entry
+
+    def write(self, entry: "Entry") -> None:
+        """Its line: the call has ended."""
+        if self._config.access:
+            log.info("%s", entry.line(prompts=self._config.prompts))
 
 
 class Entry:

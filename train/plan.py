@@ -113,6 +113,7 @@ def make_plan(
     inputs = gather(config, run_dir / "inputs", begins=resume_from is None)
     source = open_checkpoint(inputs.checkpoint) if inputs.checkpoint else None
     if config.model.checkpoint and resume_from:
+        _say_if_another(resume_from, config)
         source = resume_from  # it holds all that the run has of the other, which may be gone
     tokenizer_path = _tokenizer_path(inputs, source)
     tokenizer = load_tokenizer(tokenizer_path)
@@ -171,8 +172,8 @@ def _spec(config: TrainConfig, source: Checkpoint | None, tokenizer: Tokenizer) 
     if stored.digest != tokenizer.digest:
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer} (digest {tokenizer.digest}) is not the "
-            f"tokenizer of model.checkpoint={source.path} (digest {stored.digest}); "
-            "leave data.tokenizer out"
+            f"tokenizer of {source.path}, from which this goes on (digest {stored.digest}); leave "
+            "data.tokenizer out"
         )
     return config.model.refine(spec_of(source), config.router)
 
@@ -247,6 +248,18 @@ def _check_same(
     _check("run.seed", run.get("seed"), config.run.seed, config)
     _check("data.seq_len", samples.get("seq_len"), config.data.seq_len, config)
     _check("train.batch_tokens", loop.get("batch_tokens"), config.batch_tokens, config)
+
+
+def _say_if_another(resume_from: Checkpoint, config: TrainConfig) -> None:
+    began = _table(resume_from, "train", "model").get("checkpoint")
+    if began and str(began) != str(config.model.checkpoint):
+        log.warning(
+            "the run in %s goes on with its own weights; it began from %s, and "
+            "model.checkpoint=%s is not read",
+            config.run.dir,
+            began,
+            config.model.checkpoint,
+        )
 
 
 def _check(name: str, before: Any, now: Any, config: TrainConfig) -> None:

@@ -4,7 +4,8 @@
 
 The improved weights are saved at once. What is served is kept under run.dir/served, by hard links,
 so that pruning the run's checkpoints does not take it away from shards that start later. A refresh
-that failed, or was cut off with the run, is made up for at the next checkpoint, whichever it is.
+that failed, or was cut off with the run, is made up for at the next checkpoint, whichever it is;
+behind a run's last one there is none, and a person has to.
 """
 
 import hashlib
@@ -64,13 +65,26 @@ class Refresher:
             return
         try:
             self._owed = kept(self._owed, self._served)
-            self._refresh(self._owed)
+            complete = self._told(self._owed)
             (self._served / CURRENT).write_text(self._owed.name, encoding="utf-8")
         except (GenerationError, OSError) as error:
             self._warn(f"TRAINING GOES ON, THE DEPLOYMENT KEEPS ITS WEIGHTS: {error}")
-        else:
+            return
+        if complete:  # else replicas may still read those from before
             forget_others(self._served, self._owed.name)
-            self._owed = None
+        self._owed = None
+
+    def _told(self, folder: Path) -> bool:
+        """Move the deployment; False if it is still on its way."""
+        assert self._refresh is not None
+        try:
+            self._refresh(folder)
+        except GenerationError as error:
+            if error.code != "DEADLINE_EXCEEDED":
+                raise
+            self._warn(f"the deployment takes {folder.name} slowly: {error}")
+            return False
+        return True
 
 
 def refresher(

@@ -24,6 +24,8 @@ from gptmoe.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 _LOOKS_EVERY_S = 1.0
+SLOW_DISK_S = 7200.0
+"""What takes longer than this to be written hangs."""
 
 Groups = Mapping[str, Sequence[Piece]]
 
@@ -47,7 +49,7 @@ class Saver:
     ) -> None:
         """`barrier` is used by the writing thread alone. `warn` tells people of a failure, `saved`
         hears of each complete checkpoint, in the writing thread of rank 0. `waits` is called now
-        and then while the loop waits for the writing thread: a slow disk is no hang."""
+        and then, up to SLOW_DISK_S, while the loop waits for the writing thread."""
         self._folder = folder
         self._rank, self._world = rank, world
         self._barrier = barrier
@@ -96,8 +98,10 @@ class Saver:
     def _settle(self, *, fatal: bool) -> None:
         if self._under_way is None:
             return
+        limit_s = time.monotonic() + SLOW_DISK_S
         while not wait([self._under_way], timeout=_LOOKS_EVERY_S).done:
-            self._waits()
+            if time.monotonic() < limit_s:
+                self._waits()
         try:
             self._under_way.result()
         except CheckpointError as error:
@@ -108,19 +112,21 @@ class Saver:
             self._under_way = None
 
     def _write(self, name: str, groups: Groups, progress: Mapping[str, Any]) -> None:
-        checkpoint.save(
-            self._folder / name,
-            rank=self._rank,
-            world=self._world,
-            barrier=self._barrier,
-            groups=groups,
-            config=self._config,
-            progress=progress,
-            copy_files=self._copy_files,
-        )
         try:
+            checkpoint.save(
+                self._folder / name,
+                rank=self._rank,
+                world=self._world,
+                barrier=self._barrier,
+                groups=groups,
+                config=self._config,
+                progress=progress,
+                copy_files=self._copy_files,
+            )
             if self._rank == 0:
                 self._saved(self._folder / name)
                 checkpoint.prune(self._folder, self._keep, self._folder / name)
         finally:
-            self._barrier()  # all loops wait here alike: one alone would leave the others hanging
+            # All loops wait here alike: one alone would leave the others hanging. One that failed
+            # alone, too: else the barriers of the next checkpoint would be out of step.
+            self._barrier()

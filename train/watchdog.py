@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _LOOKS_EVERY_S = 1.0
 _LEAST_GROUP_TIMEOUT = timedelta(hours=2)
+_NO_LIMIT = timedelta(days=7)
 _COLLECTIVES = os.path.join("torch", "distributed")
 
 
@@ -83,7 +84,7 @@ def group_timeout(limit_s: float) -> timedelta:
 
     Hours, since threads that write checkpoints to a slow disk meet in a group, too.
     """
-    return max(_LEAST_GROUP_TIMEOUT, timedelta(seconds=3 * limit_s)) if limit_s else timedelta(7)
+    return max(_LEAST_GROUP_TIMEOUT, timedelta(seconds=3 * limit_s)) if limit_s else _NO_LIMIT
 
 
 def waits_for_others(frame: FrameType | None) -> bool:

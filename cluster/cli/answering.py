@@ -82,6 +82,8 @@ def generate(
     with _answerer(checkpoint, target, access, dtype, sampling) as answerer:
         if prompt is None:
             found = _answer_all(answerer, items)
+            if all(isinstance(answer, GptMoeError) for answer in found):
+                _check_all_answered(found)  # an older --output is better than nothing
             prompts.write(prompts.answers(items, found, task), output_file)
             _check_all_answered(found)
         elif stream:
@@ -241,8 +243,8 @@ def _check_all_answered(found: list[prompts.Answer]) -> None:
     if lacking:
         number, error = lacking[0]
         raise ClusterError(
-            f"{len(lacking)} of {len(found)} prompts have no answer, and their rows hold why; the "
-            f"first is item {number}: {error}"
+            f"{len(lacking)} of {len(found)} prompts have no answer, and where there is a row it "
+            f"says why; the first is item {number}: {error}"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 
 from gptmoe.errors import DeadlineExceeded, GptMoeError
-from serve.access_log import AccessLog
+from serve.access_log import AccessLog, Entry, LogConfig
 from serve.config import EdgeConfig
 from serve.methods import GENERATION, Method
 from serve.names import ALONE, Ticket
@@ -39,7 +39,8 @@ class Forward:
         self, backend: Backend, config: EdgeConfig, access_log: AccessLog | None = None
     ) -> None:
         """`access_log` gets the calls that no replica can write down."""
-        self._backend, self._access_log = backend, access_log
+        self._backend = backend
+        self._access_log = access_log or AccessLog(LogConfig(access=False), "")
         self._tries, self._resume_s = config.tries, config.resume_s
         self._under_way, self._closing = 0, False
         self._none = asyncio.Event()
@@ -64,7 +65,7 @@ class Forward:
             return await answer(method, request, context)
         if self._closing:
             refusal = NoReplica("this edge is stopping and takes no new calls; send it again", 1.0)
-            self._note(method, "", refusal)
+            self._note(self._access_log.entry(method.name, "grpc"), refusal)
             await context.abort_with_status(statuses.status_of(refusal))
         self._under_way += 1
         self._none.clear()
@@ -106,6 +107,7 @@ class Forward:
         self, context: Any, method: Method, asked: wire.Asked
     ) -> AsyncIterator[None]:
         """Ends the call with a status for what goes wrong, at its deadline at the latest."""
+        entry = self._access_log.entry(method.name, "grpc", asked.request_id)
         try:
             try:
                 async with asyncio.timeout(_later(asked.deadline_s)):
@@ -116,18 +118,17 @@ class Forward:
                 ) from None
         except GptMoeError as error:
             if isinstance(error, NoReplica):
-                self._note(method, asked.request_id, error)
+                self._note(entry, error)
             await context.abort_with_status(statuses.status_of(error, asked.request_id))
         except Exception as error:
             log.exception("a request failed id=%s", asked.request_id)
-            self._note(method, asked.request_id, error)
+            self._note(entry, error)
             await context.abort_with_status(statuses.broken(asked.request_id))
 
-    def _note(self, method: Method, request_id: str, error: Exception) -> None:
+    def _note(self, entry: Entry, error: Exception) -> None:
         """A line in the access log about what no replica has a line for."""
-        if self._access_log:
-            with self._access_log.call(method.name, "grpc", request_id) as entry:
-                entry.fail(error)
+        entry.fail(error)
+        self._access_log.write(entry)
 
     def _chunks(self, method: Method, data: bytes, ticket: Ticket) -> Any:
         return self._backend.stream(method.name, data, ticket)

@@ -204,7 +204,7 @@ _REASONS: dict[int, tuple[str, dict[str, Any]]] = {
     400: ("The body is not a request, or a field is out of range: it is named.", {}),
     401: ("The key is missing or wrong.", BEARER),
     404: ("No model of that name is served.", {}),
-    408: ("The deadline passed.", ONCE),
+    408: ("The deadline passed; without the header: the body did not arrive in time.", ONCE),
     409: ("A request with that id runs.", ONCE),
     413: ("The body is too large.", {}),
     415: ("The body is not application/json.", {}),

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gptmoe.errors import RequestError, Unauthenticated
 from gptmoe.generate.params import is_unicode
+from serve.access_log import current
 
 from .body import Bodies
 from .refusals import path_of, respond
@@ -56,7 +57,9 @@ class Door:
         except (Unauthenticated, HTTPException) as error:
             await respond(path, error)(scope, receive, send)
             return
-        if whole is not None:
+        if whole is None:
+            current().leave()
+        else:
             await self._app(scope, whole, send)
 
 

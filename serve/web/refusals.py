@@ -71,6 +71,7 @@ _HEADERS: dict[type[GptMoeError], Mapping[str, str]] = {
 _CODES = {
     404: "not_found",
     405: "method_not_allowed",
+    408: "too_slow",
     413: "too_large",
     415: "unsupported_media_type",
 }

@@ -247,3 +247,14 @@ def test_what_cannot_be_done_with_a_file_is_said_before_any_work(
         code, out, err = run("generate", *arguments)
         assert (code, out) == (2, ""), arguments
         assert expected in err
+
+
+def test_a_server_that_is_away_leaves_older_answers_alone(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text('[{"id": 1, "txt": "春风"}, {"id": 2, "txt": "明月"}]')
+    (tmp_path / "out.json").write_text("older")
+    words = ("--input", str(tmp_path / "in.json"), "--output", str(tmp_path / "out.json"))
+    code, out, err = run("generate", *words, "--target", "127.0.0.1:1")
+    assert (code, out) == (2, "")
+    assert "2 of 2 prompts have no answer" in err
+    assert "no server answers at 127.0.0.1:1" in err
+    assert (tmp_path / "out.json").read_text() == "older"

@@ -84,10 +84,14 @@ def test_inside_a_job() -> None:
     assert (env.job_id(job), env.job_id({})) == ("pretrain-1", "")
 
 
-def test_nobody_else_reads_the_token(tmp_path: Path) -> None:
-    token = tmp_path / "auth_token"
-    env.protect_token({"RAY_AUTH_TOKEN_PATH": str(token)})
+def test_nobody_else_reads_rays_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    env.protect_token({})  # there is none
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
     token.write_text("secret")
     token.chmod(0o644)
     env.protect_token({"RAY_AUTH_TOKEN_PATH": str(token)})
+    assert token.stat().st_mode & 0o777 == 0o644, "somebody shares it"
+    env.protect_token({})
     assert (token.stat().st_mode & 0o777, token.read_text()) == (0o600, "secret")

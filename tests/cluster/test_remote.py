@@ -1,5 +1,6 @@
 """A server's answers and refusals, from a real gRPC server in this process."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -69,6 +70,15 @@ def test_each_prompt_of_many_is_answered(target: str) -> None:
             20: "few:7:5:。|\n:3",
         }
         assert list(remote.stream("春风")) == ["春", "风"]
+
+
+def test_who_leaves_does_not_wait_for_room(target: str) -> None:
+    began_s = time.monotonic()
+    with closing(Remote(target, SamplingParams())) as remote:
+        answers = remote.generate([Item(1, "fine"), Item(2, "always full")])
+        next(answers)
+        answers.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - began_s < 60
 
 
 def test_a_slow_answer_holds_up_none_of_the_others(target: str) -> None:

@@ -193,6 +193,7 @@ def test_a_calls_deadline_reaches_the_replica_and_ends_it() -> None:
 
 def test_a_replica_says_what_came_before_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its word comes a moment later than the deadline."""
+    monkeypatch.setattr("serve.edge.forward.REPLICA_SAYS_S", 5.0)
 
     class Late(Poet):
         async def edge_unary(self, method: str, data: bytes, ticket: Ticket) -> Answer:

@@ -207,6 +207,7 @@ def test_what_no_replica_answers_has_a_line_in_the_access_log(
         found = [line[name] for name in ("transport", "method", "model")]
         assert found == ["grpc", "Generate", "poems"]
     assert len(lines[1]["request_id"]) == 32, "its caller was told it"
+    assert lines[1]["total_s"] > 0.0005, "from when the call began"
 
 
 def test_health_and_reflection_need_no_key(keys_file: Path) -> None:

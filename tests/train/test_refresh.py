@@ -71,6 +71,22 @@ def test_a_deployment_that_is_gone_is_a_warning(tmp_path: Path) -> None:
     ]
 
 
+def test_a_deployment_that_is_slow_is_told_once(tmp_path: Path) -> None:
+    calls, warnings = list[Path](), list[str]()
+
+    def refresh(folder: Path) -> None:
+        calls.append(folder)
+        raise GenerationError("DEADLINE_EXCEEDED", "not all have changed, and it goes on")
+
+    follower = Refresher(tmp_path, math.inf, refresh, warnings.append)
+    assert follower.improves(3.0, "step-00000001")
+    for name in ("step-00000001", "step-00000002"):
+        follower.saved(checkpoint(tmp_path, name))
+    assert [path.name for path in calls] == ["step-00000001"]
+    assert len(warnings) == 1
+    assert "takes step-00000001 slowly" in warnings[0]
+
+
 def test_a_refresh_that_failed_is_made_up_for_at_the_next_checkpoint(tmp_path: Path) -> None:
     calls: list[Path] = []
     gone = True

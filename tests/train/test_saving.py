@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptmoe.checkpoint import open_checkpoint, whole
+from gptmoe.checkpoint import open_checkpoint, whole, write
 from gptmoe.errors import CheckpointError
 from tests.train.test_watchdog import Clock
 from train.saving import Saver
@@ -21,7 +21,7 @@ def saver(
     folder: Path,
     barrier: Callable[[], None] = lambda: None,
     keep: int = 2,
-    **given: Callable[..., None],
+    **given: Any,
 ) -> Saver:
     return Saver(
         folder,
@@ -35,8 +35,8 @@ def saver(
     )
 
 
-def start(saving: Saver, step: int, tensor: torch.Tensor) -> float:
-    groups: Any = {"weights": [whole("w", tensor)]}
+def start(saving: Saver, step: int, tensor: torch.Tensor, name: str = "w") -> float:
+    groups: Any = {"weights": [whole(name, tensor)]}
     return saving.start(f"step-{step:08d}", groups, {"step": step})
 
 
@@ -85,6 +85,34 @@ def test_all_ranks_wait_for_what_rank_0_does_with_a_new_checkpoint(tmp_path: Pat
     saving.finish()
     saving.close()
     assert told[-2:] == ["step-00000001", "barrier"]
+
+
+def test_a_rank_that_fails_alone_stays_in_step_with_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is there, but its name may not be on the disk yet: only rank 0 knows."""
+    meeting, warnings, failing = threading.Barrier(2, timeout=20), list[str](), [True]
+    own = write.commit
+
+    def commit(*given: Any) -> None:
+        own(*given)
+        if failing and failing.pop():
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(write, "commit", commit)
+    savers = [
+        saver(tmp_path, lambda: meeting.wait() and None, keep=9, warn=warnings.append) for _ in "01"
+    ]
+    for rank, one in enumerate(savers):
+        one._rank, one._world = rank, 2
+    for step in (1, 2, 3):
+        for rank, one in enumerate(savers):
+            start(one, step, torch.full((2,), float(step)), name=f"w{rank}")
+    for one in savers:
+        one.finish()
+        one.close()
+    assert len(warnings) == 1
+    assert (tmp_path / "step-00000003" / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("hang_s", [0.0, 60.0, 600.0, 86400.0])

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from cluster.child import end_with_parent
 from gptmoe import config as configs
 from gptmoe.errors import GptMoeError
 from gptmoe.text import load_tokenizer
@@ -61,6 +62,7 @@ def run(options: Options, make_launcher: Callable[[Options], Launcher]) -> int:
     )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    end_with_parent()
     until_s = time.time() + 60 * options.minutes if options.minutes is not None else 0.0
     try:
         config = configs.load(StudyConfig, options.config, options.overrides)

@@ -142,11 +142,12 @@ def _start(
         copy_files=tokenizer.save,
         keep=plan.config.checkpoint.keep,
     )
+    ledger = Ledger(plan.run_dir, next_attempt(plan.run_dir), 0, plan.done)
     return ArmTraining(
         plan=plan,
         trainer=_trainer(plan, device),
         saver=held.enter_context(contextlib.closing(saver)),
-        ledger=Ledger(plan.run_dir, next_attempt(plan.run_dir), 0, plan.done),
+        ledger=held.enter_context(contextlib.closing(ledger)),
         recorder=held.enter_context(JsonlRecorder(path)),
         validation=data.open_samples(
             plan.data_folder, "validation", seq_len, _SHUFFLE, shuffled=True

@@ -48,6 +48,21 @@ def test_a_request_over_http_is_one_line(web: Browser, lines: Any) -> None:
     assert streamed == others | {"transport": "http", "method": "POST /v1/completions"}
 
 
+def test_who_leaves_amid_a_body_has_a_line(deployment: Deployment, lines: Any) -> None:
+    app = build(deployment.service, stall_s=60, log=deployment.access_log)
+
+    async def left() -> Any:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        raise AssertionError("nobody hears it")
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": []}
+    asyncio.run(app(scope, left, send))
+    (line,) = lines()
+    assert line["status"] == "cancelled"
+
+
 def test_several_prompts_are_one_call(web: Browser, lines: Any) -> None:
     body = {"prompt": ["春", "风又"], "max_tokens": 2}
     web("POST", "/v1/completions", json=body, headers={"X-Request-Id": "r-1"})
