@@ -18,6 +18,9 @@ from .kernels.plain import PlainWeight, plain_weight
 from .kernels.program import Enters
 from .kernels.rows import gelu_
 
+ROWS_STEP = 4
+"""Finer, and there were more kernels; coarser, and 17 sequences would wait for 32."""
+
 
 class PackedWeight(ServedWeight):
     """A weight [O, I] in the layout of oneDNN, whose products add the bias before they round.
@@ -45,9 +48,10 @@ class PackedWeight(ServedWeight):
         rows = x.numel() // x.shape[-1]
         if self.few_rows is not None and 0 < rows <= self.few_rows.most_rows:
             return self.few_rows.product(x, bias)
-        if rows >= MIN_ROWS[x.dtype]:
+        missing = _kernel_rows(rows, x.dtype) - rows
+        if not missing:
             return self._of_many(x, bias)
-        y_RO = self._of_many(_filled_up(x.flatten(0, -2)), bias)[:rows]
+        y_RO = self._of_many(F.pad(x.flatten(0, -2), (0, 0, 0, missing)), bias)[:rows]
         return y_RO.view(*x.shape[:-1], -1)
 
     def activated(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,5 +87,13 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return kernels() is not None
 
 
-def _filled_up(x_RI: Tensor) -> Tensor:
-    return F.pad(x_RI, (0, 0, 0, MIN_ROWS[x_RI.dtype] - len(x_RI)))
+def _kernel_rows(rows: int, dtype: torch.dtype) -> int:
+    """With how many rows, the last ones padding, oneDNN is to compute a product of `rows` rows.
+
+    It compiles and keeps a kernel for each number that it meets, up to 1,024 in all: prompts and
+    experts meet any, and a replica would grow for hours. So multiples of ROWS_STEP, and of many
+    rows such that at most a sixteenth is padding.
+    """
+    if rows <= MIN_ROWS[dtype]:
+        return MIN_ROWS[dtype]
+    return rows + -rows % max(ROWS_STEP, 2 ** (rows.bit_length() - 5))

@@ -5,6 +5,8 @@ import torch
 
 from gptmoe.generate.kernels.library import kernels
 from gptmoe.generate.packed import PackedExperts, ServedExperts, pack
+from gptmoe.generate.packed_weight import PackedWeight, _kernel_rows
+from gptmoe.model.experts import MIN_ROWS
 from gptmoe.model.initialize import initialize
 from gptmoe.model.layers import ServedWeight
 from gptmoe.model.moe import MoE
@@ -127,3 +129,28 @@ def test_float64_is_not_packed() -> None:
     network = make_network(torch.float64)
     assert not pack(network)
     assert not isinstance(network.layers[0].attention.qkv.weight, ServedWeight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_any_number_of_rows_have_few_numbers(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN keeps a kernel for each number that it meets."""
+    network = make_network(dtype)
+    pack(network)
+    qkv, met, own = network.layers[0].attention.qkv, set[int](), PackedWeight._of_many
+    if not isinstance(qkv.weight, PackedWeight):
+        pytest.skip("this machine has no products of its own in that type")
+
+    def noted(self: PackedWeight, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        met.add(x.numel() // x.shape[-1])
+        return own(self, x, bias)
+
+    monkeypatch.setattr(PackedWeight, "_of_many", noted)
+    for rows in range(1, 600):
+        found = _kernel_rows(rows, dtype)
+        assert rows <= found <= max(MIN_ROWS[dtype], rows + 3, rows * 17 / 16)
+    with torch.inference_mode():
+        for rows in (*range(1, 66), 199, 200):
+            assert qkv(make_rows(rows).to(dtype)).shape == (rows, 3 * SPEC.d_model)
+    assert len(met) <= 19
