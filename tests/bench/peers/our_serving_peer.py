@@ -3,6 +3,7 @@
 import asyncio
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from poisson import schedule, waits
 
 sys.path.insert(0, str(Path(__file__).parents[3]))  # a script's own folder is all that it has
 
+from gptmoe.errors import Overloaded
 from gptmoe.generate.params import SamplingParams
 from gptmoe.generate.request import Request
 from gptmoe.generate.scheduler import EngineConfig
@@ -33,8 +35,9 @@ class Served:
     async def stream(self, name: str, prompt: list[int], new: int) -> AsyncIterator[int]:
         """See poisson.Stream."""
         sampling = SamplingParams(temperature=0, max_new_tokens=new, ignore_end=True)
-        async for delta in self._engine.stream(Request(name, tuple(prompt), sampling)):
-            yield len(delta.token_ids)
+        with suppress(Overloaded):
+            async for delta in self._engine.stream(Request(name, tuple(prompt), sampling)):
+                yield len(delta.token_ids)
 
     def act(self, rate: float, seconds: float, seed: int) -> dict[str, Any]:
         """Waits of the requests of one schedule."""

@@ -1,6 +1,7 @@
 """Requests that come at random times, and how long each waited. Standard library only."""
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,7 +28,10 @@ def schedule(rate: float, seconds: float, seed: int) -> list[tuple[float, list[i
 
 
 async def waits(stream: Stream, requests: Sequence[tuple[float, list[int]]]) -> dict[str, Any]:
-    """Of each request: seconds to its first token, and from there to each further one."""
+    """Of each request: seconds to its first token, and from there to each further one.
+
+    Both are infinite for one that was refused: no token came.
+    """
     began_s = time.perf_counter()
 
     async def one(number: int, at_s: float, prompt: list[int]) -> tuple[float, float]:
@@ -36,6 +40,8 @@ async def waits(stream: Stream, requests: Sequence[tuple[float, list[int]]]) -> 
         async for count in stream(f"{began_s}-{number}", prompt, NEW):
             first_s = first_s or time.perf_counter() - began_s
             tokens += count
+        if not tokens:
+            return math.inf, math.inf
         assert tokens == NEW, tokens
         ended_s = time.perf_counter() - began_s
         return first_s - at_s, (ended_s - first_s) / (NEW - 1)
